@@ -1,0 +1,47 @@
+"""The one door to Ray for `train`, `tune` and `serve`: the cluster that RAY_ADDRESS names, or a private one.
+
+A command never attaches to a cluster that happens to run on the machine: it takes the one it was given
+(`python -m cluster up` prints the variables, a submitted job has them), or starts its own, which ends with it.
+"""
+
+import logging
+import os
+import secrets
+from typing import Any
+
+import ray
+from ray._raylet import Config
+
+
+def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
+    """Connects this process to Ray; True when a private cluster was started for it.
+
+    Args:
+        num_cpus: logical CPUs of a private cluster; by default the machine's.
+        private_options: further options of `ray.init` for a private cluster.
+
+    Raises:
+        ValueError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    if ray.is_initialized():
+        return False
+    # Train workers run where the driver runs: a run's relative paths must mean the same there.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError) as error:
+            raise ValueError(
+                f"no Ray cluster answers at RAY_ADDRESS={address!r} ({error}). Start one with `python -m cluster up`, or unset RAY_ADDRESS"
+            ) from error
+        return False
+    # A token of its own: what Ray decides by itself depends on what an earlier command left in ~/.ray.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    Config.initialize("")  # importing ray read the environment before us; ray.init() itself refreshes it so
+    private_options.setdefault("include_dashboard", False)
+    ray.init(address="local", num_cpus=num_cpus, logging_level=logging.WARNING, **private_options)
+    return True

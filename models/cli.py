@@ -1,0 +1,35 @@
+"""How every command of ours ends: a result, or one sentence on stderr and exit code 2."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+DEFAULT_STORAGE = "kiln"
+
+
+def storage_default() -> str:
+    """Where runs, data and models go unless --storage says otherwise: KILN_STORAGE, or ./kiln."""
+    return os.environ.get("KILN_STORAGE", DEFAULT_STORAGE)
+
+
+def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Runs a command; a `ValueError` (bad input, by our convention) becomes one sentence and exit code 2.
+
+    `--debug` anywhere on the command line shows the traceback instead.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    if debug:
+        argv.remove("--debug")
+    try:
+        return main(argv) or 0
+    except ValueError as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,1 @@
+"""How hyper-parameters are searched: Ray Tune over Ray Train runs."""
