@@ -69,7 +69,7 @@ def gpt2_tokenizer(source: Path) -> str:
 
 
 def main(source: Path) -> None:
-    pq.write_table(plays(source / "shakespeare"), HERE / "shakespeare.parquet", compression="zstd", compression_level=19)
+    pq.write_table(plays(source / "shakespeare"), HERE / "shakespeare.parquet", compression="zstd", compression_level=19, row_group_size=5)
     # PNG is compressed already; stored as it is.
     pq.write_table(garments(source / "fashion-mnist"), HERE / "fashion-mnist.parquet", compression="none", use_dictionary=["class_name", "split"])
     # mtime=0: the same input gives the same bytes.
