@@ -1,0 +1,91 @@
+"""The nets' shapes and ranges, and what a gradient penalty and a one-picture request demand of them."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.dcgan import Critic, DcganConfig, Generator
+
+CONFIGS = [
+    DcganConfig(image_size=size, channels=channels, latent_dim=16, width=4, num_classes=classes)
+    for size in (28, 32, 64, 128)
+    for channels in (1, 3)
+    for classes in (0, 5)
+]
+
+
+def labels_for(config: DcganConfig, count: int) -> Tensor | None:
+    return torch.arange(count) % config.num_classes if config.num_classes else None
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.image_size}x{c.channels}c{c.num_classes}")
+def test_shapes_and_range(config: DcganConfig) -> None:
+    torch.manual_seed(0)
+    labels = labels_for(config, 3)
+    images = Generator(config)(torch.randn(3, 16), labels)
+    assert images.shape == (3, config.channels, config.image_size, config.image_size)
+    assert images.abs().max() <= 1
+    assert Critic(config)(images, labels).shape == (3,)
+
+
+@pytest.mark.parametrize("num_classes", [0, 5])
+@pytest.mark.parametrize("net", ["generator", "critic"])
+def test_a_picture_does_not_depend_on_its_company(net: str, num_classes: int) -> None:
+    """Alone or in a batch, training or not: so penalty, DDP and a served request see the same function."""
+    torch.manual_seed(0)
+    config = DcganConfig(latent_dim=16, width=4, num_classes=num_classes)
+    module = (Generator if net == "generator" else Critic)(config).double()
+    inputs = torch.randn(4, 16).double() if net == "generator" else torch.randn(4, 1, 32, 32).double()
+    labels = labels_for(config, 4)
+    together = module(inputs, labels)
+    alone = torch.cat([module(inputs[i : i + 1], labels[i : i + 1] if labels is not None else None) for i in range(4)])
+    assert torch.allclose(together, alone, atol=1e-12)
+    assert torch.equal(module.eval()(inputs, labels), together)
+
+
+def test_the_critic_has_no_sigmoid_and_no_batch_norm() -> None:
+    forbidden = (nn.Sigmoid, nn.Tanh, nn.BatchNorm2d, nn.SyncBatchNorm)
+    for config in CONFIGS:
+        assert not [module for module in Critic(config).modules() if isinstance(module, forbidden)]
+    torch.manual_seed(0)
+    critic = Critic(DcganConfig(width=4))
+    for bias in (module.bias for module in critic.modules() if isinstance(module, nn.Conv2d | nn.Linear)):
+        nn.init.zeros_(bias)  # type: ignore[arg-type]
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.allclose(critic(1000 * images), 1000 * critic(images), rtol=1e-4), "a score must not saturate"
+
+
+def test_the_class_changes_picture_and_score() -> None:
+    torch.manual_seed(0)
+    config = DcganConfig(latent_dim=16, width=4, num_classes=5)
+    latent, image = torch.randn(1, 16).expand(5, -1), torch.randn(1, 1, 32, 32).expand(5, -1, -1, -1)
+    assert len(Generator(config)(latent, torch.arange(5)).detach().round(decimals=4).unique(dim=0)) == 5
+    assert len(Critic(config)(image, torch.arange(5)).detach().unique()) == 5
+
+
+def test_every_parameter_learns() -> None:
+    config = DcganConfig(latent_dim=16, width=4, num_classes=2)
+    generator, critic = Generator(config), Critic(config)
+    labels = torch.tensor([0, 1])
+    critic(generator(torch.randn(2, 16), labels), labels).sum().backward()
+    for name, parameter in [*generator.named_parameters(), *critic.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_generator_is_rebuilt_from_its_arguments() -> None:
+    first = Generator(DcganConfig(image_size=64, channels=3, latent_dim=16, width=4, num_classes=2))
+    second = Generator(DcganConfig(**asdict(first.config)))
+    second.load_state_dict(first.state_dict())
+    latents, labels = torch.randn(2, 16), torch.tensor([1, 0])
+    assert torch.equal(first(latents, labels), second(latents, labels))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("image_size", 48), ("image_size", 0), ("channels", 4), ("latent_dim", 0), ("width", 0), ("num_classes", -1)]
+)
+def test_a_shape_that_cannot_be_is_refused(field: str, value: int) -> None:
+    with pytest.raises(ValueError, match=field):
+        DcganConfig(**{field: value})

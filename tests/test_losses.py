@@ -1,0 +1,83 @@
+"""The WGAN-GP objective against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from models.losses import gradient_penalty, interpolate, wasserstein_critic_loss, wasserstein_generator_loss
+
+
+def linear(weight: torch.Tensor):  # type: ignore[no-untyped-def]
+    return lambda images: (images * weight).flatten(1).sum(dim=1)
+
+
+def test_wasserstein_losses_by_hand() -> None:
+    real, fake = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([-1.0, 3.0])
+    assert wasserstein_critic_loss(real, fake).item() == 1.0 - 3.0
+    assert wasserstein_generator_loss(fake).item() == -1.0
+
+
+def test_the_critic_loss_pulls_real_up_and_fake_down() -> None:
+    real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+    wasserstein_critic_loss(real, fake).backward()
+    assert torch.equal(real.grad, torch.full((4,), -0.25))  # type: ignore[arg-type]
+    assert torch.equal(fake.grad, torch.full((4,), 0.25))  # type: ignore[arg-type]
+
+
+def test_penalty_of_a_linear_critic() -> None:
+    """Its gradient is its weight everywhere: here of norm 5, so (5 - 1)^2, and the derivative is 2 (5 - 1) w / 5."""
+    weight = torch.tensor([3.0, 4.0, 0.0, 0.0]).view(1, 2, 2).requires_grad_()
+    penalty = gradient_penalty(linear(weight), interpolate(torch.rand(6, 1, 2, 2), torch.rand(6, 1, 2, 2), torch.rand(6)))
+    penalty.backward()
+    assert penalty.item() == pytest.approx(16.0)
+    assert torch.allclose(weight.grad, 8 * weight.detach() / 5)  # type: ignore[arg-type]
+
+
+def test_penalty_is_taken_picture_by_picture() -> None:
+    """The critic |x|^2 / 2 has the gradient x: norms 0, 1, 3 give (1 + 0 + 4) / 3, whatever the mean picture's norm is."""
+    points = torch.zeros(3, 1, 2, 2)
+    points[1, 0, 0, 0], points[2, 0, 1, 1] = 1.0, -3.0
+    penalty = gradient_penalty(lambda images: images.flatten(1).square().sum(dim=1) / 2, points.requires_grad_())
+    assert penalty.item() == pytest.approx(5 / 3)
+
+
+def test_penalty_where_the_critic_is_flat_has_finite_gradients() -> None:
+    weight = torch.zeros(1, 2, 2, requires_grad=True)
+    penalty = gradient_penalty(linear(weight), torch.ones(2, 1, 2, 2, requires_grad=True))
+    penalty.backward()
+    assert penalty.item() == 1.0
+    assert weight.grad is not None
+    assert torch.isfinite(weight.grad).all()
+
+
+def test_interpolation_mixes_each_picture_by_itself() -> None:
+    real, fake = torch.ones(3, 1, 2, 2, requires_grad=True), torch.zeros(3, 1, 2, 2, requires_grad=True)
+    points = interpolate(real, fake, torch.tensor([0.0, 0.25, 1.0]))
+    assert torch.equal(points.detach(), torch.tensor([0.0, 0.25, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2))
+    assert points.is_leaf
+    assert points.requires_grad
+
+
+def test_penalty_stays_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    critic = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten(0), torch.nn.Unflatten(0, (4, -1)))
+    points = torch.randn(4, 1, 8, 8, requires_grad=True)
+
+    def score(images: torch.Tensor) -> torch.Tensor:
+        return critic(images).sum(dim=1)
+
+    expected = gradient_penalty(score, points)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradient_penalty(score, points)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_the_paper_s_line_between_two_clusters() -> None:
+    """A critic with slope 1 along the line from fake to real is what the penalty asks for: no penalty, distance as the loss."""
+    real, fake = torch.full((5, 1, 2, 2), 1.0), torch.full((5, 1, 2, 2), -1.0)
+    weight = torch.full((1, 2, 2), 0.5)  # norm 1
+    assert gradient_penalty(linear(weight), interpolate(real, fake, torch.rand(5))).item() == pytest.approx(0, abs=1e-10)
+    distance = -wasserstein_critic_loss(linear(weight)(real), linear(weight)(fake)).item()
+    assert distance == pytest.approx(math.dist([1.0] * 4, [-1.0] * 4))
