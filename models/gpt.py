@@ -81,6 +81,16 @@ def flops_per_token(model: GPT2LMHeadModel) -> float:
     return 6.0 * parameters + 12.0 * config.n_layer * config.n_embd * config.n_positions
 
 
+def weights(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
+    """The state under transformers' names, without the output matrix: it is the token embedding."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+
+
+def restore(model: GPT2LMHeadModel, state: dict[str, torch.Tensor]) -> None:
+    """Loads what `weights` gave."""
+    model.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
+
+
 @torch.no_grad()
 def sample(
     model: GPT2LMHeadModel, ids: list[int], num_tokens: int, temperature: float = 0.7, top_k: int = 50, top_p: float = 1.0, seed: int = 0
@@ -96,9 +106,11 @@ def sample(
     tokens = list(ids)
     cache = None
     for _ in range(num_tokens):
-        if cache is None or cache.get_seq_length() >= model.config.n_positions:
-            # A slid window has other positions, so its cache starts anew, half empty: once in T / 2 tokens.
-            cache, window = None, tokens[-max(len(ids) if len(tokens) == len(ids) else 0, model.config.n_positions // 2) :][-model.config.n_positions + 1 :]
+        if cache is None:
+            window = tokens[-model.config.n_positions :]
+        elif cache.get_seq_length() == model.config.n_positions:
+            # Positions are absolute, so a slid window needs a new cache: half full, to slide once in T / 2 tokens.
+            cache, window = None, tokens[-(model.config.n_positions // 2) :]
         else:
             window = tokens[-1:]
         out = model(input_ids=torch.tensor([window], device=device), past_key_values=cache, use_cache=True)
