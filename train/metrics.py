@@ -1,0 +1,193 @@
+"""What people watch: metrics.jsonl, TensorBoard, samples, and the progress bar of the driver.
+
+Rank 0's `Recorder` writes into the run's folder and feeds the driver through a small actor, so that
+nothing is parsed out of log lines and the workers' own output stays free for warnings.
+"""
+
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from models import storage
+
+
+class Silent:
+    """What the other ranks get: the same verbs, without effect."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+    def image(self, step: int, tag: str, picture: np.ndarray) -> None: ...
+    def text(self, step: int, tag: str, content: str) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Recorder(Silent):
+    """Writes a run's curves and samples.
+
+    Args:
+        run_uri: the run's folder; a remote one is written to at each `flush`.
+        start: the step resumed from: what an interrupted run recorded beyond it is dropped.
+        feed: the driver's `Feed` actor, or None.
+    """
+
+    def __init__(self, run_uri: str, start: int = 0, feed: Any = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        local = storage.local_path(run_uri)
+        self._remote = run_uri if local is None else None
+        self.folder = local or Path(tempfile.mkdtemp(prefix="raykiln-run-"))
+        self._feed = feed
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        if self._remote and storage.exists(storage.join(self._remote, "metrics.jsonl")):
+            (self.folder / "metrics.jsonl").write_bytes(storage.read_bytes(storage.join(self._remote, "metrics.jsonl")))
+        self._log = self.folder / "metrics.jsonl"
+        _drop_after(self._log, start)
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line in metrics.jsonl, one point a tag in TensorBoard, one row for the progress bar."""
+        values = {tag: float(value) for tag, value in values.items()}
+        with self._log.open("a") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        for tag, value in values.items():
+            self._board.add_scalar(tag, value, step)
+        if self._feed is not None:
+            self._feed.push.remote({"step": step, **values})
+
+    def image(self, step: int, tag: str, picture: np.ndarray) -> None:
+        """A picture (H, W, C) uint8 as samples/<tag>_<step>.png and in TensorBoard."""
+        Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(self.folder / "samples" / f"{tag}_{step:06d}.png")
+        self._board.add_image(tag, picture, step, dataformats="HWC")
+        self.flush()
+
+    def text(self, step: int, tag: str, content: str) -> None:
+        """Text as samples/<tag>_<step>.txt and in TensorBoard."""
+        (self.folder / "samples" / f"{tag}_{step:06d}.txt").write_text(content, encoding="utf-8")
+        self._board.add_text(tag, f"```\n{content}\n```", step)
+        self.flush()
+
+    def flush(self) -> None:
+        """What was recorded so far is on the run's storage."""
+        self._board.flush()
+        if self._remote:
+            storage.upload(self.folder, self._remote)
+
+    def close(self) -> None:
+        self._board.close()
+        self.flush()
+
+
+def _drop_after(log: Path, start: int) -> None:
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that a killed process was writing
+        if row["step"] <= start:
+            kept.append(line)
+    storage.write_bytes(log, "".join(line + "\n" for line in kept).encode())
+
+
+def read(run_uri: str) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in storage.read_bytes(storage.join(run_uri, "metrics.jsonl")).decode().splitlines()]
+
+
+class _Feed:
+    """Between rank 0 and the driver."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+
+    def push(self, row: dict[str, float]) -> None:
+        self._rows.append(row)
+
+    def drain(self) -> list[dict[str, float]]:
+        rows, self._rows = self._rows, []
+        return rows
+
+
+@contextmanager
+def watch(title: str, steps: int, speed: str, quiet: bool = False) -> Iterator[Any]:
+    """Shows what comes through the feed that it yields: a bar on a terminal, else a line every ten seconds.
+
+    Args:
+        title: the run's name.
+        steps: how many there will be.
+        speed: the tag of the figure of speed, e.g. "tokens_per_s".
+        quiet: shows nothing (a search has its own table).
+    """
+    feed = ray.remote(_Feed).options(num_cpus=0).remote()
+    done = threading.Event()
+    show = _silence if quiet else _bar if sys.stdout.isatty() else _lines
+    screen = threading.Thread(target=show, args=(feed, done, title, steps, speed), daemon=True)
+    screen.start()
+    try:
+        yield feed
+    finally:
+        done.set()
+        screen.join(timeout=5)
+        ray.kill(feed)
+
+
+def _rows(feed: Any, done: threading.Event) -> Iterator[list[dict[str, float]]]:
+    """Batches of rows, twice a second, until the run is over and the feed is empty; ends quietly with the cluster."""
+    last = False
+    while True:
+        try:
+            yield ray.get(feed.drain.remote(), timeout=10)
+        except Exception:
+            return
+        if last:
+            return
+        last = done.wait(0.5)
+
+
+def _summary(row: dict[str, float], speed: str) -> str:
+    shown = [f"{tag} {value:.4g}" for tag, value in row.items() if tag not in {"step", speed} and ("loss" in tag or "bits" in tag)]
+    return "  ".join(shown)
+
+
+def _bar(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]  # fmt: skip
+    with Progress(*columns, console=Console()) as progress:
+        task = progress.add_task(title, total=steps, figures="starting")
+        for rows in _rows(feed, done):
+            for row in rows:
+                rate = f"  {row[speed]:,.0f} {speed.replace('_per_s', '/s').replace('_', ' ')}" if speed in row else ""
+                if "loss" in " ".join(row):
+                    progress.update(task, completed=row["step"], figures=_summary(row, speed) + rate)
+
+
+def _lines(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
+    begun, first, shown = time.monotonic(), None, 0.0
+    for rows in _rows(feed, done):
+        for row in rows:
+            first = first or (time.monotonic(), row["step"])
+            if time.monotonic() - shown < 10 and row["step"] < steps:
+                continue
+            shown = time.monotonic()
+            rate = f"  {row[speed]:,.0f} {speed.replace('_per_s', '/s').replace('_', ' ')}" if speed in row else ""
+            pace = (shown - first[0]) / max(row["step"] - first[1], 1)
+            left = f"  {pace * (steps - row['step']):.0f} s left" if row["step"] > first[1] else ""
+            print(f"{title}: step {row['step']:.0f}/{steps}  {_summary(row, speed)}{rate}  {shown - begun:.0f} s{left}", flush=True)
+
+
+def _silence(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
+    for _ in _rows(feed, done):
+        pass
