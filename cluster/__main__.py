@@ -1,0 +1,97 @@
+"""python -m cluster up | down | status | submit | doctor."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from cluster import dashboard, local, status
+from models import cli
+
+
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    return int(arguments.command(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+
+    def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=function)
+        command.add_argument(
+            "--storage", default=cli.storage_default(), help="where the cluster's jobs keep their files (default: %(default)s)"
+        )
+        return command
+
+    command = add("up", _up, "start a Ray head on this machine, in the background")
+    command.add_argument("--port", type=int, help=f"of Ray's control service (default: {local.GCS_PORT}, or a free one)")
+    command.add_argument("--dashboard-port", type=int, help=f"on 127.0.0.1 (default: {local.DASHBOARD_PORT}, or a free one)")
+    command.add_argument("--num-cpus", type=int, help="logical CPUs (default: the machine's)")
+    add("down", _down, "end this machine's head, its jobs and nothing else")
+    add("status", _status, "show nodes, resources and jobs")
+    command = add("submit", _submit, "run a command as a job, follow its log, exit as it ended")
+    command.add_argument("entrypoint", nargs="+", metavar="COMMAND", help="after --, as in: -- python -m train gpt")
+    add("doctor", _doctor, "check versions, disks, accelerators and storage on every node")
+    return parser
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    head, started = local.up(arguments.storage, arguments.port, arguments.dashboard_port, arguments.num_cpus)
+    flag = "" if arguments.storage == cli.storage_default() else f" --storage {arguments.storage}"
+    print(f"{'Ray is up' if started else 'Ray runs already'} at {head.address}; jobs keep their files in {head.storage}")
+    print(f"  dashboard  {head.dashboard.url} (asks for the token in {_short(head.home / 'token')})")
+    print(f"  join it    source {_short(head.home / 'env')}")
+    print("  submit     ray job submit --working-dir . -- python -m train gpt --config gpt-tiny")
+    print(f"  stop       python -m cluster down{flag}")
+    return 0
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    ended = local.down(arguments.storage)
+    print(f"Ray is down: {ended} processes ended" if ended else f"nothing to end: no cluster was up for storage {arguments.storage}")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    status.show(_dashboard(arguments.storage))
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from cluster import jobs  # imports ray, which the other commands need not wait for
+
+    return jobs.submit(_dashboard(arguments.storage), arguments.entrypoint)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.update(_running_head(arguments.storage).variables)
+    from cluster import doctor  # imports ray, which reads the environment as it is imported
+
+    return doctor.examine(os.environ.get("KILN_STORAGE", arguments.storage))
+
+
+def _dashboard(storage_uri: str) -> dashboard.Dashboard:
+    """That of the cluster this shell has joined, else of the one that runs here for `storage_uri`."""
+    return dashboard.from_environment() or _running_head(storage_uri).dashboard
+
+
+def _running_head(storage_uri: str) -> local.Head:
+    head = local.find(storage_uri)
+    if head is None:
+        raise ValueError(
+            f"no cluster is up for storage {storage_uri}: start one with `python -m cluster up`, or source a cluster's env file"
+        )
+    return head
+
+
+def _short(path: Path) -> str:
+    """As a user would type it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,295 @@
+"""A Ray head on this machine that is ours alone: started in the background, found again, ended without a trace.
+
+    python -m cluster up
+    source kiln/cluster/env
+    python -m cluster down
+
+Every process of the cluster inherits KILN_CLUSTER_ID from its head. That mark says what is ours: `down` ends the
+processes that carry it and no others, so neither a recycled process id nor another Ray cluster is ever hit. (A bare
+`ray stop` ends every Ray process of the machine, which is why nothing here calls it.)
+"""
+
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster.dashboard import Dashboard
+from models import cli, storage
+
+MARK = "KILN_CLUSTER_ID"
+START_TIMEOUT_S = 120
+STOP_GRACE_S = 15  # a job's driver may finish its clean-up before it is killed
+
+# Where Ray's servers listen unless something else does already.
+GCS_PORT, DASHBOARD_PORT, CLIENT_PORT, AGENT_PORT = 6379, 8265, 10001, 52365
+
+
+@dataclass(frozen=True)
+class Head:
+    """What `up` writes down about the head it started (`<storage>/cluster/state.json`)."""
+
+    id: str
+    host: str  # the machine, since storage may be shared between several
+    pid: int
+    started: float  # the process's start, in seconds since the epoch: with `pid` it names one process for ever
+    port: int
+    dashboard_port: int
+    temp_dir: str
+    storage: str  # absolute: a job runs in a copy of its working directory, where ./kiln would be lost
+
+    @property
+    def home(self) -> Path:
+        return folder(self.storage)
+
+    @property
+    def address(self) -> str:
+        """host:port for RAY_ADDRESS, as Ray itself publishes it once the head is up."""
+        return (Path(self.temp_dir) / "ray_current_cluster").read_text().strip()
+
+    @property
+    def dashboard(self) -> Dashboard:
+        return Dashboard(f"http://127.0.0.1:{self.dashboard_port}", (self.home / "token").read_text())
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment that joins a process to this cluster."""
+        return {
+            "RAY_ADDRESS": self.address,
+            "RAY_API_SERVER_ADDRESS": self.dashboard.url,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.home / "token"),
+            "KILN_STORAGE": self.storage,
+        }
+
+    def alive(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            # The kernel counts in ticks since boot: the same start is read back only to within a fraction of a second.
+            return _running(process) and abs(process.create_time() - self.started) < 1
+        except psutil.NoSuchProcess:
+            return False
+
+
+def folder(storage_uri: str) -> Path:
+    """Where the state of this machine's head lies: <storage>/cluster, or ./kiln/cluster where storage is remote."""
+    return (storage.local_path(storage_uri) or Path(cli.DEFAULT_STORAGE).absolute()) / "cluster"
+
+
+def find(storage_uri: str) -> Head | None:
+    """The head that runs for `storage_uri` on this machine, None where there is none."""
+    head = _recorded(storage_uri)
+    return head if head and head.alive() else None
+
+
+def up(storage_uri: str, port: int | None = None, dashboard_port: int | None = None, num_cpus: int | None = None) -> tuple[Head, bool]:
+    """Starts a head for `storage_uri` and waits until it takes jobs; the head, and False where it ran already.
+
+    Args:
+        port: of Ray's control service; 6379, or a free one where that is taken.
+        dashboard_port: of the dashboard and the jobs API, on 127.0.0.1; 8265, or a free one.
+        num_cpus: logical CPUs; by default the machine's.
+
+    Raises:
+        ValueError: a port that was asked for is taken, or Ray did not come up (with the end of its log).
+    """
+    head = find(storage_uri)
+    if head:
+        _wait_until_ready(head)
+        return head, False
+    down(storage_uri)  # what a crash left
+    port, dashboard_port = _free_port(port, GCS_PORT, "--port"), _free_port(dashboard_port, DASHBOARD_PORT, "--dashboard-port")
+    head = _launch(storage_uri, port, dashboard_port, num_cpus)
+    try:
+        _wait_until_ready(head)
+    except BaseException:
+        down(storage_uri)
+        raise
+    _write_private(head.home / "env", _exports(head))
+    return head, True
+
+
+def down(storage_uri: str) -> int:
+    """Ends the cluster of `storage_uri` with all its jobs; the number of processes that ran."""
+    head = _recorded(storage_uri)
+    if head is None:
+        return 0
+    ended = _end(head.id)
+    shutil.rmtree(head.temp_dir, ignore_errors=True)
+    for name in ("env", "token", "state.json"):  # the state last: until then a second `down` can finish the work
+        (head.home / name).unlink(missing_ok=True)
+    return ended
+
+
+def _recorded(storage_uri: str) -> Head | None:
+    path = folder(storage_uri) / "state.json"
+    if not path.exists():
+        return None
+    try:
+        head = Head(**storage.read_json(path))
+    except TypeError as error:
+        raise ValueError(f"{path} was not written by this version ({error}): end process ids it names yourself, then delete it") from error
+    if head.host != socket.gethostname():
+        raise ValueError(f"{path} belongs to a head on machine {head.host!r}: go there, or give this machine a --storage of its own")
+    return head
+
+
+def _launch(storage_uri: str, port: int, dashboard_port: int, num_cpus: int | None) -> Head:
+    home = folder(storage_uri)
+    home.mkdir(parents=True, exist_ok=True)
+    _write_private(home / "token", secrets.token_hex(32))
+    mark = secrets.token_hex(16)
+    # Ray's sockets live below its temp dir and a socket's path is limited to 107 bytes: storage may lie too deep.
+    temp_dir = tempfile.mkdtemp(prefix="kiln-", dir="/tmp")
+    local = storage.local_path(storage_uri)
+    absolute = str(local) if local else storage_uri
+    with open(home / "head.log", "wb") as log:
+        process = subprocess.Popen(
+            _start_command(port, dashboard_port, temp_dir, num_cpus),
+            env=_environment(mark, temp_dir, absolute, home / "token"),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=temp_dir,
+            start_new_session=True,  # Ctrl-C in the terminal that ran `up` is not for the cluster
+        )
+    started = psutil.Process(process.pid).create_time()
+    head = Head(mark, socket.gethostname(), process.pid, started, port, dashboard_port, temp_dir, absolute)
+    storage.write_json(home / "state.json", asdict(head))
+    return head
+
+
+def _start_command(port: int, dashboard_port: int, temp_dir: str, num_cpus: int | None) -> list[str]:
+    """`ray start --block`: it stays the parent of the whole head, and ends the rest if one part dies."""
+    options = {
+        "--port": port,
+        "--dashboard-host": "127.0.0.1",
+        "--dashboard-port": dashboard_port,
+        "--ray-client-server-port": _free_port(None, CLIENT_PORT),
+        "--dashboard-agent-listen-port": _free_port(None, AGENT_PORT),
+        "--temp-dir": temp_dir,
+    }
+    if num_cpus is not None:
+        options["--num-cpus"] = num_cpus
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    return [*ray, "start", "--head", "--block", "--disable-usage-stats", *(str(part) for option in options.items() for part in option)]
+
+
+def _environment(mark: str, temp_dir: str, storage_uri: str, token: Path) -> dict[str, str]:
+    """What the head passes on to every worker and every job."""
+    # Those of a cluster that this shell may be joined to already.
+    foreign = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"}
+    return {name: value for name, value in os.environ.items() if name not in foreign} | {
+        MARK: mark,
+        "KILN_STORAGE": storage_uri,
+        "PATH": _path(),
+        "RAY_TMPDIR": temp_dir,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        # As cluster.connect sets them for a private cluster.
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # `ray job stop` gives a driver 3 s by default, less than a checkpoint takes to be written.
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S),
+        # `down` signals every process itself; a head that drains would only make it wait.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
+
+
+def _path() -> str:
+    """PATH with this interpreter's folder first: `python` in a job is the one that ran `up`, and `ray` is its Ray."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def _exports(head: Head) -> str:
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in head.variables.items()]
+    lines.append(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
+    lines.append("unset RAY_AUTH_TOKEN  # Ray would prefer it to the file")
+    return "\n".join(lines) + "\n"
+
+
+def _wait_until_ready(head: Head) -> None:
+    """Returns once the head has published its address and its jobs API answers."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while head.alive() and time.monotonic() < deadline:
+        if (Path(head.temp_dir) / "ray_current_cluster").exists():
+            with contextlib.suppress(ValueError):
+                head.dashboard.jobs()
+                return
+        time.sleep(0.2)
+    log = head.home / "head.log"
+    last_lines = " | ".join(log.read_text(errors="replace").split("\n")[-6:])
+    reason = f"did not answer within {START_TIMEOUT_S} s" if head.alive() else "ended at its start"
+    raise ValueError(f"the Ray head {reason}; {log} ends with: {last_lines}")
+
+
+def _free_port(wanted: int | None, preferred: int, option: str = "") -> int:
+    if wanted is not None and not _is_free(wanted):
+        raise ValueError(f"{option} {wanted} is taken by another process: name another, or leave {option} out and a free one is chosen")
+    if wanted is not None or _is_free(preferred):
+        return wanted if wanted is not None else preferred
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # A listener still refuses us; what a closed one left behind (TIME_WAIT) does not.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+def _marked(mark: str) -> set[psutil.Process]:
+    """The running processes that inherited `mark`, and their children: some of Ray's overwrite their environment with a title."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # another user's, or gone meanwhile
+            if process.environ().get(MARK) == mark:
+                found.add(process)
+                found.update(process.children(recursive=True))
+    return set(filter(_running, found))
+
+
+def _running(process: psutil.Process) -> bool:
+    """Whether it is more than an entry that its parent has not collected yet."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _end(mark: str) -> int:
+    """SIGTERM to all that carry `mark`, SIGKILL to those still there after the grace; how many there were."""
+    ended: set[psutil.Process] = set()
+    for round_number in range(10):  # the dying may still start others
+        processes = _marked(mark)
+        if not processes:
+            break
+        ended |= processes
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill() if round_number else process.terminate()
+        psutil.wait_procs(processes, timeout=STOP_GRACE_S)
+    return len(ended)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """A file that only its owner can read."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
