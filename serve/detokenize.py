@@ -1,0 +1,56 @@
+"""From a sequence's tokens to the text that may be shown: whole characters only, and never a part of a stop string."""
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+
+class TextStream:
+    """The text of one sequence, token by token.
+
+    All that `push` and `flush` return, joined, is `tokenizer.decode(tokens)` up to the first stop string.
+
+    Args:
+        stop: the text ends before the first of these.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: tuple[str, ...] = ()) -> None:
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, stop
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._decoded = 0  # characters that have left the decoder
+        self._held = ""  # decoded, but possibly the beginning of a stop string
+
+    def push(self, token: int) -> str:
+        """Takes the next token; returns the text that can be shown now, often empty. Sets `stopped` at a stop string."""
+        assert not self.stopped
+        self._tokens.append(token)
+        piece = self._stream.step(self._tokenizer, token) or ""  # nothing while a character's bytes are incomplete
+        self._decoded += len(piece)
+        self._held += piece
+        return self._release(self._unsafe_suffix())
+
+    def flush(self) -> str:
+        """The rest of the text, once the last token was pushed."""
+        if self.stopped:
+            return ""
+        self._held += self._tokenizer.decode(self._tokens)[self._decoded :]
+        return self._release(0)
+
+    def _release(self, keep: int) -> str:
+        """The held text but for its last `keep` characters; all before the stop string where there is one."""
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._held[: min(found)]
+        split = len(self._held) - keep
+        shown, self._held = self._held[:split], self._held[split:]
+        return shown
+
+    def _unsafe_suffix(self) -> int:
+        """The length of the longest end of the held text that a stop string begins with."""
+        longest = max(map(len, self._stop), default=0)
+        for length in range(min(longest - 1, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,296 @@
+"""Continuous batching: requests join and leave at every step of one thread; their text streams to asyncio consumers.
+
+    engine = Engine(TextSession(folder))
+    async for chunk in engine.submit("To be", Sampling(max_tokens=40)).chunks():
+        print(chunk.text, end="")
+
+The thread alone touches the scheduler and the session, so neither needs a lock: it takes what the event loop wants
+(join, leave) from an inbox between two steps, and hands what a step made back to the loop in one call.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+
+from serve.detokenize import TextStream
+from serve.errors import DeadlineExceeded, Overloaded, Rejected, TooLong, Unavailable
+from serve.sampling import sample
+from serve.scheduler import Sampling, Scheduler, Sequence
+
+logger = logging.getLogger(__name__)
+
+GONE = "the text model is restarting: try again in a moment"
+
+
+class Session(Protocol):
+    """What the engine needs of `serve.session.TextSession`."""
+
+    slots: int
+    context: int
+    eos_token_id: int
+    tokenizer: tokenizers.Tokenizer
+
+    def prefill(self, slot: int, ids: list[int], start: int = 0) -> np.ndarray: ...
+
+    def decode(self, slots: list[int], ids: list[int], lengths: list[int]) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a request produced since its last chunk."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int  # in all, so far
+    finish_reason: str | None = None  # "stop" (end of text, or a stop string) or "length", in the last chunk
+
+
+class Stream:
+    """One request under way, as its consumer on the event loop sees it. `Engine.submit` makes it."""
+
+    def __init__(self, engine: "Engine", sequence: Sequence) -> None:
+        self.sequence = sequence
+        self.text = TextStream(engine.session.tokenizer, sequence.sampling.stop)  # the engine's thread's
+        self._engine = engine
+        self._pending: Chunk | None = None
+        self._error: Rejected | None = None
+        self._ready, self._done = asyncio.Event(), asyncio.Event()
+
+    async def chunks(self) -> AsyncIterator[Chunk]:
+        """The text as it comes: the first chunk at once, then whatever was made in the meantime, at most every `interval_s`.
+
+        Leaving early (a break with `aclosing`, a cancelled task) frees the request's slot.
+
+        Raises:
+            Overloaded: the queue was full.
+            DeadlineExceeded: the engine's `timeout_s` ran out.
+            Unavailable: the engine has ended.
+        """
+        try:
+            while True:
+                await self._ready.wait()
+                self._ready.clear()
+                if self._error is not None:
+                    raise self._error
+                assert self._pending is not None
+                chunk, self._pending = self._pending, None
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._done.wait(), self._engine.interval_s)
+        finally:
+            self._engine.leave(self)
+
+    async def result(self) -> Chunk:
+        """The whole text in one chunk. Raises what `chunks` raises."""
+        texts = []
+        async for chunk in self.chunks():
+            texts.append(chunk.text)
+        return replace(chunk, text="".join(texts))
+
+    def deliver(self, news: "Chunk | Rejected") -> None:
+        """Called on the event loop."""
+        if isinstance(news, Rejected):
+            self._error = news
+        else:
+            before = self._pending.text if self._pending else ""
+            self._pending = replace(news, text=before + news.text)
+        if isinstance(news, Rejected) or news.finish_reason is not None:
+            self._done.set()
+        self._ready.set()
+
+
+class Engine:
+    """Runs a session's slots for many requests at once. Made on the event loop that its consumers run on.
+
+    Args:
+        session: used by the engine's thread alone from now on.
+        queue_limit: requests that may wait for a slot; one more is refused.
+        chunk_size: most prompt tokens of one prefill.
+        timeout_s: the longest that a request may take, its waiting included.
+        interval_s: the shortest time between two chunks of a stream. A message to a client costs more than a token of a
+            small model, and 50 a second look continuous.
+    """
+
+    def __init__(
+        self, session: Session, queue_limit: int = 64, chunk_size: int = 64, timeout_s: float = 300.0, interval_s: float = 0.02
+    ) -> None:
+        self.session, self.timeout_s, self.interval_s = session, timeout_s, interval_s
+        self.generated = 0  # tokens in all
+        self._scheduler = Scheduler(session.slots, queue_limit, chunk_size)
+        self._longest_token = max(map(len, session.tokenizer.get_vocab(with_added_tokens=True)))
+        self._streams: dict[Sequence, Stream] = {}  # those that the thread has taken in
+        self._inbox: queue.SimpleQueue[tuple[Callable[[Stream], None], Stream] | None] = queue.SimpleQueue()
+        self._outbox: list[tuple[Stream, Chunk | Rejected]] = []
+        self._loop = asyncio.get_running_loop()
+        self._closing = False
+        self.alive = True
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # ---- called on the event loop
+
+    def submit(self, prompt: str, sampling: Sampling, client: str = "") -> Stream:
+        """Puts a request into the queue.
+
+        Args:
+            prompt: empty: the text starts as a document does.
+            client: clients are served in turn.
+
+        Raises:
+            TooLong: prompt and `max_tokens` do not fit into the model's context.
+            Unavailable: the engine has ended.
+        """
+        ids = self._encode(prompt, sampling.max_tokens)
+        if not self.alive:
+            raise Unavailable(GONE)
+        stream = Stream(self, Sequence(ids, sampling, client, time.monotonic() + self.timeout_s))
+        self._inbox.put((self._join, stream))
+        return stream
+
+    def leave(self, stream: Stream) -> None:
+        """The consumer has gone: from the next step on, the request's slot is another's."""
+        self._inbox.put((self._drop, stream))
+
+    def close(self) -> None:
+        """Ends the thread once everything submitted is finished."""
+        self._inbox.put(None)
+
+    def join(self, timeout_s: float | None = None) -> None:
+        self._thread.join(timeout_s)
+
+    def status(self) -> dict[str, int]:
+        """Counts: slots, requests running and waiting, tokens generated so far."""
+        scheduler = self._scheduler
+        return {"slots": scheduler.slots, "running": scheduler.running, "waiting": scheduler.waiting, "generated": self.generated}
+
+    def _encode(self, prompt: str, max_tokens: int) -> list[int]:
+        room = self.session.context - max_tokens
+        # No tokenizer makes fewer tokens than this of so many characters: what cannot fit is not even encoded.
+        tokens = len(prompt) // self._longest_token
+        ids: list[int] = []
+        if tokens <= room:
+            ids = self.session.tokenizer.encode(prompt).ids or [self.session.eos_token_id]
+            tokens = len(ids)
+        if tokens > room:
+            raise TooLong(
+                f"the prompt's {tokens} tokens and max_tokens {max_tokens} exceed the model's context of {self.session.context} tokens: "
+                "shorten the prompt or ask for fewer tokens"
+            )
+        return ids
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_in():
+                self._step()
+                self._hand_out()
+        except Exception:
+            logger.exception("the engine's thread ended")
+        finally:
+            self._hand_out()
+            self._call(self._end)
+
+    def _take_in(self) -> bool:
+        """Lets requests join and leave, and waits for one where there is nothing to do. False: the engine is to end."""
+        while not (self._closing and self._scheduler.idle):
+            try:
+                item = self._inbox.get(block=self._scheduler.idle and not self._outbox)
+            except queue.Empty:
+                break
+            if item is None:
+                self._closing = True
+            else:
+                act, stream = item
+                act(stream)
+        for sequence in self._scheduler.expired(time.monotonic()):
+            self._finish(sequence, DeadlineExceeded(f"the request took longer than {self.timeout_s:g} s: ask for fewer tokens, or later"))
+        return not (self._closing and self._scheduler.idle)
+
+    def _join(self, stream: Stream) -> None:
+        try:
+            self._scheduler.add(stream.sequence)
+            self._streams[stream.sequence] = stream
+        except Overloaded as error:
+            self._outbox.append((stream, error))
+
+    def _drop(self, stream: Stream) -> None:
+        self._scheduler.remove(stream.sequence)
+        self._streams.pop(stream.sequence, None)
+
+    def _step(self) -> None:
+        for prefill in self._scheduler.prefills():
+            sequence = prefill.sequence
+            assert sequence.slot is not None
+            logits = self.session.prefill(sequence.slot, prefill.ids, prefill.start)
+            sequence.cached += len(prefill.ids)
+            if sequence.cached == len(sequence.prompt):
+                self._accept(sequence, logits)
+        batch = self._scheduler.decodes()
+        if batch:
+            slots = [sequence.slot for sequence in batch if sequence.slot is not None]
+            rows = self.session.decode(slots, [sequence.tokens[-1] for sequence in batch], [sequence.cached for sequence in batch])
+            for sequence, logits in zip(batch, rows, strict=True):
+                sequence.cached += 1
+                self._accept(sequence, logits)
+
+    def _accept(self, sequence: Sequence, logits: np.ndarray) -> None:
+        """Draws a sequence's next token, and ends the sequence where that was its last."""
+        how, stream = sequence.sampling, self._streams[sequence]
+        position = len(sequence.tokens)
+        token = sample(logits, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, seed=how.seed, position=position)
+        sequence.tokens.append(token)
+        self.generated += 1
+        text = "" if token == self.session.eos_token_id else stream.text.push(token)
+        if token == self.session.eos_token_id or stream.text.stopped:
+            reason = "stop"
+        elif len(sequence.tokens) == how.max_tokens:
+            reason = "length"
+        else:
+            if text:
+                self._outbox.append((stream, Chunk(text, len(sequence.prompt), len(sequence.tokens))))
+            return
+        text += stream.text.flush()
+        reason = "stop" if stream.text.stopped else reason  # the held end may have completed a stop string
+        self._finish(sequence, Chunk(text, len(sequence.prompt), len(sequence.tokens), reason))
+
+    def _finish(self, sequence: Sequence, news: Chunk | Rejected) -> None:
+        self._scheduler.remove(sequence)
+        self._outbox.append((self._streams.pop(sequence), news))
+
+    def _hand_out(self) -> None:
+        if self._outbox:
+            self._call(self._deliver, self._outbox)
+            self._outbox = []
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(function, *args)
+
+    # ---- called by the thread, on the event loop
+
+    def _deliver(self, news: list[tuple[Stream, Chunk | Rejected]]) -> None:
+        for stream, item in news:
+            stream.deliver(item)
+
+    def _end(self) -> None:
+        """The thread's last word. `submit` runs on this loop too: what it put into the inbox before is all there."""
+        self.alive = False
+        left = list(self._streams.values())
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if item is not None:
+                left.append(item[1])
+        for stream in left:
+            stream.deliver(Unavailable(GONE))

@@ -1,0 +1,133 @@
+"""Who runs next: sequences wait in a fair queue, take a slot, and leave it. Plain Python: no model, no threads, no clock.
+
+A step of the engine is the prompts' chunks of `prefills()`, then one token further for all of `decodes()`.
+"""
+
+import heapq
+import math
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from serve.errors import Overloaded
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request wants its tokens drawn."""
+
+    max_tokens: int = 16
+    temperature: float = 0.7  # 0: greedy
+    top_k: int = 50  # 0: off
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request's tokens on their way through a slot."""
+
+    prompt: list[int]
+    sampling: Sampling = Sampling()
+    client: str = ""  # whose share of the queue it takes
+    deadline: float = math.inf  # on the caller's clock
+    tokens: list[int] = field(default_factory=list)  # generated so far
+    slot: int | None = None
+    cached: int = 0  # tokens whose keys and values lie in the slot
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The next chunk of a prompt: `ids` go to the sequence's slot from position `start` on."""
+
+    sequence: Sequence
+    ids: list[int]
+    start: int
+
+
+class Scheduler:
+    """Slots, and a bounded queue that serves its clients in turn.
+
+    Args:
+        slots: sequences that can run at once.
+        queue_limit: sequences that may wait; one more is refused.
+        chunk_size: most prompt tokens of one prefill. A prompt is cut at multiples of it, whatever else runs, so that
+            its keys and values are computed the same way alone and in company.
+    """
+
+    def __init__(self, slots: int, queue_limit: int, chunk_size: int) -> None:
+        self.slots, self.queue_limit, self.chunk_size = slots, queue_limit, chunk_size
+        self._queues: OrderedDict[str, deque[Sequence]] = OrderedDict()  # per client; the next to be served first
+        self._free = list(range(slots))  # a heap: the lowest slots are taken first, so that a batch lies close together
+        self._running: list[Sequence] = []
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(queue) for queue in self._queues.values())
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def idle(self) -> bool:
+        return not self._running and not self._queues
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a new sequence into the queue.
+
+        Raises:
+            Overloaded: all slots are taken and the queue is full.
+        """
+        if self.waiting >= self.queue_limit + len(self._free):
+            raise Overloaded(f"all {self.slots} slots are busy and {self.waiting} requests wait: try again in a moment")
+        self._queues.setdefault(sequence.client, deque()).append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is; its slot is free at once. Nothing happens where it has left already."""
+        if sequence in self._running:
+            assert sequence.slot is not None
+            self._running.remove(sequence)
+            heapq.heappush(self._free, sequence.slot)
+            sequence.slot = None
+            return
+        queue = self._queues.get(sequence.client)
+        if queue and sequence in queue:
+            queue.remove(sequence)
+            if not queue:
+                del self._queues[sequence.client]
+
+    def prefills(self) -> list[Prefill]:
+        """Gives free slots to waiting sequences, and returns this step's chunks of prompts, in order of arrival in a slot.
+
+        They sum to less than two chunks, so that the streams under way wait for a bounded time only.
+        """
+        while self._free and self._queues:
+            self._admit()
+        chunks: list[Prefill] = []
+        budget = self.chunk_size
+        for sequence in self._running:
+            start = sequence.cached
+            while budget > 0 and start < len(sequence.prompt):
+                ids = sequence.prompt[start : start + self.chunk_size]
+                chunks.append(Prefill(sequence, ids, start))
+                start += len(ids)
+                budget -= len(ids)
+        return chunks
+
+    def decodes(self) -> list[Sequence]:
+        """The sequences whose newest token is not in their slot yet."""
+        return [sequence for sequence in self._running if sequence.tokens]
+
+    def expired(self, now: float) -> list[Sequence]:
+        """The sequences, running or waiting, whose deadline has passed."""
+        waiting = [sequence for queue in self._queues.values() for sequence in queue]
+        return [sequence for sequence in self._running + waiting if sequence.deadline < now]
+
+    def _admit(self) -> None:
+        client, queue = self._queues.popitem(last=False)
+        sequence = queue.popleft()
+        if queue:
+            self._queues[client] = queue  # to the end of the round
+        sequence.slot = heapq.heappop(self._free)
+        self._running.append(sequence)

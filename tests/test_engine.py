@@ -1,0 +1,357 @@
+"""The engine: the same tokens alone and in company, streams that add up, slots that come back, whole characters only."""
+
+import asyncio
+import contextlib
+import hashlib
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from serve.detokenize import TextStream
+from serve.engine import Chunk, Engine
+from serve.errors import DeadlineExceeded, Overloaded, Rejected, TooLong, Unavailable
+from serve.sampling import sample
+from serve.scheduler import Sampling, Scheduler, Sequence
+
+EOS = 256
+VOCAB = 257
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A byte-level BPE without merges: one token a byte, and the end of text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+def logits_after(history: list[int]) -> np.ndarray:
+    """A deterministic model: the next token's logits depend on every token before it, and on their order."""
+    digest = hashlib.sha256(np.array(history, np.int32).tobytes()).digest()
+    return np.random.default_rng(list(digest)).standard_normal(VOCAB).astype(np.float32) * 3
+
+
+class HashSession:
+    """A session whose slots hold plain lists: whoever mixes up slots, lengths or the order of steps gets other tokens."""
+
+    def __init__(self, slots: int = 3, context: int = 96, step_s: float = 0.0) -> None:
+        self.slots, self.context, self.eos_token_id, self.step_s = slots, context, EOS, step_s
+        self.tokenizer = byte_tokenizer()
+        self.cache: list[list[int]] = [[] for _ in range(slots)]
+        self.largest_batch = 0
+        self.prefill_sizes: list[int] = []
+
+    def prefill(self, slot: int, ids: list[int], start: int = 0) -> np.ndarray:
+        assert start <= len(self.cache[slot])
+        self.cache[slot] = self.cache[slot][:start] + ids
+        self.prefill_sizes.append(len(ids))
+        return logits_after(self.cache[slot])
+
+    def decode(self, slots: list[int], ids: list[int], lengths: list[int]) -> np.ndarray:
+        assert len(set(slots)) == len(slots)
+        time.sleep(self.step_s)
+        self.largest_batch = max(self.largest_batch, len(slots))
+        for slot, token, length in zip(slots, ids, lengths, strict=True):
+            assert len(self.cache[slot]) == length
+            self.cache[slot].append(token)
+        return np.stack([logits_after(self.cache[slot]) for slot in slots])
+
+
+def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@contextlib.asynccontextmanager
+async def engine_of(session: HashSession, **options: Any) -> AsyncIterator[Engine]:
+    engine = Engine(session, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+        await asyncio.to_thread(engine.join, 20)
+        assert engine.status()["running"] == engine.status()["waiting"] == 0
+
+
+def reference(prompt: str, sampling: Sampling) -> str:
+    """The text of a request, worked out without scheduler, chunks, slots or streams."""
+    tokenizer = byte_tokenizer()
+    history = tokenizer.encode(prompt).ids or [EOS]
+    tokens: list[int] = []
+    while len(tokens) < sampling.max_tokens:
+        logits = logits_after(history + tokens)
+        token = sample(
+            logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed, position=len(tokens)
+        )
+        if token == EOS:
+            break
+        tokens.append(token)
+        found = [at for at in map(tokenizer.decode(tokens).find, sampling.stop) if at >= 0]
+        if found:
+            return tokenizer.decode(tokens)[: min(found)]
+    return tokenizer.decode(tokens)
+
+
+# ---- the scheduler
+
+
+def test_clients_are_served_in_turn() -> None:
+    scheduler = Scheduler(slots=1, queue_limit=10, chunk_size=8)
+    for client in ["greedy", "greedy", "greedy", "modest", "late"]:
+        scheduler.add(Sequence([1], client=client))
+    served = []
+    while not scheduler.idle:
+        (chunk,) = scheduler.prefills()
+        served.append(chunk.sequence.client)
+        scheduler.remove(chunk.sequence)
+    assert served == ["greedy", "modest", "late", "greedy", "greedy"]
+
+
+def test_a_full_queue_refuses_and_takes_again_when_one_leaves() -> None:
+    scheduler = Scheduler(slots=1, queue_limit=1, chunk_size=8)
+    first, second = Sequence([1]), Sequence([1])
+    scheduler.add(first)
+    scheduler.add(second)
+    with pytest.raises(Overloaded, match="all 1 slots are busy and 1 requests wait"):
+        scheduler.add(Sequence([1]))
+    scheduler.remove(second)
+    scheduler.add(Sequence([1]))
+
+
+def test_prompts_are_cut_at_the_same_places_whatever_else_runs() -> None:
+    scheduler = Scheduler(slots=3, queue_limit=10, chunk_size=4)
+    long, short = Sequence(list(range(10))), Sequence([1, 2])
+    scheduler.add(short)
+    scheduler.add(long)
+    seen = []
+    for _ in range(3):
+        chunks = scheduler.prefills()
+        assert sum(len(chunk.ids) for chunk in chunks) < 2 * 4
+        for chunk in chunks:
+            seen.append((chunk.sequence is long, chunk.start, chunk.ids))
+            chunk.sequence.cached += len(chunk.ids)
+    assert seen == [(False, 0, [1, 2]), (True, 0, [0, 1, 2, 3]), (True, 4, [4, 5, 6, 7]), (True, 8, [8, 9])]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["add", "leave", "step"]), st.integers(0, 30), st.sampled_from("abc")), max_size=60))
+def test_no_slot_leaks_and_no_sequence_is_lost(events: list[tuple[str, int, str]]) -> None:
+    scheduler = Scheduler(slots=2, queue_limit=3, chunk_size=4)
+    alive: list[Sequence] = []
+    for what, number, client in events:
+        if what == "add":
+            sequence = Sequence(list(range(number % 9 + 1)), Sampling(max_tokens=number % 4 + 1), client)
+            with contextlib.suppress(Overloaded):
+                scheduler.add(sequence)
+                alive.append(sequence)
+        elif what == "leave" and alive:
+            scheduler.remove(alive.pop(number % len(alive)))
+        elif what == "step":
+            step(scheduler, alive)
+        slots = [sequence.slot for sequence in alive if sequence.slot is not None]
+        assert len(set(slots)) == len(slots) == scheduler.running <= 2
+        assert scheduler.running + scheduler.waiting == len(alive)
+    while alive:
+        before = sum(len(sequence.tokens) + sequence.cached for sequence in alive), len(alive)
+        step(scheduler, alive)
+        assert (sum(len(sequence.tokens) + sequence.cached for sequence in alive), len(alive)) != before
+    assert scheduler.idle
+
+
+def step(scheduler: Scheduler, alive: list[Sequence]) -> None:
+    """What the engine does in a step, with a model that says 0."""
+    for chunk in scheduler.prefills():
+        assert chunk.start == chunk.sequence.cached
+        chunk.sequence.cached += len(chunk.ids)
+        if chunk.sequence.cached == len(chunk.sequence.prompt):
+            chunk.sequence.tokens.append(0)
+    for sequence in scheduler.decodes():
+        sequence.cached += 1
+        sequence.tokens.append(0)
+        if len(sequence.tokens) >= sequence.sampling.max_tokens:
+            scheduler.remove(sequence)
+            alive.remove(sequence)
+
+
+# ---- text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(st.lists(st.integers(0, 255), max_size=30), st.text(max_size=12).map(lambda text: byte_tokenizer().encode(text).ids)))
+def test_pieces_join_to_the_decoded_text(ids: list[int]) -> None:
+    stream = TextStream(byte_tokenizer())
+    assert "".join(map(stream.push, ids)) + stream.flush() == byte_tokenizer().decode(ids)
+
+
+def test_no_half_character_is_shown() -> None:
+    stream = TextStream(byte_tokenizer())
+    pieces = [stream.push(token) for token in byte_tokenizer().encode("é€😀").ids]
+    assert [piece for piece in pieces if piece] == ["é", "€", "😀"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab-", max_size=20), st.lists(st.text("ab-", min_size=1, max_size=4), max_size=3))
+def test_nothing_of_a_stop_string_is_shown(text: str, stops: list[str]) -> None:
+    stream, shown = TextStream(byte_tokenizer(), tuple(stops)), ""
+    consumed = 0
+    for token in byte_tokenizer().encode(text).ids:
+        shown += stream.push(token)
+        consumed += 1
+        # Whatever comes next, what was shown stays right.
+        assert all(stop not in shown for stop in stops)
+        if stream.stopped:
+            break
+    shown += stream.flush()
+    ends = [text[:consumed].find(stop) for stop in stops if stop in text[:consumed]]
+    assert shown == text[: min(ends)] if ends else shown == text
+    assert stream.stopped == bool(ends)
+
+
+# ---- the engine
+
+
+REQUESTS = [
+    ("To be", Sampling(max_tokens=30, temperature=0)),
+    ("", Sampling(max_tokens=25, temperature=0.7, seed=3)),
+    ("O " * 20, Sampling(max_tokens=12, temperature=1.0, top_k=0, top_p=0.9, seed=4)),
+    ("é€😀", Sampling(max_tokens=1, temperature=0.7, seed=5)),
+    ("To be", Sampling(max_tokens=30, temperature=0.7, seed=6, stop=("a", "Q"))),
+    ("x", Sampling(max_tokens=40, temperature=1.5, top_k=5, seed=7)),
+    ("To be", Sampling(max_tokens=30, temperature=0)),
+]
+
+
+def test_the_same_text_alone_and_in_company() -> None:
+    expected = [reference(*request) for request in REQUESTS]
+
+    async def scenario() -> None:
+        session = HashSession(slots=3)
+        async with engine_of(session, chunk_size=8) as engine:
+            alone = [(await engine.submit(*request).result()).text for request in REQUESTS]
+            assert session.largest_batch == 1
+            assert alone == expected
+            results = await asyncio.gather(*(engine.submit(*request).result() for request in REQUESTS))
+            assert [result.text for result in results] == expected
+            assert session.largest_batch == 3
+            assert max(session.prefill_sizes) == 8
+
+    run(scenario)
+
+
+def test_requests_that_come_and_go_at_random_change_nothing_for_the_rest() -> None:
+    async def one(engine: Engine, index: int, rng: random.Random) -> None:
+        await asyncio.sleep(rng.random() * 0.05)
+        prompt, sampling = rng.choice(REQUESTS)
+        if rng.random() < 0.3:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(engine.submit(prompt, sampling).result(), rng.random() * 0.01)
+        else:
+            assert (await engine.submit(prompt, sampling, client=str(index % 4)).result()).text == reference(prompt, sampling)
+
+    async def scenario() -> None:
+        async with engine_of(HashSession(slots=4, step_s=0.0003), chunk_size=8) as engine:
+            await asyncio.gather(*(one(engine, index, random.Random(index)) for index in range(60)))
+
+    run(scenario)
+
+
+def test_a_stream_adds_up_to_the_whole_and_counts_its_tokens() -> None:
+    async def scenario() -> None:
+        async with engine_of(HashSession(step_s=0.001), interval_s=0.005) as engine:
+            prompt, sampling = REQUESTS[0]
+            chunks = [chunk async for chunk in engine.submit(prompt, sampling).chunks()]
+            whole = await engine.submit(prompt, sampling).result()
+            assert "".join(chunk.text for chunk in chunks) == whole.text
+            assert 1 < len(chunks) < 30, "tokens that are ready together go together"
+            assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+            assert chunks[-1] == Chunk(chunks[-1].text, 5, 30, "length")
+
+    run(scenario)
+
+
+def test_a_client_that_goes_frees_its_slot_within_a_token() -> None:
+    async def scenario() -> None:
+        async with engine_of(HashSession(slots=1, context=4000, step_s=0.002), interval_s=0) as engine:
+            stream = engine.submit("To be", Sampling(max_tokens=3000, temperature=0))
+            async with contextlib.aclosing(stream.chunks()) as chunks:
+                async for chunk in chunks:
+                    if chunk.completion_tokens >= 5:
+                        break
+            seen = len(stream.sequence.tokens)
+            follower = engine.submit("x", Sampling(max_tokens=1, temperature=0))
+            await follower.result()
+            assert len(stream.sequence.tokens) <= seen + 1
+
+    run(scenario)
+
+
+def test_the_queue_is_bounded_and_a_deadline_holds_for_those_who_wait() -> None:
+    async def scenario() -> None:
+        async with engine_of(HashSession(slots=1, context=4000, step_s=0.002), queue_limit=1, timeout_s=0.2) as engine:
+            results = [asyncio.create_task(engine.submit("x", Sampling(max_tokens=3000, temperature=0)).result()) for _ in range(3)]
+            await asyncio.wait(results)
+            errors = [result.exception() for result in results]
+            assert [type(error) for error in errors] == [DeadlineExceeded, DeadlineExceeded, Overloaded]
+            assert "0.2 s" in str(errors[0])
+
+    run(scenario)
+
+
+def test_lengths_are_checked_before_anything_is_computed() -> None:
+    async def scenario() -> None:
+        session = HashSession(context=96)
+        async with engine_of(session) as engine:
+            assert (await engine.submit("x" * 80, Sampling(max_tokens=16)).result()).prompt_tokens == 80
+            before = list(session.prefill_sizes)
+            with pytest.raises(TooLong, match="81 tokens and max_tokens 16 exceed the model's context of 96"):
+                engine.submit("x" * 81, Sampling(max_tokens=16))
+            with pytest.raises(TooLong):
+                engine.submit("x" * 50_000_000, Sampling(max_tokens=16))
+            assert session.prefill_sizes == before
+
+    run(scenario)
+
+
+def test_closing_lets_those_under_way_finish() -> None:
+    async def scenario() -> None:
+        engine = Engine(HashSession(slots=1, step_s=0.002))
+        prompt, sampling = REQUESTS[0]
+        results = [asyncio.create_task(engine.submit(prompt, sampling).result()) for _ in range(2)]
+        await until(lambda: engine.status()["running"] == 1)
+        engine.close()
+        assert {(await result).text for result in results} == {reference(prompt, sampling)}
+        await until(lambda: not engine.alive)
+        with pytest.raises(Unavailable):
+            engine.submit(prompt, sampling)
+
+    run(scenario)
+
+
+def test_a_broken_session_fails_its_requests_and_says_so() -> None:
+    class Broken(HashSession):
+        def decode(self, slots: list[int], ids: list[int], lengths: list[int]) -> np.ndarray:
+            raise RuntimeError("out of memory")
+
+    async def scenario() -> None:
+        engine = Engine(Broken(slots=1))
+        streams = [engine.submit("x", Sampling(max_tokens=9)) for _ in range(2)]
+        for stream in streams:
+            with pytest.raises(Rejected, match="restarting"):
+                await stream.result()
+        assert not engine.alive
+
+    run(scenario)
+    assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
