@@ -1,0 +1,103 @@
+"""A bundle: the folder that training hands to serving (docs/design.md, "A bundle"). No torch, no pickle.
+
+`manifest.json` names every file with its size and hash and is written last: a folder without a valid manifest is no bundle.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from models import storage
+
+MANIFEST = "manifest.json"
+KINDS = ("gpt", "gan")
+REQUIRED = ("kind", "created", "files", "inputs", "outputs", "opset", "parity", "run", "dataset", "metrics", "libraries", "model")
+
+Manifest = dict[str, Any]
+
+
+def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Makes a local folder a bundle: hashes its files and writes the manifest last.
+
+    Args:
+        folder: holds the files already.
+        manifest: all of `REQUIRED` but `files`; the registry fills in `name` and `version`.
+
+    Raises:
+        ValueError: the manifest lacks an entry, or the folder holds no file.
+    """
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path != Path(folder) / MANIFEST)
+    if not paths:
+        raise ValueError(f"{os.fspath(folder)} holds no file: a bundle is written into a folder that holds its files")
+    files = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": storage.sha256(path)} for path in paths}
+    complete = {"name": None, "version": None, "commit": None, **manifest, "files": files}
+    _check(folder, complete)
+    storage.write_json(storage.join(folder, MANIFEST), complete)
+
+
+def read(uri: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the bundle at `uri`; its files are not looked at.
+
+    Raises:
+        ValueError: there is no manifest, or it is damaged.
+    """
+    place = storage.join(uri, MANIFEST)
+    if not storage.exists(place):
+        raise ValueError(f"{os.fspath(uri)} has no {MANIFEST}: it is no bundle, or one that was never finished; export the run again")
+    try:
+        manifest = storage.read_json(place)
+    except ValueError as error:
+        raise ValueError(f"{place} is damaged ({error}): export the run again") from error
+    _check(uri, manifest)
+    return manifest
+
+
+def verify(uri: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the bundle at `uri`, every file of it checked against its size and hash.
+
+    Raises:
+        ValueError: names the damaged or missing file.
+    """
+    manifest = read(uri)
+    present = storage.files(uri)
+    for path, expected in manifest["files"].items():
+        file = storage.join(uri, path)
+        if path not in present:
+            raise ValueError(f"{file} is missing from its bundle: export the run again")
+        if present[path] != expected["bytes"]:
+            raise ValueError(
+                f"{file} has {present[path]} bytes where its bundle promises {expected['bytes']}: it is damaged; export the run again"
+            )
+        if _digest(file) != expected["sha256"]:
+            raise ValueError(f"{file} is not what its bundle promises (its sha256 differs): it is damaged; export the run again")
+    return manifest
+
+
+def size(manifest: Manifest) -> int:
+    """Bytes of the bundle's files together."""
+    return sum(entry["bytes"] for entry in manifest["files"].values())
+
+
+def _check(uri: str | os.PathLike[str], manifest: Any) -> None:
+    place = storage.join(uri, MANIFEST)
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{place} holds no JSON object: it is damaged; export the run again")
+    missing = [key for key in REQUIRED if key not in manifest]
+    if missing:
+        raise ValueError(f"{place} lacks {', '.join(missing)}: it is damaged, or of another version of raykiln; export the run again")
+    if manifest["kind"] not in KINDS:
+        raise ValueError(f"{place} has kind {manifest['kind']!r}: known are {' and '.join(KINDS)}")
+    if not isinstance(manifest["files"], dict) or not all(
+        isinstance(entry, dict) and entry.keys() >= {"bytes", "sha256"} for entry in manifest["files"].values()
+    ):
+        raise ValueError(f"{place} has no list of files with their sizes and hashes: it is damaged; export the run again")
+
+
+def _digest(uri: str) -> str:
+    filesystem, path = storage.locate(uri)
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path) as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,129 @@
+"""A bundle, loaded and verified: text or pictures out of ONNX Runtime. No Ray, no torch, no HTTP."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from models import bundle, storage
+from models.runtime import ImageGraph, TextGraph, seeded_latents
+
+IMAGE_TOLERANCE = 1e-3  # of a golden picture's values in [-1, 1]: a tenth of a grey level; another CPU rounds differently
+
+
+class TextSession(TextGraph):
+    """A GPT bundle: `prefill` and `decode` over `slots` (see `models.runtime.TextGraph`).
+
+    Args:
+        folder: the bundle, on this machine.
+        slots: sequences that can be under way at once.
+        threads: CPU threads of one operator; one is best for tiny models.
+        providers: ONNX Runtime's execution providers, best first; by default TensorRT, CUDA, CPU, as available.
+
+    Raises:
+        ValueError: the folder is no GPT bundle, or a file of it is damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], slots: int = 8, threads: int = 1, providers: Sequence[str] | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest = _verified(self.folder, "gpt")
+        self.tokenizer: Tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        self.eos_token_id: int = self.manifest["model"]["eos_token_id"]
+        super().__init__(self.folder / "model.onnx", self.manifest["model"]["context"], slots, threads, providers)
+
+    def replay_golden(self) -> None:
+        """Answers the prompt recorded at export again, in slot 0.
+
+        Raises:
+            ValueError: ids, tokens or text are not as recorded.
+        """
+        golden = storage.read_json(self.folder / "golden.json")
+        tokens = self.greedy(golden["ids"], golden["max_tokens"], self.eos_token_id)
+        answers = {
+            "ids": self.tokenizer.encode(golden["prompt"]).ids,
+            "tokens": tokens,
+            "text": self.tokenizer.decode(tokens),
+        }
+        for part, answer in answers.items():
+            if answer != golden[part]:
+                raise ValueError(
+                    f"{self.folder} gives other {part} than golden.json recorded at its export ({answer!r}): export the run again"
+                )
+
+
+class ImageSession(ImageGraph):
+    """A GAN bundle: seeded pictures.
+
+    Args:
+        folder: the bundle, on this machine.
+        threads: CPU threads of one operator.
+        providers: as for `TextSession`.
+
+    Raises:
+        ValueError: the folder is no GAN bundle, or a file of it is damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], threads: int = 1, providers: Sequence[str] | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest = _verified(self.folder, "gan")
+        self.latent_dim: int = self.manifest["model"]["latent_dim"]
+        self.num_classes: int = self.manifest["model"]["num_classes"]
+        super().__init__(self.folder / "model.onnx", threads, providers)
+
+    def generate(self, latents: np.ndarray, labels: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Pictures (B, H, W, C) uint8 of latents (B, Z) and, exactly where the generator is conditional, labels (B).
+
+        Raises:
+            ValueError: labels are missing, superfluous, or no class of the model.
+        """
+        if (labels is not None) != (self.num_classes > 0):
+            raise ValueError(f"labels must {'be given' if self.num_classes else 'be left out'}: the model has {self.num_classes} classes")
+        if labels is not None and not all(0 <= label < self.num_classes for label in labels):
+            raise ValueError(f"labels are {list(labels)}: the model has the classes 0 to {self.num_classes - 1}")
+        images = self.run(latents, None if labels is None else np.asarray(labels))
+        return np.rint((images + 1) * 127.5).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+    def pictures(self, seed: int, count: int, label: int | None = None) -> np.ndarray:
+        """The first `count` pictures of a seed, (count, H, W, C) uint8: each the same alone or in company.
+
+        Args:
+            seed: 0 to 2**64 - 1.
+            label: the class of all; without one, a conditional model takes its classes in turn.
+
+        Raises:
+            ValueError: the seed is out of range, no picture is asked for, or there is no such class.
+        """
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}: use a number from 0 to 2**64 - 1")
+        if count < 1:
+            raise ValueError(f"count is {count}: ask for one picture or more")
+        labels: list[int] | None = None
+        if label is not None:
+            labels = [label] * count
+        elif self.num_classes:
+            labels = [(seed + index) % self.num_classes for index in range(count)]
+        return self.generate(seeded_latents(seed, count, self.latent_dim), labels)
+
+    def replay_golden(self) -> None:
+        """Draws the pictures recorded at export again.
+
+        Raises:
+            ValueError: a picture is not as recorded.
+        """
+        golden = storage.read_json(self.folder / "golden.json")
+        labels = golden["labels"]
+        images = self.run(np.array(golden["latents"]), None if labels is None else np.array(labels))
+        off = float(np.abs(images - np.array(golden["images"])).max())
+        if not off <= IMAGE_TOLERANCE:
+            raise ValueError(
+                f"{self.folder} draws pictures {off:.2g} away from those golden.json recorded at its export: export the run again"
+            )
+
+
+def _verified(folder: Path, kind: str) -> bundle.Manifest:
+    manifest = bundle.verify(folder)
+    if manifest["kind"] != kind:
+        raise ValueError(f"{folder} is a {manifest['kind']} bundle where a {kind} bundle is needed")
+    return manifest

@@ -1,0 +1,103 @@
+"""Small real bundles with random weights, exported by the real export: made once, then copied (they take seconds).
+
+tiny_gpt_bundle(tmp_path / "gpt")
+registry.publish(root, "gpt", tmp_path / "gpt")
+"""
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+
+from models import bundle, gpt
+from models.dcgan import DcganConfig, Generator
+from train.export_gan import export_gan
+from train.export_gpt import export_gpt
+
+TEXT = """\
+Now is the winter of our discontent made glorious summer by this sun of York; and all the clouds that lour'd
+upon our house in the deep bosom of the ocean buried. Now are our brows bound with victorious wreaths; our bruised
+arms hung up for monuments; our stern alarums changed to merry meetings, our dreadful marches to delightful measures.
+Même l'été s'achève — “naïve façade”, 日本語, ελληνικά, 🙂.
+"""
+LINEAGE = {
+    "created": "2000-01-01T00:00:00+00:00",
+    "run": {"name": "tiny", "step": 0, "storage": "none"},
+    "dataset": {"name": "tiny", "fingerprint": "0"},
+    "metrics": {},
+    "libraries": {},
+}
+
+
+def tiny_tokenizer(path: Path) -> Tokenizer:
+    """A byte-level BPE of 320 entries trained on `TEXT`, <|endoftext|> first, saved at `path`."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+def tiny_gpt(seed: int = 0, vocab_size: int = 320, context: int = 64) -> Any:
+    """A GPT-2 of two layers, its random weights doubled so that its logits differ by more than rounding."""
+    torch.manual_seed(seed)
+    model = gpt.build(vocab_size=vocab_size, context=context, width=32, layers=2, heads=2, eos_token_id=0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    return model
+
+
+def tiny_generator(num_classes: int = 0, seed: int = 0) -> Generator:
+    torch.manual_seed(seed)
+    return Generator(DcganConfig(image_size=28, latent_dim=16, width=4, num_classes=num_classes)).eval()
+
+
+def tiny_gpt_bundle(folder: Path, seed: int = 0) -> Path:
+    """A GPT bundle at `folder`: 320 tokens, context 64; another seed is another model."""
+    return Path(shutil.copytree(_gpt_bundle(seed), folder, dirs_exist_ok=True))
+
+
+def tiny_gan_bundle(folder: Path, num_classes: int = 0, seed: int = 0) -> Path:
+    """A GAN bundle at `folder`: 28 x 28 grey, latents of 16; conditional where `num_classes` is given."""
+    return Path(shutil.copytree(_gan_bundle(num_classes, seed), folder, dirs_exist_ok=True))
+
+
+@functools.cache
+def _gpt_bundle(seed: int) -> Path:
+    folder = _scratch() / "gpt"
+    folder.mkdir()
+    tokenizer = tiny_tokenizer(folder.parent / "tokenizer.json")
+    heldout = np.array(tokenizer.encode(TEXT).ids)
+    bundle.write(folder, LINEAGE | export_gpt(tiny_gpt(seed), folder.parent / "tokenizer.json", heldout, folder))
+    return folder
+
+
+@functools.cache
+def _gan_bundle(num_classes: int, seed: int) -> Path:
+    folder = _scratch() / "gan"
+    folder.mkdir()
+    names = [f"class {label}" for label in range(num_classes)]
+    bundle.write(folder, LINEAGE | export_gan(tiny_generator(num_classes, seed), names, folder))
+    return folder
+
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []  # removed when the test process ends
+
+
+def _scratch() -> Path:
+    _folders.append(tempfile.TemporaryDirectory(prefix="kiln-bundle-"))
+    return Path(_folders[-1].name)
