@@ -16,6 +16,8 @@ from ray._raylet import Config
 def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
     """Connects this process to Ray; True when a private cluster was started for it.
 
+    KILN_RAY_LOGS=1 shows the output of Ray's processes on this terminal.
+
     Args:
         num_cpus: logical CPUs of a private cluster; by default the machine's.
         private_options: further options of `ray.init` for a private cluster.
@@ -28,10 +30,12 @@ def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
     # Train workers run where the driver runs: a run's relative paths must mean the same there.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's own chatter hides what a command says; what our workers have to say reaches the driver in other ways.
+    log_to_driver = os.environ.get("KILN_RAY_LOGS") == "1"
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, logging_level=logging.WARNING)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(
                 f"no Ray cluster answers at RAY_ADDRESS={address!r} ({error}). Start one with `python -m cluster up`, or unset RAY_ADDRESS"
@@ -43,5 +47,5 @@ def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     Config.initialize("")  # importing ray read the environment before us; ray.init() itself refreshes it so
     private_options.setdefault("include_dashboard", False)
-    ray.init(address="local", num_cpus=num_cpus, logging_level=logging.WARNING, **private_options)
+    ray.init(address="local", num_cpus=num_cpus, logging_level=logging.WARNING, log_to_driver=log_to_driver, **private_options)
     return True

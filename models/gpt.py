@@ -1,7 +1,7 @@
 """The GPT-2 family on transformers (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
 
-    model = build(vocab_size=2048, context=128, width=128, layers=4, heads=4)
-    tokens = sample(model, prompt_ids, num_tokens=100, temperature=0.7, top_k=50, seed=0)
+model = build(vocab_size=2048, context=128, width=128, layers=4, heads=4)
+tokens = sample(model, prompt_ids, num_tokens=100, temperature=0.7, top_k=50, seed=0)
 """
 
 from pathlib import Path
@@ -13,7 +13,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 
-def build(vocab_size: int, context: int, width: int, layers: int, heads: int, dropout: float = 0.0, eos_token_id: int | None = None) -> GPT2LMHeadModel:
+def build(
+    vocab_size: int, context: int, width: int, layers: int, heads: int, dropout: float = 0.0, eos_token_id: int | None = None
+) -> GPT2LMHeadModel:
     """A GPT-2 with fresh weights: initialised as in the paper, from torch's current seed."""
     return GPT2LMHeadModel(
         GPT2Config(

@@ -133,7 +133,9 @@ class Checkpointer:
                     continue
                 return manifest.step, read(folder, manifest)
         if found:
-            raise ValueError(f"every checkpoint below {self.run_uri}/checkpoints is damaged: restore one, or start a new run with another --run.name")
+            raise ValueError(
+                f"every checkpoint below {self.run_uri}/checkpoints is damaged: restore one, or start a new run with another --run.name"
+            )
         return None
 
     def save(self, step: int, state: State) -> None:
@@ -160,7 +162,9 @@ class Checkpointer:
             self._writer = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise ValueError(f"a checkpoint could not be written below {self.run_uri}/checkpoints ({failure}); the older ones are untouched") from failure
+            raise ValueError(
+                f"a checkpoint could not be written below {self.run_uri}/checkpoints ({failure}); the older ones are untouched"
+            ) from failure
 
     def _write(self, step: int, state: State) -> None:
         try:

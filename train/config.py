@@ -273,7 +273,9 @@ def build(model: type[Model], values: dict[str, Any], where: str) -> Model:
         if problem["type"] == "extra_forbidden":
             raise ValueError(f"{where}: there is no key {key}{nearest(key, keys(model))}") from None
         message = problem["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {message}" if problem["type"] == "value_error" else f"{where}: {key} is {problem['input']!r}: {message}") from None
+        raise ValueError(
+            f"{where}: {message}" if problem["type"] == "value_error" else f"{where}: {key} is {problem['input']!r}: {message}"
+        ) from None
 
 
 def _is_branch(part: int | str) -> bool:

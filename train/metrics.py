@@ -5,6 +5,7 @@ nothing is parsed out of log lines and the workers' own output stays free for wa
 """
 
 import json
+import logging
 import sys
 import tempfile
 import threading
@@ -21,6 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from models import storage
+
+Row = dict[str, float] | str  # measurements of a step, or a sentence to show
 
 
 class Silent:
@@ -112,14 +115,25 @@ class _Feed:
     """Between rank 0 and the driver."""
 
     def __init__(self) -> None:
-        self._rows: list[dict[str, float]] = []
+        self._rows: list[Row] = []
 
-    def push(self, row: dict[str, float]) -> None:
+    def push(self, row: Row) -> None:
         self._rows.append(row)
 
-    def drain(self) -> list[dict[str, float]]:
+    def drain(self) -> list[Row]:
         rows, self._rows = self._rows, []
         return rows
+
+
+class ToDriver(logging.Handler):
+    """Shows a worker's warnings on the driver's terminal."""
+
+    def __init__(self, feed: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._feed = feed
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._feed.push.remote(f"warning: {record.getMessage()}")
 
 
 @contextmanager
@@ -145,7 +159,7 @@ def watch(title: str, steps: int, speed: str, quiet: bool = False) -> Iterator[A
         ray.kill(feed)
 
 
-def _rows(feed: Any, done: threading.Event) -> Iterator[list[dict[str, float]]]:
+def _rows(feed: Any, done: threading.Event) -> Iterator[list[Row]]:
     """Batches of rows, twice a second, until the run is over and the feed is empty; ends quietly with the cluster."""
     last = False
     while True:
@@ -169,15 +183,22 @@ def _bar(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -
         task = progress.add_task(title, total=steps, figures="starting")
         for rows in _rows(feed, done):
             for row in rows:
+                if isinstance(row, str):
+                    progress.console.print(row, markup=False)
+                    continue
                 rate = f"  {row[speed]:,.0f} {speed.replace('_per_s', '/s').replace('_', ' ')}" if speed in row else ""
                 if "loss" in " ".join(row):
                     progress.update(task, completed=row["step"], figures=_summary(row, speed) + rate)
 
 
 def _lines(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
-    begun, first, shown = time.monotonic(), None, 0.0
+    begun, shown = time.monotonic(), 0.0
+    first: tuple[float, float] | None = None
     for rows in _rows(feed, done):
         for row in rows:
+            if isinstance(row, str):
+                print(row, flush=True)
+                continue
             first = first or (time.monotonic(), row["step"])
             if time.monotonic() - shown < 10 and row["step"] < steps:
                 continue

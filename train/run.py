@@ -62,10 +62,14 @@ def _start(config: Config, name: str, uri: str) -> int:
     resume = config.run.resume
     if newest is None:
         if resume == "must":
-            raise ValueError(f"run.resume is must, and {uri} has no complete checkpoint: check --run.name and --storage, or use --run.resume auto")
+            raise ValueError(
+                f"run.resume is must, and {uri} has no complete checkpoint: check --run.name and --storage, or use --run.resume auto"
+            )
         return 0
     if resume == "never":
-        raise ValueError(f"run.resume is never, and run {name} has a checkpoint of step {newest.step}: use another --run.name, or --run.resume auto to go on")
+        raise ValueError(
+            f"run.resume is never, and run {name} has a checkpoint of step {newest.step}: use another --run.name, or --run.resume auto to go on"
+        )
     _refuse_another_config(config, name, newest.config)
     if newest.step > config.steps:
         raise ValueError(f"run {name} is at step {newest.step}, beyond steps {config.steps}: use another --run.name, or more --steps")
@@ -127,4 +131,6 @@ def _refuse_if_alive(name: str, other: dict[str, Any]) -> None:
     else:
         alive = time.time() - other["heartbeat"] < STALE_S
     if alive:
-        raise ValueError(f"run {name} is driven by process {other['pid']} on {other['host']}: stop that one first, or use another --run.name")
+        raise ValueError(
+            f"run {name} is driven by process {other['pid']} on {other['host']}: stop that one first, or use another --run.name"
+        )

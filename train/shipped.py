@@ -43,5 +43,7 @@ def hub_parquet(name: str) -> Path:
     try:
         folder = snapshot_download(repository, repo_type="dataset", revision="refs/convert/parquet", allow_patterns=f"{config or '*'}/**")
     except Exception as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
-        raise ValueError(f"data.source hf:{name} could not be fetched from the Hugging Face hub ({type(error).__name__}): check the name and the network, or give local files") from error
+        raise ValueError(
+            f"data.source hf:{name} could not be fetched from the Hugging Face hub ({type(error).__name__}): check the name and the network, or give local files"
+        ) from error
     return Path(folder)

@@ -77,11 +77,17 @@ def _matches(pattern: str, label: str) -> list[str]:
         wanted = pattern if "/" in fixed else f"./{pattern}"
         found = [uri for uri in found if fnmatch.fnmatch(uri, wanted)]
     elif storage.names(pattern):
-        found = [storage.join(pattern, name) for name in storage.files(pattern) if not any(part.startswith(".") for part in name.split("/"))]
+        found = [
+            storage.join(pattern, name) for name in storage.files(pattern) if not any(part.startswith(".") for part in name.split("/"))
+        ]
     else:
-        found = [pattern] if storage.exists(pattern) and storage.locate(pattern)[0].get_file_info(storage.locate(pattern)[1]).is_file else []
+        found = (
+            [pattern] if storage.exists(pattern) and storage.locate(pattern)[0].get_file_info(storage.locate(pattern)[1]).is_file else []
+        )
     if not found:
-        raise ValueError(f"{label}: nothing is there at {pattern}: expected a file, a folder or a glob of {', '.join(SUFFIXES)}, or 'shakespeare'")
+        raise ValueError(
+            f"{label}: nothing is there at {pattern}: expected a file, a folder or a glob of {', '.join(SUFFIXES)}, or 'shakespeare'"
+        )
     return found
 
 
@@ -158,7 +164,9 @@ def _raw_documents(piece: Piece, data: TextData) -> Iterator[tuple[str, bool | N
         try:
             rows = file.read_row_group(piece.row_group, columns=columns).to_pylist()
         except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{piece.uri}: row group {piece.row_group} can't be read, the file is damaged: {str(error).splitlines()[0]}") from None
+            raise ValueError(
+                f"{piece.uri}: row group {piece.row_group} can't be read, the file is damaged: {str(error).splitlines()[0]}"
+            ) from None
         for place, row in enumerate(rows):
             if not isinstance(row[data.text_column], str):
                 raise ValueError(f"{piece.uri}: row {place} of row group {piece.row_group} has no text in column {data.text_column!r}")
@@ -178,7 +186,9 @@ def _raw_documents(piece: Piece, data: TextData) -> Iterator[tuple[str, bool | N
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            raise ValueError(f"{piece.uri}: line {number} is not JSON: expected one object a line, with the text under {data.text_column!r}") from None
+            raise ValueError(
+                f"{piece.uri}: line {number} is not JSON: expected one object a line, with the text under {data.text_column!r}"
+            ) from None
         if not isinstance(row, dict) or not isinstance(row.get(data.text_column), str):
             raise ValueError(f"{piece.uri}: line {number} has no text under {data.text_column!r}: see data.text_column")
         yield row[data.text_column], piece.heldout
@@ -216,6 +226,13 @@ def tokenizer_for(data: TextData, found: list[Piece]) -> Tokenizer:
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise ValueError(f"data.tokenizer: {file} has no {END_OF_TEXT}, which separates documents: add it as a special token")
     return tokenizer
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id of the mark before each document."""
+    token = tokenizer.token_to_id(END_OF_TEXT)
+    assert isinstance(token, int), token
+    return token
 
 
 def _train_bpe(data: TextData, found: list[Piece]) -> Tokenizer:
@@ -284,7 +301,9 @@ def prepare(data: TextData, root: str) -> str:
     splits = {split: _totals(rows, split) for split in ("train", "heldout")}
     for split, totals in splits.items():
         if totals["tokens"] < 2:
-            raise ValueError(f"data.source {data.source}: the {split} split has no text: give more documents, data.heldout, or another data.heldout_fraction")
+            raise ValueError(
+                f"data.source {data.source}: the {split} split has no text: give more documents, data.heldout, or another data.heldout_fraction"
+            )
     storage.write_json(
         storage.join(uri, "dataset.json"),
         {
@@ -294,7 +313,7 @@ def prepare(data: TextData, root: str) -> str:
             "source": data.source,
             "dtype": _dtype(tokenizer).name,
             "vocab_size": tokenizer.get_vocab_size(),
-            "eos_token_id": tokenizer.token_to_id(END_OF_TEXT),
+            "eos_token_id": end_of_text(tokenizer),
             "splits": splits,
         },
     )
@@ -321,7 +340,7 @@ def _pack_all(found: list[Piece], data: TextData, uri: str, tokenizer: str) -> l
 def _pack(task: dict[str, Any], data: dict[str, Any], uri: str, tokenizer: str) -> dict[str, str]:
     """Tokenises one piece into its shards. What is wrong comes back as a row: a traceback would hide the sentence."""
     encoder = Tokenizer.from_str(tokenizer)
-    end = encoder.token_to_id(END_OF_TEXT)
+    end = end_of_text(encoder)
     place = task["place"]
     piece = Piece(task["uri"], None if task["row_group"] is None else int(task["row_group"]), task["heldout"])
     shards: dict[str, dict[str, Any]] = {}

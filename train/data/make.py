@@ -59,7 +59,11 @@ def garments(source: Path) -> pa.Table:
 def gpt2_tokenizer(source: Path) -> str:
     """GPT-2's byte-level BPE as one `tokenizers` JSON."""
     vocab = json.loads((source / "vocab.json").read_text(encoding="utf-8"))
-    merges = [tuple(line.split(" ")) for line in (source / "merges.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#version")]
+    merges = [
+        tuple(line.split(" "))
+        for line in (source / "merges.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#version")
+    ]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,7 +75,9 @@ def gpt2_tokenizer(source: Path) -> str:
 def main(source: Path) -> None:
     pq.write_table(plays(source / "shakespeare"), HERE / "shakespeare.parquet", compression="zstd", compression_level=19, row_group_size=5)
     # PNG is compressed already; stored as it is.
-    pq.write_table(garments(source / "fashion-mnist"), HERE / "fashion-mnist.parquet", compression="none", use_dictionary=["class_name", "split"])
+    pq.write_table(
+        garments(source / "fashion-mnist"), HERE / "fashion-mnist.parquet", compression="none", use_dictionary=["class_name", "split"]
+    )
     # mtime=0: the same input gives the same bytes.
     (HERE / "gpt2-tokenizer.json.gz").write_bytes(gzip.compress(gpt2_tokenizer(source / "gpt2-bpe").encode(), 9, mtime=0))
     names = ["shakespeare.parquet", "fashion-mnist.parquet", "gpt2-tokenizer.json.gz"]

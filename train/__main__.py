@@ -1,0 +1,85 @@
+"""`python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--KEY VALUE ...]` and `python -m train export RUN`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from models import cli
+from train import config as configs
+
+USAGE = """usage: python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--debug] [--KEY VALUE ...]
+       python -m train export RUN [--name NAME] [--storage URI]
+
+`python -m train gpt --help` lists the keys. Presets: {presets}"""
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in {"-h", "--help"}:
+        print(USAGE.format(presets=", ".join(sorted(file.stem for file in configs.PRESETS.glob("*.yaml")))))
+        return 0 if argv else 2
+    command, *rest = argv
+    if command in configs.KINDS:
+        return train(command, rest)
+    if command == "export":
+        return export(rest)
+    raise ValueError(f"there is no command {command!r}{configs.nearest(command, [*configs.KINDS, 'export'])}: use gpt, gan or export")
+
+
+def train(kind: str, argv: list[str]) -> int:
+    options = argparse.ArgumentParser(prog=f"python -m train {kind}", add_help=False, allow_abbrev=False)
+    options.add_argument("--config")
+    options.add_argument("--storage", default=cli.storage_default())
+    options.add_argument("--dry-run", action="store_true")
+    given, rest = options.parse_known_args(argv)
+    config = configs.load(kind, given.config, configs.parse(kind, rest))
+    if given.dry_run:
+        print(configs.dump(config), end="")
+        print(plan(config))
+        return 0
+
+    from train import launch
+
+    print(plan(config))
+    try:
+        summary = launch.fit(config, given.storage, stem=Path(given.config).stem if given.config else kind)
+    except launch.TrainingFailed as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    figures = "  ".join(f"{name} {value:,.4g}" for name, value in summary["metrics"].items())
+    print(f"run {summary['run']} is complete: {summary['steps']} steps in {summary['seconds']:.0f} s  {figures}")
+    print(f"export it: python -m train export {summary['run']}")
+    return 0
+
+
+def plan(config: configs.Config) -> str:
+    """What will be done, in one paragraph: derived values included."""
+    parallel = config.parallel
+    device = "GPU" if parallel.gpu else "CPU"
+    text = (
+        f"plan: {config.steps} steps of {config.batch.global_size} samples on {parallel.workers} {device} worker(s) ({parallel.strategy}, {parallel.precision}), "
+        f"micro-batches of {config.micro_size}, {config.accumulation} accumulated"
+    )
+    if isinstance(config, configs.GptConfig):
+        text += f"; {config.tokens_per_step:,} tokens a step, {config.tokens_per_step * config.steps:,} in all"
+    return text
+
+
+def export(argv: list[str]) -> int:
+    options = argparse.ArgumentParser(prog="python -m train export", allow_abbrev=False)
+    options.add_argument("run", help="the run's name")
+    options.add_argument("--name", help="the model's name in the registry; by default gpt or gan")
+    options.add_argument("--storage", default=cli.storage_default())
+    given = options.parse_args(argv)
+
+    from train.export import export as export_run
+
+    done = export_run(given.run, given.storage, given.name)
+    parity = done.manifest["parity"]
+    print(
+        f"exported {done.name}/{done.version}: {done.uri} (ONNX differs from torch by at most {parity['max_abs_diff']:.1e}, {parity['tolerance']:.0e} allowed)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,188 @@
+"""Trains a GPT on packed text with Ray Train: `python -m train gpt --config gpt-tiny`."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models import gpt
+from train import text
+from train.checkpoint import State
+from train.config import GptConfig
+from train.launch import Worker
+from train.order import Order, positions, rng
+from train.strategy import Ddp, unwrap
+
+
+def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
+    """The loop of one worker; returns the run's final metrics (the same on every worker)."""
+    config, strategy, recorder = worker.config, worker.strategy, worker.recorder
+    folder = text.fetch(worker.dataset)
+    tokens = text.Tokens(folder, "train", config.model.context)
+    if len(tokens) == 0:
+        raise ValueError(
+            f"{folder} has fewer tokens than one sample of model.context {config.model.context}: use a smaller context, or more text"
+        )
+    heldout = text.Tokens(folder, "heldout", config.model.context)
+    order = Order(len(tokens), config.run.seed)
+
+    torch.manual_seed(config.run.seed)
+    model = build(config, tokens.meta)
+    optimizer = torch.optim.AdamW(
+        gpt.parameter_groups(model, config.optim.weight_decay),
+        lr=config.optim.lr,
+        betas=(config.optim.beta1, config.optim.beta2),
+        fused=True,
+    )
+    step = 0
+    if start is not None:
+        step, state = start
+        gpt.restore(model, state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    parallel = strategy.prepare(model)
+    model.train()
+
+    meter = Meter(config, gpt.flops_per_token(model))
+    final: dict[str, Any] = {}
+    while step < config.steps:
+        share = positions(step, config.batch.global_size, config.micro_size, strategy.rank, strategy.world_size)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        loss = torch.zeros((), device=strategy.device)
+        for number, places in enumerate(share):
+            # Dropout's noise: a function of where we are, not of what was drawn before.
+            torch.manual_seed(int(rng(config.run.seed, step, number, strategy.rank, 2).integers(2**63)))
+            batch = torch.from_numpy(tokens.batch(order, places)).to(strategy.device)
+            with strategy.accumulating(parallel, last=number == len(share) - 1), strategy.autocast():
+                part = gpt.loss(parallel, batch[:, :-1], batch[:, 1:]) / len(share)
+                strategy.backward(part)
+            loss += part.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        last = step == config.steps
+        if step % config.log.every == 0 or last:
+            figures = strategy.mean({"loss": float(loss), "grad_norm": float(norm)})
+            recorder.scalars(step, {**figures, "lr": learning_rate(config, step - 1), **meter.read(step)})
+        if step % config.log.eval_every == 0 or last:
+            judged = evaluate(parallel, heldout, strategy, config.batch.micro_size)
+            recorder.scalars(step, judged)
+            final = {**judged, "loss": strategy.mean({"loss": float(loss)})["loss"], **meter.total(step)}
+            worker.report({"step": step, **final})
+            meter.pause()
+        if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
+            recorder.text(step, "text", sample(config, model, folder))
+            meter.pause()
+        if step % config.checkpoint.every == 0 or last:
+            worker.checkpoints.save(step, {"model": gpt.weights(model), "optimizer": optimizer.state_dict()})
+            meter.pause()
+    worker.checkpoints.join()
+    strategy.barrier()
+    return final
+
+
+def build(config: GptConfig, dataset: dict[str, Any]) -> Any:
+    """The model of a config over a data set's vocabulary, from fresh or pretrained weights.
+
+    Raises:
+        ValueError: the pretrained model's sizes don't fit the tokenizer or model.context.
+    """
+    sizes = config.model
+    if sizes.pretrained is None:
+        return gpt.build(
+            dataset["vocab_size"], sizes.context, sizes.width, sizes.layers, sizes.heads, sizes.dropout, dataset["eos_token_id"]
+        )
+    model = gpt.load(sizes.pretrained)
+    if model.config.vocab_size != dataset["vocab_size"]:
+        raise ValueError(
+            f"model.pretrained {sizes.pretrained} has {model.config.vocab_size} tokens and the tokenizer {dataset['vocab_size']}: "
+            f"use the tokenizer it was trained with, e.g. --data.tokenizer {sizes.pretrained}"
+        )
+    if model.config.n_positions < sizes.context:
+        raise ValueError(
+            f"model.context is {sizes.context}, and model.pretrained {sizes.pretrained} sees {model.config.n_positions} tokens at most"
+        )
+    return model
+
+
+def learning_rate(config: GptConfig, step: int) -> float:
+    """The rate of update `step` (from 0): linear warm-up, then held, then as optim.schedule says, to zero at the end."""
+    optim = config.optim
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    held = max(optim.warmup_steps, int(optim.hold * config.steps))
+    if optim.schedule == "constant" or step < held:
+        return optim.lr
+    left = (config.steps - step) / max(config.steps - held, 1)  # 1 -> 0
+    return optim.lr * (left if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left))))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, heldout: text.Tokens, strategy: Ddp, batch_size: int) -> dict[str, float]:
+    """Cross-entropy on every held-out token, each seen with at most `context` before it.
+
+    Returns:
+        heldout_loss: nats a token; heldout_bits_per_byte: bits a byte of UTF-8 text (comparable over tokenizers).
+    """
+    network = unwrap(model)
+    network.eval()
+    nats, judged = 0.0, 0
+    windows = list(heldout.every_window(strategy.rank, strategy.world_size))
+    for first in range(0, len(windows), batch_size):
+        inputs, targets = (
+            torch.from_numpy(np.stack(part)).to(strategy.device) for part in zip(*windows[first : first + batch_size], strict=True)
+        )
+        with strategy.autocast():
+            nats += float(gpt.loss(network, inputs, targets, reduction="sum"))
+        judged += int((targets >= 0).sum())
+    network.train()
+    total_nats, total_judged = strategy.sum([nats, judged])
+    return {"heldout_loss": total_nats / total_judged, "heldout_bits_per_byte": total_nats / math.log(2) / heldout.split["text_bytes"]}
+
+
+def sample(config: GptConfig, model: Any, folder: Any) -> str:
+    """Text that the model writes after sample.prompt."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    settings = config.sample
+    ids = [text.end_of_text(tokenizer), *tokenizer.encode(settings.prompt).ids]
+    written = gpt.sample(model, ids, settings.tokens, settings.temperature, settings.top_k, settings.top_p, seed=config.run.seed)
+    return settings.prompt + tokenizer.decode(written)
+
+
+class Meter:
+    """Tokens per second and what share of the device's peak they are, over training alone."""
+
+    def __init__(self, config: GptConfig, flops_per_token: float) -> None:
+        self._tokens_per_step = config.tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._since = time.perf_counter()
+        self._from_step: int | None = None
+        self._seconds, self._steps = 0.0, 0
+
+    def read(self, step: int) -> dict[str, float]:
+        """Speed since the last reading (or pause)."""
+        now = time.perf_counter()
+        if self._from_step is None or step == self._from_step:
+            self._since, self._from_step = now, step
+            return {}
+        seconds, steps = now - self._since, step - self._from_step
+        self._since, self._from_step = now, step
+        self._seconds += seconds
+        self._steps += steps
+        speed = steps * self._tokens_per_step / seconds
+        return {"tokens_per_s": speed, "gflops": speed * self._flops_per_token / 1e9}
+
+    def pause(self) -> None:
+        """What follows is not training: the next reading starts a new stretch."""
+        self._from_step = None
+
+    def total(self, step: int) -> dict[str, float]:
+        """The run's speed over all readings."""
+        return {"tokens_per_s": self._steps * self._tokens_per_step / self._seconds} if self._seconds else {}

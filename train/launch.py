@@ -1,0 +1,204 @@
+"""From a config to a finished run: data prepared, workers started by Ray Train, the summary written."""
+
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from cluster.connect import connect
+from models import storage
+from train import metrics
+from train.checkpoint import Checkpointer
+from train.config import KINDS, Config, GptConfig, build
+from train.run import Run, open_run
+from train.strategy import Ddp
+
+
+@dataclass
+class Worker:
+    """What a loop gets on each worker."""
+
+    config: Any
+    strategy: Ddp
+    checkpoints: Checkpointer
+    recorder: metrics.Silent
+    dataset: str
+    steps: int
+
+    def report(self, values: dict[str, float]) -> None:
+        """Tells Ray Train (and a search behind it) how the run is doing. Every worker calls it: it is a barrier."""
+        ray.train.report({key: float(value) for key, value in values.items()})
+
+
+class TrainingFailed(RuntimeError):
+    """The workers failed more often than run.max_failures allows; the message is one sentence."""
+
+
+def fit(config: Config, root: str, stem: str | None = None, callbacks: list[Any] | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Trains (or goes on training) the run that `config` describes; returns its summary, also written as summary.json.
+
+    Args:
+        config: the resolved config.
+        root: the storage, a folder or URI.
+        stem: what an unnamed run's name begins with.
+        callbacks: Ray Train callbacks, e.g. a search's.
+        quiet: no progress on the terminal.
+
+    Raises:
+        ValueError: the run, the data or the plan is wrong; nothing was started.
+        TrainingFailed: the workers died; the run goes on from its last checkpoint when it is started again.
+    """
+    with open_run(config, root, stem or config.kind) as run:
+        say = (lambda *_: None) if quiet else print
+        say(f"run {run.name}: " + (f"goes on from step {run.start}" if run.start else "starts") + f", in {run.uri}")
+        private = connect(num_cpus=_logical_cpus(config))
+        _refuse_impossible(config, private)
+        begun = time.monotonic()
+        dataset = prepare(config, root)
+        say(f"data: {dataset} ({time.monotonic() - begun:.1f} s)")
+        if not run.start:
+            _describe(run, dataset)
+        begun = time.monotonic()
+        with metrics.watch(run.name, config.steps, _SPEED[config.kind], quiet) as feed:
+            final = _train(config, run, dataset, feed, callbacks or [])
+        summary = {
+            "run": run.name,
+            "kind": config.kind,
+            "steps": config.steps,
+            "workers": config.parallel.workers,
+            "seconds": round(time.monotonic() - begun, 1),
+            "dataset": dataset.rsplit("/", 1)[-1],
+            "resumed_from": run.start,
+            "metrics": final,
+        }
+        storage.write_json(storage.join(run.uri, "summary.json"), summary)
+        return summary
+
+
+_SPEED = {"gpt": "tokens_per_s", "gan": "images_per_s"}
+
+
+def prepare(config: Config, root: str) -> str:
+    """The URI of the run's data set, prepared if it is not there yet."""
+    if isinstance(config, GptConfig):
+        from train import text
+
+        return text.prepare(config.data, root)
+    from train import images
+
+    return images.prepare(config.data, root)
+
+
+def _logical_cpus(config: Config) -> int:
+    """CPUs of a private cluster: the machine's."""
+    return os.cpu_count() or 1
+
+
+def _refuse_impossible(config: Config, private: bool) -> None:
+    """Ray would wait for ever for what the machine does not have; a real cluster may still grow, so there it waits aloud."""
+    parallel, have = config.parallel, ray.cluster_resources()
+    needs = {"CPU": parallel.workers * parallel.cpus_per_worker, "GPU": parallel.workers if parallel.gpu else 0}
+    for kind, amount in needs.items():
+        if amount <= have.get(kind, 0):
+            continue
+        where = "this machine" if private else "the cluster"
+        sentence = f"parallel.workers {parallel.workers} need {amount:g} {kind}s, and {where} has {have.get(kind, 0):g}"
+        if private:
+            raise ValueError(
+                f"{sentence}: use fewer workers"
+                + (", or parallel.gpu false" if kind == "GPU" else ", or a smaller parallel.cpus_per_worker")
+            )
+        print(f"{sentence}: waiting for nodes to join", flush=True)
+
+
+def _describe(run: Run, dataset: str) -> None:
+    """Lineage that a bundle will carry: the data set and the commit."""
+    facts = storage.read_json(storage.join(dataset, "dataset.json"))
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    ).stdout.strip()
+    storage.write_json(
+        storage.join(run.uri, "lineage.json"),
+        {"dataset": {"name": facts["name"], "fingerprint": facts["fingerprint"], "uri": dataset}, "commit": commit or None},
+    )
+
+
+def _train(config: Config, run: Run, dataset: str, feed: Any, callbacks: list[Any]) -> dict[str, Any]:
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    parallel = config.parallel
+    # The controller looks at its workers this often; the default of 2 s would be the pace of every report().
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    payload = {"kind": config.kind, "config": config.model_dump(), "run": run.uri, "token": run.token, "dataset": dataset, "feed": feed}
+    trainer = TorchTrainer(
+        work,  # type: ignore[arg-type]  # may return a value since Ray 2.60; its annotation says None
+        train_loop_config=payload,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=parallel.workers,
+            use_gpu=parallel.gpu,
+            resources_per_worker={"CPU": parallel.cpus_per_worker, **({"GPU": 1} if parallel.gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",  # Ray Train's own state; checkpoints are ours (train/checkpoint.py)
+            storage_path=run.uri if storage.local_path(run.uri) is None else str(storage.local_path(run.uri)),
+            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+            callbacks=callbacks,
+        ),
+    )
+    try:
+        return trainer.fit().return_value  # type: ignore[attr-defined]  # new in Ray 2.60, not in its annotations yet
+    except TrainingFailedError as error:
+        raise TrainingFailed(
+            f"run {run.name} failed: {_cause(error)}; what it has saved is in {run.uri}, and --run.name {run.name} goes on from its newest checkpoint"
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    """The workers' own last line, without the traceback around it."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in failures.items():
+        return f"worker {rank}: {str(failure).strip().splitlines()[-1]}"
+    return str(error).strip().splitlines()[-1]
+
+
+def work(payload: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker runs: sets the stage, then the loop of its kind. Rank 0's result is the run's."""
+    config = build(KINDS[payload["kind"]], payload["config"], "run.yaml")
+    torch.set_num_threads(max(1, int(config.parallel.cpus_per_worker)))
+    strategy = Ddp(config.parallel.precision, ray.train.torch.get_device() if config.parallel.gpu else None)
+    checkpoints = Checkpointer(
+        payload["run"], {"kind": config.kind, **config.model_dump()}, strategy.name, config.checkpoint.keep_last, payload["token"]
+    )
+    logging.getLogger("train").addHandler(metrics.ToDriver(payload["feed"]))
+    loop = _loop(payload["kind"])
+    start = checkpoints.load()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    recorder: metrics.Silent = (
+        metrics.Recorder(payload["run"], start[0] if start else 0, payload["feed"]) if rank == 0 else metrics.Silent()
+    )
+    worker = Worker(config, strategy, checkpoints, recorder, payload["dataset"], config.steps)
+    try:
+        return loop(worker, start)
+    finally:
+        recorder.close()
+
+
+def _loop(kind: str) -> Callable[..., dict[str, Any]]:
+    if kind == "gpt":
+        from train import gpt
+
+        return gpt.train
+    from train import gan
+
+    return gan.train
