@@ -1,0 +1,264 @@
+"""Trains a WGAN-GP DCGAN with Ray Train: `python -m train gan --config gan-tiny`."""
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from models.dcgan import Critic, DcganConfig, Generator
+from models.losses import gradient_penalty, interpolate, wasserstein_critic_loss, wasserstein_generator_loss
+from train import images, quality
+from train.checkpoint import State
+from train.config import GanConfig
+from train.launch import Worker
+from train.order import Order, positions, rng
+from train.strategy import Ddp, unwrap
+from train.text import fetch
+
+CRITIC, GENERATOR, SAMPLES, JUDGED = 2, 3, 4, 5  # purposes of random draws: what sets their keys apart
+GRID_ROWS, GRID_COLUMNS = 10, 10
+
+
+def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
+    """The loop of one worker; returns the run's final metrics (the same on every worker)."""
+    config, strategy, recorder = worker.config, worker.strategy, worker.recorder
+    folder = fetch(worker.dataset)
+    pictures = images.Pictures(folder, "train", config.data.size, config.data.horizontal_flip)
+    heldout = images.Pictures(folder, "heldout", config.data.size)
+    gan = Gan(config, shape(config, pictures.meta), strategy)
+    step = 0
+    if start is not None:
+        step, state = start
+        gan.restore(state)
+
+    meter = Meter(config.gan.critic_steps * config.batch.global_size)
+    final: dict[str, Any] = {}
+    while step < config.steps:
+        for turn in range(config.gan.critic_steps):
+            figures = gan.update_critic(gan.critic_batches(step * config.gan.critic_steps + turn, pictures))
+        figures |= gan.update_generator(gan.generator_batches(step))
+        gan.update_average(step)
+        step += 1
+        meter.count()
+
+        last = step == config.steps
+        if step % config.log.every == 0 or last:
+            recorder.scalars(step, {**strategy.mean({tag: float(value) for tag, value in figures.items()}), **meter.read()})
+        with meter.paused():
+            if step % config.log.eval_every == 0 or last:
+                judged = quality.judge(partial(gan.like, heldout), pictures, heldout)
+                recorder.scalars(step, judged)
+                final = {**judged, **strategy.mean({tag: float(value) for tag, value in figures.items()}), **meter.total()}
+                worker.report({"step": step, **final})
+            if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
+                recorder.image(step, "pictures", gan.grid())
+            if step % config.checkpoint.every == 0 or last:
+                worker.checkpoints.save(step, gan.state())
+    worker.checkpoints.join()
+    strategy.barrier()
+    return final
+
+
+def shape(config: GanConfig, dataset: dict[str, Any]) -> DcganConfig:
+    """The nets' shape for a config over a data set (its dataset.json)."""
+    return DcganConfig(
+        image_size=config.data.size,
+        channels=config.data.channels,
+        latent_dim=config.model.latent_dim,
+        width=config.model.width,
+        num_classes=len(dataset["classes"]) if config.model.conditional else 0,
+    )
+
+
+@dataclass
+class Batch:
+    """What one update takes, on the worker's device."""
+
+    latents: Tensor  # (B, latent_dim)
+    labels: Tensor | None  # (B) int64
+    real: Tensor | None = None  # (B, C, H, W) in [-1, 1]
+    mix: Tensor | None = None  # (B) in [0, 1): where between fake and real the penalty looks
+
+
+class Gan:
+    """Generator, critic, the generator's moving average, and both optimizers of one worker.
+
+    Critic and generator updates leave the same parameters at any number of workers: losses are means over the
+    global batch, and every draw is a function of (seed, global position, purpose).
+    """
+
+    def __init__(self, config: GanConfig, shape: DcganConfig, strategy: Ddp) -> None:
+        self.config, self.shape, self.strategy = config, shape, strategy
+        torch.manual_seed(config.run.seed)
+        self.generator = strategy.prepare(Generator(shape))
+        self.critic = strategy.prepare(Critic(shape))
+        self.average = copy.deepcopy(unwrap(self.generator)).requires_grad_(False)
+        optim = config.optim
+        betas = (optim.beta1, optim.beta2)
+        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), optim.lr, betas, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), optim.critic_lr or optim.lr, betas, fused=True)
+
+    # ------------------------------------------------------------ updates
+
+    def update_critic(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """One step of the critic over this worker's micro-batches; the means of their losses."""
+        self.critic.requires_grad_(True)
+        distance = penalty = torch.zeros((), device=self.strategy.device)
+        for batch in batches:
+            assert batch.real is not None
+            assert batch.mix is not None
+            # Three forwards and one backward: DDP exchanges gradients once, when all of them have come together.
+            with self.strategy.accumulating(self.critic, last=batch is batches[-1]):
+                with self.strategy.autocast():
+                    with torch.no_grad():
+                        fake = unwrap(self.generator)(batch.latents, batch.labels).to(batch.real.dtype)
+                    real_scores, fake_scores = (self.critic(pictures, batch.labels).to(batch.real.dtype) for pictures in (batch.real, fake))
+                loss = wasserstein_critic_loss(real_scores, fake_scores) / len(batches)
+                excess = gradient_penalty(partial(self.critic, labels=batch.labels), interpolate(batch.real, fake, batch.mix)) / len(
+                    batches
+                )
+                self.strategy.backward(loss + self.config.gan.penalty_weight * excess)
+            distance, penalty = distance - loss.detach(), penalty + excess.detach()
+        self.critic_optimizer.step()
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        return {
+            "critic_loss": self.config.gan.penalty_weight * penalty - distance,
+            "gradient_penalty": penalty,
+            "wasserstein_distance": distance,
+        }
+
+    def update_generator(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """One step of the generator over this worker's micro-batches; the mean of their losses."""
+        self.critic.requires_grad_(False)
+        total = torch.zeros((), device=self.strategy.device)
+        for batch in batches:
+            with self.strategy.accumulating(self.generator, last=batch is batches[-1]):
+                with self.strategy.autocast():
+                    scores = unwrap(self.critic)(self.generator(batch.latents, batch.labels), batch.labels)
+                loss = wasserstein_generator_loss(scores.to(batch.latents.dtype)) / len(batches)
+                self.strategy.backward(loss)
+            total = total + loss.detach()
+        self.generator_optimizer.step()
+        self.generator_optimizer.zero_grad(set_to_none=True)
+        return {"generator_loss": total}
+
+    @torch.no_grad()
+    def update_average(self, step: int) -> None:
+        """The moving average after generator step `step` (from 0); it forgets faster at first (TensorFlow's `num_updates` rule)."""
+        decay = min(self.config.model.ema_decay, (1 + step) / (10 + step))
+        for slow, fast in zip(self.average.parameters(), self.generator.parameters(), strict=True):
+            slow.lerp_(fast, 1 - decay)
+
+    # ------------------------------------------------------------ batches, by position
+
+    def critic_batches(self, update: int, pictures: images.Pictures) -> list[Batch]:
+        """This worker's micro-batches of the run's critic update number `update`: real pictures and the noise beside them."""
+        order = Order(len(pictures), self.config.run.seed)
+        found = []
+        for places in self._places(update):
+            real, labels = pictures.batch(order, places)
+            batch = self._noise(CRITIC, places)
+            batch.real = self._tensor(real)
+            if batch.labels is not None and labels is not None:
+                batch.labels = torch.from_numpy(labels).to(self.strategy.device)
+            found.append(batch)
+        return found
+
+    def generator_batches(self, step: int) -> list[Batch]:
+        """This worker's micro-batches of noise, and of classes drawn evenly, of generator step `step`."""
+        return [self._noise(GENERATOR, places) for places in self._places(step)]
+
+    def _places(self, update: int) -> list[np.ndarray]:
+        return positions(update, self.config.batch.global_size, self.config.micro_size, self.strategy.rank, self.strategy.world_size)
+
+    def _noise(self, purpose: int, places: np.ndarray) -> Batch:
+        draws = [rng(self.config.run.seed, int(place), purpose) for place in places]
+        latents = np.stack([draw.standard_normal(self.shape.latent_dim, dtype=np.float32) for draw in draws])
+        mix = np.array([draw.random(dtype=np.float32) for draw in draws])
+        labels = None
+        if self.shape.num_classes:
+            labels = torch.tensor([int(draw.integers(self.shape.num_classes)) for draw in draws], device=self.strategy.device)
+        return Batch(self._tensor(latents), labels, mix=self._tensor(mix))
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.strategy.device, torch.get_default_dtype())
+
+    # ------------------------------------------------------------ pictures
+
+    @torch.no_grad()
+    def like(self, heldout: images.Pictures, indices: np.ndarray) -> Tensor:
+        """Pictures of the averaged generator, as many as `indices` and of the same classes as those held-out ones."""
+        batch = self._noise(JUDGED, indices)
+        if batch.labels is not None and heldout.labels is not None:
+            batch.labels = torch.from_numpy(heldout.labels[indices]).to(self.strategy.device)
+        return self.average(batch.latents, batch.labels)
+
+    @torch.no_grad()
+    def grid(self) -> np.ndarray:
+        """(H, W, 3) uint8 from latents that never change; a conditional generator makes one row a class, one latent a column."""
+        count = GRID_COLUMNS * GRID_ROWS
+        batch = self._noise(SAMPLES, np.arange(count))
+        if self.shape.num_classes:
+            count = GRID_COLUMNS * min(GRID_ROWS, self.shape.num_classes)
+            batch.latents = batch.latents[torch.arange(count) % GRID_COLUMNS]
+            batch.labels = torch.arange(count, device=self.strategy.device) // GRID_COLUMNS
+        made = make_grid(self.average(batch.latents, batch.labels), nrow=GRID_COLUMNS, normalize=True, value_range=(-1, 1))
+        return (made * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+    # ------------------------------------------------------------ checkpoints
+
+    def state(self) -> State:
+        """All that a resumed run needs, as `restore` takes it."""
+        return {
+            "generator": dict(unwrap(self.generator).state_dict()),
+            "generator_ema": dict(self.average.state_dict()),
+            "critic": dict(unwrap(self.critic).state_dict()),
+            "generator_optimizer": self.generator_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+        }
+
+    def restore(self, state: State) -> None:
+        unwrap(self.generator).load_state_dict(state["generator"])
+        self.average.load_state_dict(state["generator_ema"])
+        unwrap(self.critic).load_state_dict(state["critic"])
+        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+
+
+class Meter:
+    """Real pictures that the critic sees a second, over training alone."""
+
+    def __init__(self, images_per_step: int) -> None:
+        self._images_per_step = images_per_step
+        self._since = time.perf_counter()
+        self._seconds, self._steps, self._all_steps = 0.0, 0, 0
+
+    def count(self) -> None:
+        """One generator step is done."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Speed since the last reading."""
+        seconds, steps = time.perf_counter() - self._since, self._steps
+        self._since, self._steps = time.perf_counter(), 0
+        self._seconds, self._all_steps = self._seconds + seconds, self._all_steps + steps
+        return {"images_per_s": steps * self._images_per_step / seconds}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
+
+    def total(self) -> dict[str, float]:
+        """The run's speed over all readings."""
+        return {"images_per_s": self._all_steps * self._images_per_step / self._seconds} if self._seconds else {}
