@@ -1,0 +1,36 @@
+"""Sample order and noise are functions of position: nothing else may decide them."""
+
+import numpy as np
+import pytest
+
+from train.order import Order, positions, rng
+
+
+def test_each_epoch_is_a_permutation_and_no_two_are_the_same() -> None:
+    order = Order(num_samples=101, seed=3)
+    epochs = [order.samples(np.arange(epoch * 101, (epoch + 1) * 101)) for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(101)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[0], Order(101, seed=4).samples(np.arange(101)))
+
+
+def test_a_position_gives_the_same_sample_whatever_was_asked_before() -> None:
+    walked = Order(50, seed=0)
+    for start in range(0, 500, 7):
+        walked.samples(np.arange(start, start + 7))
+    asked = np.array([499, 3, 250, 49, 50])
+    assert np.array_equal(walked.samples(asked), Order(50, seed=0).samples(asked))
+
+
+@pytest.mark.parametrize(("world_size", "micro_size"), [(1, 12), (1, 3), (2, 6), (2, 3), (3, 2), (4, 1), (12, 1)])
+def test_workers_together_read_the_global_batch_once(world_size: int, micro_size: int) -> None:
+    shares = [positions(5, 12, micro_size, rank, world_size) for rank in range(world_size)]
+    read = np.concatenate([micro for share in shares for micro in share])
+    assert sorted(read) == list(range(60, 72))
+    assert {len(micro) for share in shares for micro in share} == {micro_size}
+
+
+def test_noise_depends_on_its_key_alone() -> None:
+    assert np.array_equal(rng(1, 2, 3).standard_normal(4), rng(1, 2, 3).standard_normal(4))
+    drawn = {rng(*key).integers(2**62) for key in [(1, 2, 3), (1, 3, 2), (1, 2, 4), (2, 2, 3), (1, 2)]}
+    assert len(drawn) == 5
