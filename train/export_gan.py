@@ -1,24 +1,26 @@
 """A DCGAN generator as an ONNX graph, checked against torch."""
 
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
+from torchvision.utils import save_image
 
 from models import storage
 from models.dcgan import Generator
 from models.runtime import ImageGraph, seeded_latents, signature
+from train.parity import judge
 
 OPSET = 20
 MAX_BATCH = 1024
 TOLERANCE = 1e-5  # of values in [-1, 1]
 BATCHES = (1, 2, 3, 8)
 GOLDEN_SEED = 7
-GOLDEN_PICTURES, SAMPLE_ROWS, SAMPLE_COLUMNS = 2, 8, 10
+GOLDEN_PICTURES, SAMPLE_ROWS, SAMPLE_COLUMNS = 2, 10, 8
 
 
 def export_gan(generator: Generator, class_names: list[str], folder: Path) -> dict[str, Any]:
@@ -66,16 +68,19 @@ def write_graph(generator: Generator, path: Path) -> None:
     inputs: list[torch.Tensor] = [torch.zeros(2, config.latent_dim)]
     if config.num_classes:
         inputs.append(torch.zeros(2, dtype=torch.long))
-    program = torch.onnx.export(
-        generator,
-        tuple(inputs),
-        dynamo=True,
-        opset_version=OPSET,
-        verbose=False,
-        input_names=["latents", "labels"][: len(inputs)],
-        output_names=["images"],
-        dynamic_shapes=({0: batch},) * len(inputs),
-    )
+    with warnings.catch_warnings():
+        # The batch is named once for each input on purpose: it is the same in both.
+        warnings.filterwarnings("ignore", message="# The axis name: B will not be used", category=UserWarning)
+        program = torch.onnx.export(
+            generator,
+            tuple(inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=["latents", "labels"][: len(inputs)],
+            output_names=["images"],
+            dynamic_shapes=({0: batch},) * len(inputs),
+        )
     assert program is not None
     program.save(path)
 
@@ -86,19 +91,13 @@ def measure_parity(generator: Generator, graph: ImageGraph) -> dict[str, Any]:
     Raises:
         ValueError: it is above `TOLERANCE`.
     """
-    cases = []
+    differences = {}
     for batch in BATCHES:
         latents, labels = _inputs(generator, batch, batch)
         with torch.no_grad():
             expected = generator(torch.from_numpy(latents), None if labels is None else torch.from_numpy(labels)).numpy()
-        cases.append({"name": f"batch {batch}", "max_abs_diff": float(np.abs(graph.run(latents, labels) - expected).max())})
-    worst = max(cases, key=lambda case: case["max_abs_diff"])
-    if not worst["max_abs_diff"] <= TOLERANCE:
-        raise ValueError(
-            f"the exported graph's pictures are {worst['max_abs_diff']:.2g} from torch's ({worst['name']}), more than {TOLERANCE:.2g}: "
-            "nothing is published; check the versions of torch, onnxscript and onnxruntime against requirements.lock"
-        )
-    return {"max_abs_diff": worst["max_abs_diff"], "tolerance": TOLERANCE, "cases": cases}
+        differences[f"batch {batch}"] = float(np.abs(graph.run(latents, labels) - expected).max())
+    return judge(differences, TOLERANCE, "pictures")
 
 
 def _inputs(generator: Generator, seed: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -119,12 +118,13 @@ def _golden(generator: Generator, graph: ImageGraph) -> dict[str, Any]:
 
 
 def _write_sample(generator: Generator, graph: ImageGraph, path: Path) -> None:
-    """A grid of pictures; the columns of a conditional generator are its first classes."""
-    config = generator.config
-    columns = min(config.num_classes, SAMPLE_COLUMNS) or SAMPLE_COLUMNS
-    latents = seeded_latents(0, SAMPLE_ROWS * columns, config.latent_dim)
-    labels = np.tile(np.arange(columns), SAMPLE_ROWS) if config.num_classes else None
-    images = graph.run(latents, labels).reshape(SAMPLE_ROWS, columns, config.channels, config.image_size, config.image_size)
-    grid = np.rint((images + 1) * 127.5).astype(np.uint8).transpose(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
-    grid = grid.reshape(SAMPLE_ROWS * config.image_size, columns * config.image_size, config.channels)
-    Image.fromarray(grid.squeeze(2) if config.channels == 1 else grid).save(path)
+    """A grid of pictures; a conditional generator makes one row a class, one latent a column."""
+    classes = min(generator.config.num_classes, SAMPLE_ROWS)
+    rows = classes or SAMPLE_ROWS
+    if classes:
+        latents = np.tile(seeded_latents(0, SAMPLE_COLUMNS, generator.config.latent_dim), (rows, 1))
+        labels = np.repeat(np.arange(classes), SAMPLE_COLUMNS)
+    else:
+        latents, labels = seeded_latents(0, rows * SAMPLE_COLUMNS, generator.config.latent_dim), None
+    images = torch.from_numpy(graph.run(latents, labels))
+    save_image(images, path, nrow=SAMPLE_COLUMNS, normalize=True, value_range=(-1, 1))

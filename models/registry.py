@@ -1,0 +1,216 @@
+"""Versions of models on shared storage: `<root>/<name>/<version>/` is a bundle, `<root>/<name>/aliases.json` names some.
+
+    version = publish("kiln/models", "gpt", "bundle-folder")
+    name, version, uri = resolve("kiln/models", "gpt@production")
+
+A version is complete or not there, and never changes; an alias moves atomically. References are "gpt" (the alias
+production, else the newest version), "gpt/3" and "gpt@production".
+"""
+
+import difflib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from models import bundle, storage
+
+PRODUCTION = "production"  # what a name alone stands for, once it is set
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+REFERENCE = re.compile(rf"(?P<name>{NAME.pattern})(/(?P<version>[1-9][0-9]*)|@(?P<alias>{NAME.pattern}))?")
+
+Uri = str | os.PathLike[str]
+
+
+def check_name(what: str, name: str) -> None:
+    """Raises ValueError where `name` can't be a model's or an alias'; `what` says which of them it is."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{what} {name!r} is not usable: begin with a letter or digit, then letters, digits, '.', '_' and '-'")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def names(root: Uri) -> list[str]:
+    """The models that have a version."""
+    return [name for name in storage.names(root) if NAME.fullmatch(name) and versions(root, name)]
+
+
+def versions(root: Uri, name: str) -> list[int]:
+    """The complete versions of a model, oldest first; one without a valid manifest was never finished and is not listed."""
+    return [version for version in _taken(root, name) if _is_complete(_place(root, name, version))]
+
+
+def aliases(root: Uri, name: str) -> dict[str, int]:
+    """The model's aliases and their versions.
+
+    Raises:
+        ValueError: aliases.json is damaged.
+    """
+    place = storage.join(root, name, "aliases.json")
+    if not storage.exists(place):
+        return {}
+    found = storage.read_json(place)
+    if not isinstance(found, dict) or not all(isinstance(version, int) for version in found.values()):
+        raise ValueError(f'{place} is damaged: expected something like {{"production": 2}}')
+    return found
+
+
+def resolve(root: Uri, reference: str) -> tuple[str, int, str]:
+    """What a reference stands for: name, version and the bundle's URI.
+
+    Raises:
+        ValueError: no such model, version or alias, or the version is incomplete.
+    """
+    match = REFERENCE.fullmatch(reference)
+    if not match:
+        raise ValueError(
+            f"model reference {reference!r} is not understood: write NAME, NAME/VERSION or NAME@ALIAS, such as gpt, gpt/3 or gpt@production"
+        )
+    name, known = match["name"], versions(root, match["name"])
+    if not known:
+        raise ValueError(
+            f"model {name!r} is not in {os.fspath(root)}{_nearest(name, names(root), 'it is empty; export a run with `python -m train export RUN`')}"
+        )
+    version = known[-1]
+    if match["version"]:
+        version = int(match["version"])
+    elif match["alias"] or PRODUCTION in aliases(root, name):
+        version = _aliased(root, name, match["alias"] or PRODUCTION)
+    _check_version(root, name, version, known)
+    return name, version, _place(root, name, version)
+
+
+def _aliased(root: Uri, name: str, alias: str) -> int:
+    known = aliases(root, name)
+    if alias not in known:
+        none = f"it has none; set one with `python -m models alias {name} {alias} VERSION`"
+        raise ValueError(f"model {name!r} has no alias {alias!r}{_nearest(alias, list(known), none)}")
+    return known[alias]
+
+
+def _check_version(root: Uri, name: str, version: int, known: list[int]) -> None:
+    if version in known:
+        return
+    if version in _taken(root, name):
+        bundle.read(_place(root, name, version))  # says what is wrong with it
+    raise ValueError(f"model {name!r} has no version {version}: it has {', '.join(map(str, known)) or 'none'}")
+
+
+def _nearest(word: str, known: list[str], none: str) -> str:
+    """The end of a sentence about an unknown word."""
+    if not known:
+        return f": {none}"
+    close = difflib.get_close_matches(word, known, n=1)
+    return f": did you mean {close[0]!r}?" if close else f": there {'is' if len(known) == 1 else 'are'} {', '.join(known)}"
+
+
+def _place(root: Uri, name: str, version: int) -> str:
+    return storage.join(root, name, str(version))
+
+
+def _taken(root: Uri, name: str) -> list[int]:
+    """Version numbers in use, complete or not."""
+    return sorted(int(entry) for entry in storage.names(storage.join(root, name)) if re.fullmatch(r"[1-9][0-9]*", entry))
+
+
+def _is_complete(uri: str) -> bool:
+    try:
+        bundle.read(uri)
+    except ValueError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- writing
+
+
+def publish(root: Uri, name: str, local_folder: Uri) -> int:
+    """Makes a bundle the model's next version and returns its number; the folder itself stays as it is.
+
+    Any number of processes may publish at once, each gets a number of its own.
+
+    Raises:
+        ValueError: a name that is none, or the folder is no bundle or a damaged one; nothing is published.
+    """
+    check_name("model name", name)
+    manifest = bundle.verify(local_folder)
+    local_root = storage.local_path(root)
+    if local_root is not None:
+        return _publish_by_rename(local_root, name, Path(local_folder), manifest)
+    return _publish_manifest_last(root, name, Path(local_folder), manifest)
+
+
+def _publish_by_rename(root: Path, name: str, folder: Path, manifest: bundle.Manifest) -> int:
+    """Assembles the version hidden beside its place, then renames it onto the next free number."""
+    staged = root / name / f".{uuid.uuid4().hex}.tmp"
+    try:
+        shutil.copytree(folder, staged)
+        while True:
+            version = _next(root, name)
+            storage.write_json(staged / bundle.MANIFEST, manifest | {"name": name, "version": version})
+            bundle.verify(staged)
+            try:
+                os.rename(staged, root / name / str(version))
+                return version
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another publisher took the number: the next one
+                    raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _publish_manifest_last(root: Uri, name: str, folder: Path, manifest: bundle.Manifest) -> int:
+    """For object stores, which cannot rename: the files first, the manifest last."""
+    version = _claim(root, name)
+    for path in manifest["files"]:
+        filesystem, target = storage.locate(storage.join(_place(root, name, version), path))
+        with open(folder / path, "rb") as source, filesystem.open_output_stream(target) as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+    storage.write_json(storage.join(_place(root, name, version), bundle.MANIFEST), manifest | {"name": name, "version": version})
+    return version
+
+
+def _claim(root: Uri, name: str) -> int:
+    """The next free version, claimed by a file in it. Of two publishers at least the later sees both claims, and gives way."""
+    while True:
+        version = _next(root, name)
+        place, claim = _place(root, name, version), f"claim-{uuid.uuid4().hex}"
+        storage.write_bytes(storage.join(place, claim), b"")
+        if storage.names(place) == [claim]:
+            return version
+        storage.delete(storage.join(place, claim))
+
+
+def _next(root: Uri, name: str) -> int:
+    return max(_taken(root, name), default=0) + 1
+
+
+def alias(root: Uri, name: str, alias: str, version: int) -> None:
+    """Points an alias of the model to a version: readers see the old one or the new one.
+
+    Raises:
+        ValueError: a name that is none, no such model or version, or the version is damaged.
+    """
+    check_name("alias", alias)
+    *_, uri = resolve(root, f"{name}/{version}")
+    bundle.verify(uri)
+    with _locked(storage.join(root, name)):
+        storage.write_json(storage.join(root, name, "aliases.json"), {**aliases(root, name), alias: version})
+
+
+@contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """One writer at a time on a shared filesystem, so that two aliases set at once both stay; object stores know no lock."""
+    local = storage.local_path(folder)
+    if local is None:
+        yield
+        return
+    with open(local / ".aliases.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,132 @@
+"""From a run to a version in the registry: its newest checkpoint as a bundle, checked before it is published.
+
+python -m train export RUN [--name NAME]
+"""
+
+import difflib
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+
+from models import bundle, gpt, registry
+from models.dcgan import Generator
+from models.storage import exists, join, local_path, names, read_json
+from train import checkpoint, config, text
+from train.export_gan import export_gan
+from train.export_gpt import export_gpt
+from train.gan import shape
+from train.gpt import build
+
+LIBRARIES = ("torch", "onnx", "onnxruntime", "transformers")
+HELDOUT_TOKENS = 64  # enough for every parity case and the golden prompt
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A published version; `manifest` is its bundle's."""
+
+    name: str
+    version: int
+    uri: str
+    manifest: bundle.Manifest
+
+
+def export(run: str, storage: str, name: str | None = None) -> Exported:
+    """Publishes the newest complete checkpoint of a run.
+
+    Args:
+        run: the run's name below `<storage>/runs`.
+        storage: a folder or URI.
+        name: the model's name in the registry; by default "gpt" or "gan".
+
+    Raises:
+        ValueError: there is no such run, no complete checkpoint or no data set, or the graph's answers are not the model's;
+            nothing is published.
+    """
+    if name is not None:
+        registry.check_name("model name", name)
+    saved = _newest(storage, run)
+    settings = config.build(config.KINDS[saved.config["kind"]], _without_kind(saved.config), f"the checkpoint of run {run}")
+    dataset, lineage = _dataset(storage, run)
+    with tempfile.TemporaryDirectory(prefix="raykiln-export-") as scratch:
+        weights, files = Path(scratch) / "checkpoint", Path(scratch) / "bundle"
+        files.mkdir()
+        checkpoint.fetch(join(storage, "runs", run), saved, weights)
+        if isinstance(settings, config.GptConfig):
+            made = _gpt_files(settings, weights, dataset, files)
+        else:
+            assert isinstance(settings, config.GanConfig)
+            made = _gan_files(settings, weights, dataset, files)
+        bundle.write(files, _lineage(storage, run, saved.step, lineage) | made)
+        root, name = join(storage, "models"), name or settings.kind
+        version = registry.publish(root, name, files)
+    uri = join(root, name, str(version))
+    return Exported(name, version, uri, bundle.read(uri))
+
+
+def _gpt_files(settings: config.GptConfig, weights: Path, dataset: str, folder: Path) -> dict[str, Any]:
+    prepared = text.fetch(dataset)
+    model = build(settings, read_json(prepared / "dataset.json"))
+    gpt.restore(model, load_file(weights / "model.safetensors"))
+    shards = text.Tokens(prepared, "heldout", model.config.n_positions).shards
+    heldout = np.concatenate([shard[:HELDOUT_TOKENS] for shard in shards])[:HELDOUT_TOKENS]
+    return export_gpt(model, prepared / "tokenizer.json", heldout, folder)
+
+
+def _gan_files(settings: config.GanConfig, weights: Path, dataset: str, folder: Path) -> dict[str, Any]:
+    facts = read_json(join(dataset, "dataset.json"))
+    generator = Generator(shape(settings, facts))
+    generator.load_state_dict(load_file(weights / "generator_ema.safetensors"))
+    return export_gan(generator, facts["classes"], folder)
+
+
+# ---------------------------------------------------------------- what the run left
+
+
+def _newest(storage: str, run: str) -> checkpoint.Manifest:
+    known = names(join(storage, "runs"))
+    if run not in known:
+        close = difflib.get_close_matches(run, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}" if known else "there is none; train one first"
+        raise ValueError(f"run {run!r} is not in {join(storage, 'runs')}: {hint}")
+    saved = checkpoint.newest(join(storage, "runs", run))
+    if saved is None:
+        raise ValueError(f"run {run!r} has no complete checkpoint yet: wait for its first one, or start it again so that it goes on")
+    return saved
+
+
+def _dataset(storage: str, run: str) -> tuple[str, dict[str, Any]]:
+    """The URI of the run's data set, and the run's lineage.json."""
+    place = join(storage, "runs", run, "lineage.json")
+    if not exists(place):
+        raise ValueError(f"run {run!r} has no lineage.json, so its data set is not known: start it again so that it goes on")
+    lineage = read_json(place)
+    uri = join(storage, "data", f"{lineage['dataset']['name']}-{lineage['dataset']['fingerprint']}")
+    if not exists(join(uri, "dataset.json")):
+        raise ValueError(f"the data set of run {run!r} is not at {uri} any more: start the run again, which prepares it")
+    return uri, lineage
+
+
+def _lineage(storage: str, run: str, step: int, lineage: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's entries on where the bundle comes from."""
+    place = join(storage, "runs", run, "summary.json")
+    summary = read_json(place) if exists(place) else {}
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run": {"name": run, "step": step, "storage": str(local_path(storage) or storage)},
+        "commit": lineage["commit"],
+        "dataset": {key: lineage["dataset"][key] for key in ("name", "fingerprint")},
+        # The summary of a run that has since gone on, and not yet ended, judges other weights.
+        "metrics": summary["metrics"] if summary.get("steps") == step else {},
+        "libraries": {library: metadata.version(library) for library in LIBRARIES},
+    }
+
+
+def _without_kind(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != "kind"}
