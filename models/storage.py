@@ -45,18 +45,27 @@ def exists(uri: str | os.PathLike[str]) -> bool:
     return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
+def is_file(uri: str | os.PathLike[str]) -> bool:
+    filesystem, path = locate(uri)
+    return filesystem.get_file_info(path).type == fs.FileType.File
+
+
 def names(uri: str | os.PathLike[str]) -> list[str]:
     """The sorted names of what lies directly below `uri`; empty where there is no such folder."""
-    filesystem, path = locate(uri)
-    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in found)
+    return sorted(info.base_name for info in _below(uri, recursive=False)[1])
 
 
 def files(uri: str | os.PathLike[str]) -> dict[str, int]:
     """Every file below `uri` as {path relative to uri: bytes}."""
-    filesystem, path = locate(uri)
-    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    path, found = _below(uri, recursive=True)
     return {os.path.relpath(info.path, path): info.size for info in found if info.type == fs.FileType.File}
+
+
+def _below(uri: str | os.PathLike[str], recursive: bool) -> tuple[str, list[fs.FileInfo]]:
+    filesystem, path = locate(uri)
+    if filesystem.get_file_info(path).type != fs.FileType.Directory:
+        return path, []
+    return path, filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
 
 
 def read_bytes(uri: str | os.PathLike[str]) -> bytes:

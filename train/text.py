@@ -81,9 +81,7 @@ def _matches(pattern: str, label: str) -> list[str]:
             storage.join(pattern, name) for name in storage.files(pattern) if not any(part.startswith(".") for part in name.split("/"))
         ]
     else:
-        found = (
-            [pattern] if storage.exists(pattern) and storage.locate(pattern)[0].get_file_info(storage.locate(pattern)[1]).is_file else []
-        )
+        found = [pattern] if storage.is_file(pattern) else []
     if not found:
         raise ValueError(
             f"{label}: nothing is there at {pattern}: expected a file, a folder or a glob of {', '.join(SUFFIXES)}, or 'shakespeare'"

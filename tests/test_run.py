@@ -1,0 +1,96 @@
+"""A run never silently starts over, and has one driver."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from models import storage
+from train import config as configs
+from train.checkpoint import Checkpointer
+from train.run import open_run
+
+
+def config(**values: Any) -> configs.Config:
+    return configs.load("gpt", "gpt-tiny", {"run.name": "r", **values})
+
+
+def with_checkpoint(root: Path, made: configs.Config, step: int = 10) -> None:
+    with open_run(made, str(root), "gpt") as run:
+        checkpoints = Checkpointer(run.uri, {"kind": made.kind, **made.model_dump()}, driver=run.token)
+        import torch
+
+        checkpoints.save(step, {"model": {"w": torch.zeros(1)}})
+        checkpoints.join()
+
+
+def start(root: Path, made: configs.Config) -> int:
+    with open_run(made, str(root), "gpt") as run:
+        return run.start
+
+
+def test_auto_goes_on_never_refuses_must_insists(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="run.resume is must, and .* has no complete checkpoint"):
+        start(tmp_path, config(**{"run.resume": "must"}))
+    assert start(tmp_path, config()) == 0
+    with_checkpoint(tmp_path, config())
+    assert start(tmp_path, config()) == 10
+    assert start(tmp_path, config(**{"run.resume": "must"})) == 10
+    with pytest.raises(ValueError, match="run.resume is never, and run r has a checkpoint of step 10"):
+        start(tmp_path, config(**{"run.resume": "never"}))
+
+
+def test_another_config_is_refused_with_its_key_and_what_may_change_is_not(tmp_path: Path) -> None:
+    with_checkpoint(tmp_path, config())
+    with pytest.raises(ValueError, match=r"run r was begun with optim.lr 0.005, and now it is 0.1"):
+        start(tmp_path, config(**{"optim.lr": 0.1}))
+    assert start(tmp_path, config(**{"parallel.workers": 2, "batch.micro_size": 2, "steps": 40, "log.every": 1})) == 10
+    with pytest.raises(ValueError, match="at step 10, beyond steps 5"):
+        start(tmp_path, config(steps=5))
+
+
+def test_an_unnamed_run_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    with open_run(config(**{"run.name": None}), str(tmp_path), "gpt-tiny") as run:
+        assert run.name.startswith("gpt-tiny-")
+        assert configs.load("gpt", f"{run.uri}/run.yaml") == config(**{"run.name": None})
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    with open_run(config(), str(tmp_path), "gpt"), pytest.raises(ValueError, match=f"run r is driven by process {os.getpid()}"):
+        start(tmp_path, config())
+    assert start(tmp_path, config()) == 0
+
+
+def test_a_killed_driver_leaves_the_run_free(tmp_path: Path) -> None:
+    holder = f"""
+import time
+from train import config
+from train.run import open_run
+with open_run(config.load("gpt", "gpt-tiny", {{"run.name": "r"}}), {str(tmp_path)!r}, "gpt"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    root = Path(__file__).parent.parent
+    other = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, cwd=root)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"driven by process {other.pid}"):
+        start(tmp_path, config())
+    other.kill()
+    other.wait()
+    assert start(tmp_path, config()) == 0
+
+
+def test_a_driver_elsewhere_is_dead_when_it_was_not_heard_of(tmp_path: Path) -> None:
+    elsewhere = {"token": "t", "host": "another-" + socket.gethostname(), "pid": 1, "started": psutil.Process().create_time()}
+    storage.write_json(tmp_path / "runs/r/driver.json", {**elsewhere, "heartbeat": time.time() - 5})
+    with pytest.raises(ValueError, match="driven by process 1 on another-"):
+        start(tmp_path, config())
+    storage.write_json(tmp_path / "runs/r/driver.json", {**elsewhere, "heartbeat": time.time() - 600})
+    assert start(tmp_path, config()) == 0
