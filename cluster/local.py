@@ -24,6 +24,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster import machine
 from cluster.dashboard import Dashboard
 from models import cli, storage
 
@@ -76,7 +77,7 @@ class Head:
         try:
             process = psutil.Process(self.pid)
             # The kernel counts in ticks since boot: the same start is read back only to within a fraction of a second.
-            return _running(process) and abs(process.create_time() - self.started) < 1
+            return machine.running(process) and abs(process.create_time() - self.started) < 1
         except psutil.NoSuchProcess:
             return False
 
@@ -108,7 +109,10 @@ def up(storage_uri: str, port: int | None = None, dashboard_port: int | None = N
         _wait_until_ready(head)
         return head, False
     down(storage_uri)  # what a crash left
-    port, dashboard_port = _free_port(port, GCS_PORT, "--port"), _free_port(dashboard_port, DASHBOARD_PORT, "--dashboard-port")
+    port, dashboard_port = (
+        machine.free_port(port, GCS_PORT, "--port"),
+        machine.free_port(dashboard_port, DASHBOARD_PORT, "--dashboard-port"),
+    )
     head = _launch(storage_uri, port, dashboard_port, num_cpus)
     try:
         _wait_until_ready(head)
@@ -124,7 +128,7 @@ def down(storage_uri: str) -> int:
     head = _recorded(storage_uri)
     if head is None:
         return 0
-    ended = _end(head.id)
+    ended = machine.end(MARK, head.id, STOP_GRACE_S)
     shutil.rmtree(head.temp_dir, ignore_errors=True)
     for name in ("env", "token", "state.json"):  # the state last: until then a second `down` can finish the work
         (head.home / name).unlink(missing_ok=True)
@@ -175,8 +179,8 @@ def _start_command(port: int, dashboard_port: int, temp_dir: str, num_cpus: int 
         "--port": port,
         "--dashboard-host": "127.0.0.1",
         "--dashboard-port": dashboard_port,
-        "--ray-client-server-port": _free_port(None, CLIENT_PORT),
-        "--dashboard-agent-listen-port": _free_port(None, AGENT_PORT),
+        "--ray-client-server-port": machine.free_port(None, CLIENT_PORT),
+        "--dashboard-agent-listen-port": machine.free_port(None, AGENT_PORT),
         "--temp-dir": temp_dir,
     }
     if num_cpus is not None:
@@ -191,6 +195,7 @@ def _environment(mark: str, temp_dir: str, storage_uri: str, token: Path) -> dic
     foreign = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"}
     return {name: value for name, value in os.environ.items() if name not in foreign} | {
         MARK: mark,
+        "SPT_NOENV": "1",  # Ray's processes write their titles (ray::...) over their environment otherwise, and the mark with it
         "KILN_STORAGE": storage_uri,
         "PATH": _path(),
         "RAY_TMPDIR": temp_dir,
@@ -231,61 +236,6 @@ def _wait_until_ready(head: Head) -> None:
     last_lines = " | ".join(log.read_text(errors="replace").split("\n")[-6:])
     reason = f"did not answer within {START_TIMEOUT_S} s" if head.alive() else "ended at its start"
     raise ValueError(f"the Ray head {reason}; {log} ends with: {last_lines}")
-
-
-def _free_port(wanted: int | None, preferred: int, option: str = "") -> int:
-    if wanted is not None and not _is_free(wanted):
-        raise ValueError(f"{option} {wanted} is taken by another process: name another, or leave {option} out and a free one is chosen")
-    if wanted is not None or _is_free(preferred):
-        return wanted if wanted is not None else preferred
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        # A listener still refuses us; what a closed one left behind (TIME_WAIT) does not.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-        return True
-
-
-def _marked(mark: str) -> set[psutil.Process]:
-    """The running processes that inherited `mark`, and their children: some of Ray's overwrite their environment with a title."""
-    found = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # another user's, or gone meanwhile
-            if process.environ().get(MARK) == mark:
-                found.add(process)
-                found.update(process.children(recursive=True))
-    return set(filter(_running, found))
-
-
-def _running(process: psutil.Process) -> bool:
-    """Whether it is more than an entry that its parent has not collected yet."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _end(mark: str) -> int:
-    """SIGTERM to all that carry `mark`, SIGKILL to those still there after the grace; how many there were."""
-    ended: set[psutil.Process] = set()
-    for round_number in range(10):  # the dying may still start others
-        processes = _marked(mark)
-        if not processes:
-            break
-        ended |= processes
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill() if round_number else process.terminate()
-        psutil.wait_procs(processes, timeout=STOP_GRACE_S)
-    return len(ended)
 
 
 def _write_private(path: Path, text: str) -> None:

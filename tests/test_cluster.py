@@ -1,0 +1,321 @@
+"""A cluster of our own: it comes up once, takes jobs, and ends without touching anyone else's processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from cluster import doctor, local, machine
+from cluster.dashboard import Dashboard
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shell(script: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """A user's terminal at the repository's root: bash, without what other tests' clusters export."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "KILN_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=env | {"PATH": path}, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def own_cluster(storage: Path) -> Iterator[Path]:
+    answer = shell(f"python -m cluster up --storage {storage} --num-cpus 4")
+    assert answer.returncode == 0, answer.stderr
+    yield storage
+    assert shell(f"python -m cluster down --storage {storage}").returncode == 0
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The storage of a cluster that runs during this file's tests."""
+    yield from own_cluster(tmp_path_factory.mktemp("kiln"))
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Path]:
+    """The storage of a cluster for one test that harms it."""
+    yield from own_cluster(tmp_path / "kiln")
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has nothing to do with any cluster."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def head_of(storage: Path) -> local.Head:
+    head = local.find(str(storage))
+    assert head is not None
+    return head
+
+
+# Up
+
+
+def test_a_second_up_says_that_it_runs_already(up: Path) -> None:
+    before = head_of(up)
+    answer = shell(f"python -m cluster up --storage {up}")
+    assert "runs already" in answer.stdout
+    assert head_of(up) == before
+
+
+def test_the_env_file_joins_a_shell_and_only_its_owner_reads_the_token(up: Path) -> None:
+    answer = shell(f"unset KILN_STORAGE; source {up}/cluster/env; env; which ray")
+    variables = dict(line.split("=", 1) for line in answer.stdout.splitlines() if "=" in line)
+    assert variables["KILN_STORAGE"] == str(up)
+    assert variables["RAY_AUTH_MODE"] == "token"
+    assert Path(variables["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o077 == 0
+    assert answer.stdout.splitlines()[-1] == str(Path(sys.executable).parent / "ray")
+
+
+def test_the_dashboard_answers_this_machine_alone_and_only_with_the_token(up: Path) -> None:
+    dashboard = head_of(up).dashboard
+    assert [node["state"] for node in dashboard.nodes()] == ["ALIVE"]
+    assert httpx.get(f"{dashboard.url}/api/jobs/", timeout=30).status_code == 401
+    with pytest.raises(ValueError, match="refuses the token"):
+        replace(dashboard, token="wrong").jobs()
+    bound = {item.laddr.ip for item in psutil.net_connections("tcp") if item.status == "LISTEN" and f":{item.laddr.port}" in dashboard.url}
+    assert bound == {"127.0.0.1"}
+
+
+def test_a_port_that_is_taken_is_refused_when_asked_for_and_avoided_when_not(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        answer = shell(f"python -m cluster up --storage {tmp_path} --port {port}")
+        assert answer.returncode == 2
+        assert (
+            answer.stderr.strip()
+            == f"error: --port {port} is taken by another process: name another, or leave --port out and a free one is chosen"
+        )
+        assert machine.free_port(None, port) != port
+    assert machine.free_port(None, port) == port
+
+
+def test_a_head_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_start_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no such luck')"])
+    with pytest.raises(ValueError, match=r"ended at its start.*no such luck"):
+        local.up(str(tmp_path))
+    assert sorted(file.name for file in (tmp_path / "cluster").iterdir()) == ["head.log"]
+
+
+# Jobs
+
+
+def test_the_readmes_submission_trains_and_keeps_its_files_in_the_cluster_s_storage(up: Path) -> None:
+    submission = "ray job submit --working-dir . -- python -m train gpt --config gpt-tiny"
+    answer = shell(f"source {up}/cluster/env && {submission} --run.name submitted --parallel.workers 2")
+    assert answer.returncode == 0, answer.stdout[-3000:]
+    assert "succeeded" in answer.stdout
+    summary = json.loads((up / "runs" / "submitted" / "summary.json").read_text())
+    assert summary["steps"] == 20
+    assert head_of(up).dashboard.jobs()[-1]["status"] == "SUCCEEDED"
+
+
+def test_submit_runs_the_same_python_in_a_copy_of_the_working_directory_and_exits_as_the_job_did(up: Path) -> None:
+    script = "import os, sys; print([sys.executable, os.path.exists('cluster.yaml'), os.path.exists('.venv')]); sys.exit(3)"
+    answer = shell(f'python -m cluster submit --storage {up} -- python -c "{script}"')
+    assert answer.returncode == 1
+    assert str([sys.executable, True, False]) in answer.stdout
+    assert answer.stdout.splitlines()[-1].endswith(": FAILED")
+
+
+def test_a_job_that_was_stopped_is_not_a_success(up: Path) -> None:
+    following = (
+        f"source {up}/cluster/env; python -m cluster submit -- python -c 'import time; print(\"here\", flush=True); time.sleep(300)'"
+    )
+    stop = """while read -r line; do echo "$line"; case "$line" in job*) id=$(echo "$line" | cut -d' ' -f2);; here) ray job stop $id > /dev/null;; esac; done"""
+    answer = shell(f"set -o pipefail; source {up}/cluster/env; ( {following} ) | ( {stop} )")
+    assert answer.returncode == 1
+    assert answer.stdout.splitlines()[-1].endswith(": STOPPED")
+
+
+def test_status_and_doctor_describe_the_cluster(up: Path) -> None:
+    status = shell(f"python -m cluster status --storage {up}")
+    assert status.returncode == 0, status.stderr
+    assert "ALIVE" in status.stdout
+    examined = shell(f"python -m cluster doctor --storage {up}")
+    assert "4 CPUs" in examined.stdout, examined.stderr
+    assert "is not visible" not in examined.stdout
+    assert not list((up / "cluster").glob("probe-*"))
+
+
+def test_without_a_cluster_the_commands_say_how_to_get_one(tmp_path: Path) -> None:
+    for command in ("status", "doctor", "submit -- true"):
+        answer = shell(
+            f"python -m cluster {command.replace(' ', f' --storage {tmp_path} ', 1) if ' ' in command else f'{command} --storage {tmp_path}'}"
+        )
+        assert answer.returncode == 2
+        assert "start one with `python -m cluster up`" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, None),
+        ({"versions": {"torch": "0.1"}}, "torch 0.1 here, 2.14 where this command runs"),
+        ({"free_bytes": 2**30}, "1.0 GiB of disk left"),
+        ({"sees_storage": False}, "set KILN_STORAGE to a place that all nodes share"),
+    ],
+)
+def test_the_doctor_names_what_is_wrong(change: dict[str, Any], sentence: str | None) -> None:
+    healthy = {"versions": {"torch": "2.14"}, "free_bytes": 2**40, "sees_storage": True}
+    wrong = doctor.findings(healthy | change, {"torch": "2.14"}, "kiln/cluster/probe")
+    assert len(wrong) == (sentence is not None)
+    assert sentence is None or sentence in wrong[0]
+
+
+def test_a_silent_dashboard_is_one_sentence() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(ValueError, match=f"no Ray dashboard answers at http://127.0.0.1:{port}"):
+        Dashboard(f"http://127.0.0.1:{port}", None).jobs()
+
+
+# Down
+
+
+def test_down_ends_a_running_job_and_its_children_and_nobody_else(
+    fresh: Path, ray_address: str, bystander: subprocess.Popen[bytes]
+) -> None:
+    import ray
+
+    child = "import time; time.sleep(600)"  # in a session of its own, as a stray server would be
+    parent = (
+        f"import subprocess, sys; print('begun', subprocess.Popen([sys.executable, '-c', '{child}'], start_new_session=True).pid); {child}"
+    )
+    submitted = shell(f'source {fresh}/cluster/env; ray job submit --no-wait --submission-id long -- python -c "{parent}"')
+    assert submitted.returncode == 0, submitted.stdout
+    head = head_of(fresh)
+    deadline = time.monotonic() + 60
+    while "begun" not in (logs := shell(f"source {fresh}/cluster/env; ray job logs long").stdout) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    grandchild = psutil.Process(int(logs.split("begun ")[1].split()[0]))
+    ours = machine.marked(local.MARK, head.id)
+    assert grandchild in ours
+    assert {*psutil.Process(head.pid).children(recursive=True)} <= {*ours}
+
+    answer = shell(f"python -m cluster down --storage {fresh}")
+    assert "Ray is down" in answer.stdout, answer.stderr
+    assert not any(machine.running(process) for process in ours)
+    assert not Path(head.temp_dir).exists()
+    assert sorted(file.name for file in (fresh / "cluster").iterdir()) == ["head.log"]
+    # Another Ray cluster on this machine, and a stranger's process, never noticed.
+    assert ray.get(ray.remote(lambda: "alive").remote()) == "alive"
+    assert bystander.poll() is None
+    assert "nothing to end" in shell(f"python -m cluster down --storage {fresh}").stdout
+
+
+def test_up_after_a_crash_clears_what_is_left_and_starts_anew(fresh: Path) -> None:
+    crashed = head_of(fresh)
+    left = machine.marked(local.MARK, crashed.id)
+    os.kill(crashed.pid, signal.SIGKILL)
+    answer = shell(f"python -m cluster up --storage {fresh} --num-cpus 1")
+    assert "Ray is up" in answer.stdout, answer.stderr
+    assert head_of(fresh).id != crashed.id
+    assert not any(machine.running(process) for process in left)
+
+
+def record(storage: Path, **fields: Any) -> local.Head:
+    head = local.Head("0" * 32, socket.gethostname(), 1, 0.0, 6379, 8265, str(storage / "temp"), str(storage))
+    head = replace(head, **fields)
+    (storage / "cluster").mkdir()
+    (storage / "cluster" / "state.json").write_text(json.dumps(head.__dict__))
+    return head
+
+
+@pytest.mark.parametrize("recycled", [True, False], ids=["recycled id", "same id and start, not our mark"])
+def test_a_recorded_process_id_is_never_enough_to_end_a_process(tmp_path: Path, bystander: subprocess.Popen[bytes], recycled: bool) -> None:
+    started = psutil.Process(bystander.pid).create_time()
+    head = record(tmp_path, pid=bystander.pid, started=started - 3600 if recycled else started)
+    assert head.alive() is not recycled
+    assert local.down(str(tmp_path)) == 0
+    assert bystander.poll() is None
+
+
+def test_a_head_on_another_machine_is_left_alone(tmp_path: Path) -> None:
+    record(tmp_path, host="elsewhere")
+    with pytest.raises(ValueError, match=r"'elsewhere'.*--storage of its own"):
+        local.down(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", '{"pid": 1}'])
+def test_a_damaged_state_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"state\.json"):
+        local.find(str(tmp_path))
+
+
+# cluster.yaml
+
+
+def validated(config: dict[str, Any]) -> dict[str, Any]:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared: dict[str, Any] = prepare_config(config)
+    validate_config(prepared)
+    return prepared
+
+
+@pytest.fixture(params=["cluster.yaml", "cluster/gcp.yaml"])
+def cloud(request: pytest.FixtureRequest) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((ROOT / request.param).read_text())
+    return config
+
+
+def test_a_cloud_cluster_has_the_promised_nodes_and_trains_on_workers_only(cloud: dict[str, Any]) -> None:
+    types = validated(cloud)["available_node_types"]
+    assert set(types) == {"head", "gpu_spot", "gpu_on_demand", "cpu"}
+    assert types["head"]["resources"]["CPU"] == 0
+    assert types["gpu_spot"]["resources"]["GPU"] > 0
+    assert types["gpu_spot"]["priority"] > types["gpu_on_demand"].get("priority", 0)
+
+
+def test_a_cloud_cluster_s_nodes_require_the_token_and_hide_the_dashboard(cloud: dict[str, Any]) -> None:
+    prepared = validated(cloud)
+    head, worker = prepared["head_start_ray_commands"][-1], prepared["worker_start_ray_commands"][-1]
+    assert "--dashboard-host=127.0.0.1" in head
+    assert all(command.startswith(". ~/kiln.env; ulimit") for command in (head, worker))
+    settings = next(command for command in prepared["setup_commands"] if "kiln.env" in command)
+    assert "RAY_AUTH_MODE=token" in settings
+    assert "~/.ray/auth_token" in prepared["file_mounts"]
+    assert "KILN_STORAGE=" in settings
+
+
+def test_a_cloud_cluster_installs_the_locked_versions_only(cloud: dict[str, Any]) -> None:
+    prepared = validated(cloud)
+    assert prepared["file_mounts"]["~/requirements.lock"] == "requirements.lock"
+    assert not [command for command in prepared["head_setup_commands"] if command.startswith("pip install")]
+
+
+@pytest.mark.parametrize("typo", [("max_worker",), ("available_node_types", "gpu_spot", "min_worker"), ("idle_timeout_minute",)])
+def test_a_typo_is_refused_by_ray_s_validator(typo: tuple[str, ...]) -> None:
+    import jsonschema
+
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    place = config
+    for key in typo[:-1]:
+        place = place[key]
+    place[typo[-1]] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        validated(config)
