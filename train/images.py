@@ -283,7 +283,7 @@ def decode(content: bytes | Image.Image, where: str, size: int, channels: int) -
             raise ValueError(f"{where} has pixels of kind {image.mode}: save it with 8 bits a channel")
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = ImageOps.fit(image.convert("L" if grey else "RGB"), (size, size), Image.Resampling.LANCZOS)
+        image = ImageOps.fit(image.convert("L" if grey else "RGB"), (size, size), Image.Resampling.BICUBIC)
     except UnidentifiedImageError:
         raise ValueError(
             f"{where} is no picture ({'it is empty' if not content else 'its bytes are of no known format'}): remove it"

@@ -1,0 +1,329 @@
+"""Pictures from every kind of source; what is wrong with one, said in a sentence; the same picture at the same position."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from models import storage
+from train.config import ImageData
+from train.images import Pictures, decode, find, prepare
+from train.order import Order, positions
+
+
+def png(level: int = 0, size: tuple[int, int] = (32, 32), mode: str = "L", kind: str = "PNG") -> bytes:
+    """A plain picture, encoded."""
+    file = io.BytesIO()
+    Image.new(mode, size, level if mode in ("L", "1") else (level,) * len(mode)).save(file, kind)
+    return file.getvalue()
+
+
+def folder_of(root: Path, files: dict[str, bytes]) -> str:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return str(root)
+
+
+def parquet_of(path: Path, columns: dict[str, Any], metadata: dict[bytes, bytes] | None = None) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path)
+    return str(path)
+
+
+def data_of(*source: str, **more: Any) -> ImageData:
+    return ImageData.model_validate({"source": list(source), "horizontal_flip": False, **more})
+
+
+def both_splits(dataset: str, size: int = 32) -> dict[str, Pictures]:
+    return {split: Pictures(Path(dataset), split, size) for split in ("train", "heldout")}
+
+
+def levels(pictures: Pictures) -> list[int]:
+    """The (top left) grey level of each plain picture."""
+    return [int(value) for value in pictures.pixels[:, 0, 0, 0]]
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_the_shipped_garments_keep_their_splits(tmp_path: Path) -> None:
+    dataset = prepare(data_of("fashion-mnist"), str(tmp_path), conditional=True)
+    splits = both_splits(dataset)
+    assert (len(splits["train"]), len(splits["heldout"])) == (9000, 1000)
+    for split, each in (("train", 900), ("heldout", 100)):
+        assert splits[split].labels is not None
+        assert np.bincount(splits[split].labels).tolist() == [each] * 10  # type: ignore[arg-type]
+    assert splits["train"].meta["classes"][9] == "Ankle boot"
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    files = {f"pets/{name}/{index}.png": png(40 * index + level) for index in range(5) for name, level in (("cat", 1), ("dog", 2))}
+    source = folder_of(tmp_path, files) + "/pets"
+    splits = both_splits(prepare(data_of(source, heldout_fraction=0.2), str(tmp_path)))
+    assert splits["train"].meta["classes"] == ["cat", "dog"]
+    assert (len(splits["train"]), len(splits["heldout"])) == (8, 2)
+    for pictures in splits.values():
+        assert pictures.labels is not None
+        assert [level % 40 - 1 for level in levels(pictures)] == pictures.labels.tolist()
+    assert sorted(levels(splits["train"]) + levels(splits["heldout"])) == sorted(
+        40 * index + level for index in range(5) for level in (1, 2)
+    )
+
+
+def test_folders_of_splits(tmp_path: Path) -> None:
+    files = {f"{split}/{name}/0.png": png(level) for level, split in enumerate(("train", "test")) for name in ("a", "b")}
+    splits = both_splits(prepare(data_of(folder_of(tmp_path / "source", files)), str(tmp_path)))
+    assert levels(splits["train"]) == [0, 0]
+    assert levels(splits["heldout"]) == [1, 1]
+    assert splits["train"].meta["classes"] == ["a", "b"]
+
+
+def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "source", {"a.png": png(), "b.PNG": png(), "c.jpg": png(kind="JPEG"), ".DS_Store": b"hidden"})
+    splits = both_splits(prepare(data_of(source), str(tmp_path)))
+    assert splits["train"].meta["classes"] == []
+    assert splits["train"].batch(Order(2, 0), np.arange(2))[1] is None
+
+
+def test_globs_and_lists(tmp_path: Path) -> None:
+    folder_of(tmp_path / "source", {**{f"{name}/{i}.png": png(i) for name in "ab" for i in range(3)}, "a/notes.txt": b"not a picture"})
+    assert find(data_of(f"{tmp_path}/source/*/*.png")).classes == ["a", "b"]
+    assert find(data_of(f"{tmp_path}/source/a/[01].png", f"{tmp_path}/source/b")).count == 5
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_parquet_with_numbered_labels(tmp_path: Path, as_struct: bool) -> None:
+    images = [{"bytes": png(level), "path": None} if as_struct else png(level) for level in range(6)]
+    features = {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": ["zero", "one", "two"], "_type": "ClassLabel"}}}}
+    source = parquet_of(tmp_path / "x.parquet", {"image": images, "label": [0, 1, 2] * 2}, {b"huggingface": json.dumps(features).encode()})
+    splits = both_splits(prepare(data_of(source), str(tmp_path), conditional=True))
+    assert splits["train"].meta["classes"] == ["zero", "one", "two"]
+    assert splits["train"].labels is not None
+    assert [level % 3 for level in levels(splits["train"])] == splits["train"].labels.tolist()
+
+
+def test_parquet_with_named_labels_and_splits_in_file_names(tmp_path: Path) -> None:
+    for split, level in (("train", 10), ("test", 20)):
+        parquet_of(tmp_path / "source" / f"{split}-00000-of-00001.parquet", {"png": [png(level), png(level + 1)], "kind": ["b", "a"]})
+    data = data_of(str(tmp_path / "source"), image_column="png", label_column="kind")
+    splits = both_splits(prepare(data, str(tmp_path), conditional=True))
+    assert splits["train"].meta["classes"] == ["a", "b"]
+    assert levels(splits["train"]) == [10, 11]
+    assert levels(splits["heldout"]) == [20, 21]
+    assert splits["heldout"].labels is not None
+    assert splits["heldout"].labels.tolist() == [1, 0]
+
+
+def test_a_set_of_torchvision_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files already lie in torch's cache, so nothing is downloaded."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    raw = tmp_path / "datasets" / "FashionMNIST" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 4), ("t10k", 3)):
+        pixels, labels = np.full((count, 28, 28), count, np.uint8), np.arange(count, dtype=np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + np.array([count, 28, 28], ">i4").tobytes() + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + np.array([count], ">i4").tobytes() + labels.tobytes())
+    splits = both_splits(prepare(data_of("torchvision:FashionMNIST", size=28), str(tmp_path), conditional=True), 28)
+    assert levels(splits["train"]) == [4] * 4
+    assert levels(splits["heldout"]) == [3] * 3
+    assert splits["train"].labels is not None
+    assert splits["train"].labels.tolist() == [0, 1, 2, 3]
+    assert splits["train"].meta["classes"][1] == "Trouser"
+    with pytest.raises(ValueError, match="torchvision:NoSuchSet: torchvision downloads no data set of that name"):
+        find(data_of("torchvision:NoSuchSet"))
+
+
+# ---------------------------------------------------------------- what is wrong is said before anything is decoded for nothing
+
+
+WRONG: dict[str, tuple[Callable[[Path], str], str]] = {
+    "nothing there": (lambda path: str(path / "nowhere"), "no pictures at .*nowhere"),
+    "an empty folder": (lambda path: folder_of(path, {}), "no pictures at"),
+    "one picture only": (lambda path: folder_of(path, {"a.png": png()}), "has 1 picture, 1 of them held out"),
+    "a text file among pictures": (lambda path: folder_of(path, {"a.png": png(), "notes.txt": b"x"}), "notes.txt is no picture"),
+    "text called png": (
+        lambda path: folder_of(path, {"a.png": png(), "b.png": b"hello"}),
+        "b.png is no picture .its bytes are of no known format",
+    ),
+    "an empty file": (lambda path: folder_of(path, {"a.png": png(), "b.png": b""}), "b.png is no picture .it is empty"),
+    "a truncated picture": (
+        lambda path: folder_of(path, {"a.png": png(), "b.jpg": png(128, (64, 64), kind="JPEG")[:-100]}),
+        "b.jpg is a damaged picture",
+    ),
+    "colour among grey": (
+        lambda path: folder_of(path, {"a.png": png(), "b.png": png(mode="RGB")}),
+        "b.png is in colour while data.channels is 1",
+    ),
+    "16 bits a channel": (lambda path: folder_of(path, {"a.png": png(), "b.png": png16()}), "b.png has pixels of kind I;16"),
+    "pictures beside class folders": (
+        lambda path: folder_of(path, {"a/a.png": png(), "b.png": png()}),
+        "b.png lies beside the class folders a",
+    ),
+    "parquet beside pictures": (
+        lambda path: folder_of(path, {"a.png": png()}) + parquet_of(path / "b.parquet", {"image": [png()]})[:0],
+        "mixes parquet and other files",
+    ),
+    "a truncated parquet file": (
+        lambda path: truncated(parquet_of(path / "x.parquet", {"image": [png()] * 9})),
+        "x.parquet is not a readable parquet",
+    ),
+    "text called parquet": (lambda path: folder_of(path, {"x.parquet": b"hello"}), "x.parquet is not a readable parquet"),
+    "another column": (lambda path: parquet_of(path / "x.parquet", {"png": [png()]}), "no column 'image'.*one of .'png'"),
+    "a column of text": (lambda path: parquet_of(path / "x.parquet", {"image": ["a"]}), "holds string in column 'image'"),
+    "a parquet file without rows": (
+        lambda path: parquet_of(path / "x.parquet", {"image": pa.array([], pa.binary())}),
+        "x.parquet has no rows",
+    ),
+    "a row without a picture": (
+        lambda path: parquet_of(path / "x.parquet", {"image": [png(), None]}),
+        "x.parquet, row 1 is no picture .it is empty",
+    ),
+    "labels that are no classes": (
+        lambda path: parquet_of(path / "x.parquet", {"image": [png()] * 2, "label": [0.5, 1.5]}),
+        "holds 0.5 in column 'label'",
+    ),
+}
+
+
+def png16() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(file, "PNG")
+    return file.getvalue()
+
+
+def truncated(path: str) -> str:
+    Path(path).write_bytes(Path(path).read_bytes()[:-20])
+    return path
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_gets_a_sentence(case: str, tmp_path: Path) -> None:
+    make, sentence = WRONG[case]
+    with pytest.raises(ValueError, match=sentence) as caught:
+        prepare(data_of(make(tmp_path / "source")), str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("data/*")), "a data set that could not be prepared must not exist"
+
+
+@pytest.mark.parametrize("labels", [None, [0, None, 1]])
+def test_a_conditional_model_needs_classes(labels: list[int | None] | None, tmp_path: Path) -> None:
+    source = parquet_of(tmp_path / "x.parquet", {"image": [png()] * 3} | ({"label": labels} if labels else {}))
+    prepare(data_of(source), str(tmp_path))
+    with pytest.raises(ValueError, match=r"model\.conditional needs classes and data\.source .*x\.parquet gives none"):
+        prepare(data_of(source), str(tmp_path), conditional=True)
+
+
+def test_grey_among_colour(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "source", {"a.png": png(mode="RGB"), "b.png": png()})
+    with pytest.raises(ValueError, match=r"b\.png is grey while data\.channels is 3"):
+        prepare(data_of(source, channels=3), str(tmp_path))
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def test_the_shorter_side_is_resized_and_the_centre_kept() -> None:
+    wide = np.zeros((64, 256), np.uint8)
+    wide[:, 96:160] = 200
+    file = io.BytesIO()
+    Image.fromarray(wide).save(file, "PNG")
+    picture = decode(file.getvalue(), "x.png", 32, 1)
+    assert picture.shape == (32, 32, 1)
+    assert np.abs(picture[:, 2:-2].astype(int) - 200).max() <= 2  # next to an edge, the filter reaches across it
+    assert picture.min() > 150
+
+
+def test_shrinking_is_antialiased() -> None:
+    """Stripes finer than the target become their mean, not one of their colours."""
+    file = io.BytesIO()
+    Image.fromarray(np.tile(np.array([0, 255], np.uint8), (128, 64))).save(file, "PNG")
+    assert np.abs(decode(file.getvalue(), "x.png", 32, 1)[:, 2:-2].astype(int) - 128).max() <= 2
+
+
+def test_transparency_is_laid_on_white() -> None:
+    file = io.BytesIO()
+    Image.new("RGBA", (32, 32), (10, 20, 30, 0)).save(file, "PNG")
+    assert (decode(file.getvalue(), "x.png", 32, 3) == 255).all()
+
+
+# ---------------------------------------------------------------- preparing once, reading by position
+
+
+def test_prepared_once_under_a_fingerprint(tmp_path: Path) -> None:
+    source = Path(folder_of(tmp_path / "source", {f"{name}.png": png(level) for level, name in enumerate("abcd")}))
+    first = prepare(data_of(str(source)), str(tmp_path))
+    stamp = (Path(first) / "train.npy").stat().st_mtime_ns
+    assert prepare(data_of(str(source)), str(tmp_path)) == first
+    assert (Path(first) / "train.npy").stat().st_mtime_ns == stamp
+    others = {
+        prepare(data_of(str(source), **change), str(tmp_path))
+        for change in ({"size": 28}, {"random_crop": True}, {"heldout_fraction": 0.5})
+    }
+    (source / "d.png").write_bytes(png(99))
+    others.add(prepare(data_of(str(source)), str(tmp_path)))
+    assert len(others | {first}) == 5
+    assert not list((tmp_path / "data").glob(".preparing-*"))
+
+
+def test_dataset_json_tells_the_truth(tmp_path: Path) -> None:
+    dataset = Path(prepare(data_of(folder_of(tmp_path / "s", {f"x/{i}.png": png(i) for i in range(4)})), str(tmp_path)))
+    meta = storage.read_json(dataset / "dataset.json")
+    assert dataset.name == f"{meta['name']}-{meta['fingerprint']}"
+    for split, count in (("train", 3), ("heldout", 1)):
+        assert meta["splits"][split]["pictures"] == count
+        assert {name: storage.sha256(dataset / name) for name in (f"{split}.npy", f"{split}-labels.npy")} == meta["splits"][split]["sha256"]
+
+
+def test_a_damaged_data_set_is_named(tmp_path: Path) -> None:
+    dataset = Path(prepare(data_of(folder_of(tmp_path / "s", {f"{i}.png": png(i) for i in range(4)})), str(tmp_path)))
+    truncated(str(dataset / "train.npy"))
+    with pytest.raises(ValueError, match=r"train\.npy is missing or truncated: delete"):
+        Pictures(dataset, "train", 32)
+
+
+def test_the_same_position_is_the_same_picture_at_any_number_of_workers(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for index in range(20):
+        (tmp_path / "source").mkdir(exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (40, 40), np.uint8)).save(tmp_path / "source" / f"{index}.png")
+    dataset = Path(prepare(data_of(str(tmp_path / "source"), random_crop=True), str(tmp_path)))
+    pictures = Pictures(dataset, "train", 32, horizontal_flip=True)
+    order = Order(len(pictures), seed=3)
+    alone = pictures.batch(order, positions(4, 8, 8, 0, 1)[0])[0]
+    shares = [pictures.batch(order, positions(4, 8, 4, rank, 2)[0])[0] for rank in range(2)]
+    assert np.array_equal(alone, np.concatenate(shares))
+    assert alone.shape == (8, 1, 32, 32)
+    assert alone.dtype == np.float32
+    assert alone.min() >= -1
+    assert alone.max() <= 1
+    later = pictures.batch(order, positions(4, 8, 8, 0, 1)[0] + 18 * 8)[0]
+    assert not np.array_equal(alone, later)
+
+
+def test_crops_and_mirrors_are_cuts_of_the_stored_picture(tmp_path: Path) -> None:
+    pixels = np.arange(36 * 36, dtype=np.uint32).reshape(36, 36) % 251
+    (tmp_path / "source").mkdir()
+    for index in range(2):
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "source" / f"{index}.png")
+    dataset = Path(prepare(data_of(str(tmp_path / "source"), random_crop=True), str(tmp_path)))
+    pictures = Pictures(dataset, "train", 32, horizontal_flip=True)
+    stored = pictures.pixels[0, :, :, 0]
+    cuts = {
+        mirror(stored[top : top + 32, left : left + 32]).tobytes()
+        for top in range(5)
+        for left in range(5)
+        for mirror in (np.asarray, np.fliplr)
+    }
+    seen = {np.round((cut[0] + 1) * 127.5).astype(np.uint8).tobytes() for cut in pictures.batch(Order(1, 0), np.arange(300))[0]}
+    assert seen <= cuts
+    assert len(seen) > 40, "300 draws should meet nearly all 50 cuts"
+    assert np.array_equal(np.round((pictures.centred(slice(0, 1))[0, 0] + 1) * 127.5), stored[2:34, 2:34])
