@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -65,7 +65,7 @@ class Stream:
         self._error: Rejected | None = None
         self._ready, self._done = asyncio.Event(), asyncio.Event()
 
-    async def chunks(self) -> AsyncIterator[Chunk]:
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
         """The text as it comes: the first chunk at once, then whatever was made in the meantime, at most every `interval_s`.
 
         Leaving early (a break with `aclosing`, a cancelled task) frees the request's slot.

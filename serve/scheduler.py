@@ -80,7 +80,7 @@ class Scheduler:
             Overloaded: all slots are taken and the queue is full.
         """
         if self.waiting >= self.queue_limit + len(self._free):
-            raise Overloaded(f"all {self.slots} slots are busy and {self.waiting} requests wait: try again in a moment")
+            raise Overloaded(f"the {self.slots} slots are taken and {self.queue_limit} more requests wait: try again in a moment")
         self._queues.setdefault(sequence.client, deque()).append(sequence)
 
     def remove(self, sequence: Sequence) -> None:

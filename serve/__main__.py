@@ -1,0 +1,109 @@
+"""python -m serve up [--text REF] [--images REF] [--port 8000] | status | down
+
+`up` serves the registry's models on the cluster of RAY_ADDRESS, or on a private one that lives as long as the command.
+"""
+
+import argparse
+import os
+import sys
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from models import cli, storage
+
+EPILOG = "REF is NAME (its alias production, else its newest version), NAME/VERSION or NAME@ALIAS."
+
+
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    actions = {"up": up, "status": status, "down": down}
+    return actions[arguments.action](arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m serve", description="Serves the registry's models over HTTP.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    address = argparse.ArgumentParser(add_help=False)
+    address.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: on all interfaces, without any authentication")
+    address.add_argument("--port", type=int, default=8000)
+    start = actions.add_parser("up", parents=[address], help="serve, or change what is served", epilog=EPILOG)
+    start.add_argument("--storage", default=cli.storage_default(), metavar="URI", help="where models/ lies (KILN_STORAGE; default ./kiln)")
+    start.add_argument("--text", metavar="REF", help="the text model; by default the registry's in production, or its newest")
+    start.add_argument("--images", metavar="REF", help="the picture model, likewise")
+    start.add_argument("--slots", type=int, default=8, help="texts that a replica writes at once (8)")
+    start.add_argument("--max-replicas", type=int, default=4, help="replicas of a model under load (4)")
+    start.add_argument("--detach", action="store_true", help="leave it running on the cluster of RAY_ADDRESS")
+    actions.add_parser("status", parents=[address], help="what is served")
+    actions.add_parser("down", help="take it off the cluster of RAY_ADDRESS")
+    return parser
+
+
+def up(arguments: argparse.Namespace) -> int:
+    """Serves until Ctrl-C, or leaves it running with --detach."""
+    if arguments.detach and not os.environ.get("RAY_ADDRESS"):
+        raise ValueError("--detach needs a cluster to stay on, and RAY_ADDRESS is not set: start one with `python -m cluster up`")
+    for option in ("slots", "max_replicas"):
+        if getattr(arguments, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}: use 1 or more")
+    from serve import launch  # Ray takes seconds to import: not before what was asked for is known to make sense
+    from serve.deployments import Options
+
+    chosen = launch.choose(storage.join(arguments.storage, "models"), arguments.text, arguments.images)
+    address = launch.Address(arguments.host, arguments.port)
+    options = Options(slots=arguments.slots, max_replicas=arguments.max_replicas)
+    for bundle in chosen.values():
+        print(f"serving {bundle.reference} ({bundle.manifest['kind']}, from run {bundle.manifest['run']['name']})", flush=True)
+    with launch.connected(options.threads * len(chosen), address) as private:
+        was_served = launch.is_served()
+        if was_served and not arguments.detach:
+            raise ValueError(
+                "this cluster serves already: change what it serves with --detach, or end it first with `python -m serve down`"
+            )
+        stays = was_served
+        try:
+            launch.deploy(chosen, address, options)
+            print(f"\n  studio  {address.url}/\n  API     {address.url}/v1   (OpenAPI: {address.url}/docs)\n", flush=True)
+            stays = arguments.detach
+            print("`python -m serve down` ends it" if stays else "Ctrl-C ends it", flush=True)
+            if not stays:
+                launch.wait_for_interrupt()
+        finally:
+            if not stays:
+                launch.remove(keep_serve=private)  # which a private cluster takes along
+    return 0
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Asks the running server; exit code 1 where none answers."""
+    url = f"http://{arguments.host}:{arguments.port}"
+    try:
+        models = httpx.get(f"{url}/v1/models", timeout=15).raise_for_status().json()["data"]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        print(f"nothing serves at {url}: {error}")
+        return 1
+    table = Table("model", "kind", "from run", "metrics", title=url)
+    for model in models:
+        metrics = ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in model["metrics"].items()
+        )
+        table.add_row(f"{model['id']}/{model['version']}", model["kind"], str(model["run"]["name"]), metrics)
+    Console().print(table)
+    return 0
+
+
+def down(arguments: argparse.Namespace) -> int:
+    """Removes the application from the cluster."""
+    if not os.environ.get("RAY_ADDRESS"):
+        raise ValueError("RAY_ADDRESS is not set, so there is no cluster to look at: a `serve up` in the foreground ends with Ctrl-C")
+    from cluster.connect import connect
+    from serve import launch
+
+    connect()
+    print("taken off the cluster" if launch.remove() else "nothing of ours is served on this cluster")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

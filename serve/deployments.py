@@ -1,0 +1,331 @@
+"""The Ray Serve application: `Text` and `Pictures` (one model a replica), and the `Gateway` in front of both.
+
+Which bundle a replica serves is its `user_config`: another version swaps in `reconfigure`, without a new process and without
+a dropped request. `build` is what a Serve config file names as its import path.
+"""
+
+import asyncio
+import contextlib
+import io
+import random
+import tempfile
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import ray.exceptions
+import ray.serve.exceptions
+from fastapi import FastAPI
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from models import storage
+from serve.engine import Chunk, Engine, Stream
+from serve.errors import Overloaded, Rejected, Unavailable, UnknownModel, WrongValue
+from serve.ingress import Drawing, build_app
+from serve.scheduler import Sampling
+from serve.schemas import CompletionRequest, ImagesRequest, Model
+from serve.session import ImageSession, TextSession
+
+Session = TypeVar("Session", TextSession, ImageSession)
+Answer = TypeVar("Answer")
+
+QUEUE_LIMIT = 64  # requests that may wait at a replica; one more is refused with 429
+DESCRIBE_TIMEOUT_S = 10.0
+
+
+# ---- a replica's model
+
+
+def _open(session_type: type[Session], uri: str, **options: Any) -> Session:
+    """Loads the bundle at `uri`; hashes verified, golden answers replayed.
+
+    Raises:
+        ValueError: the bundle is damaged, or does not answer as recorded.
+    """
+    with tempfile.TemporaryDirectory(prefix="raykiln-bundle-") as scratch:
+        folder = storage.local_path(uri)
+        if folder is None:
+            storage.download(uri, scratch)
+            folder = Path(scratch)
+        session = session_type(folder, **options)
+        session.replay_golden()
+        return session
+
+
+def _reference(session: TextSession | ImageSession) -> str:
+    return f"{session.manifest['name']}/{session.manifest['version']}"
+
+
+def _check_model(requested: str | None, served: str) -> None:
+    if requested not in (None, served, served.rpartition("/")[0]):
+        raise UnknownModel(f"model {requested!r} is not served here: leave it out, or use {served.rpartition('/')[0]}")
+
+
+def _describe(session: TextSession | ImageSession, **more: Any) -> Model:
+    manifest = session.manifest
+    facts = {key: manifest[key] for key in ("version", "kind", "metrics", "model", "dataset", "run", "commit")}
+    created = int(datetime.fromisoformat(manifest["created"]).timestamp())
+    return Model.model_validate({"id": manifest["name"], "created": created, **facts, "providers": session.providers, **more})
+
+
+class Text:
+    """A GPT bundle under continuous batching."""
+
+    def __init__(self, slots: int, threads: int, timeout_s: float) -> None:
+        self.slots, self.threads, self.timeout_s = slots, threads, timeout_s
+        self.engine: Engine | None = None
+
+    async def reconfigure(self, user_config: dict[str, str]) -> None:
+        """Serves the bundle at `user_config["uri"]` from now on; what is under way finishes on the one before."""
+        session = await asyncio.to_thread(_open, TextSession, user_config["uri"], slots=self.slots, threads=self.threads)
+        before = self.engine
+        self.session, self.reference = session, _reference(session)
+        self.engine = Engine(session, queue_limit=QUEUE_LIMIT, timeout_s=self.timeout_s)
+        if before is not None:
+            before.close()
+
+    def check_health(self) -> None:
+        if self.engine is None or not self.engine.alive:
+            raise RuntimeError("the engine's thread has ended")
+
+    async def describe(self) -> Model:
+        assert self.engine is not None
+        return _describe(self.session, engine=self.engine.status())
+
+    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, Chunk] | Rejected:
+        try:
+            reference = self.reference
+            return reference, await self._submit(request, client).result()
+        except Rejected as error:
+            return error
+
+    async def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk] | Rejected, None]:
+        try:
+            reference = self.reference
+            async with contextlib.aclosing(self._submit(request, client).chunks()) as chunks:
+                async for chunk in chunks:
+                    yield reference, chunk
+        except Rejected as error:
+            yield error
+
+    def _submit(self, request: CompletionRequest, client: str) -> Stream:
+        """Without an await in between, so that no swap comes between the choice of the engine and its taking the request."""
+        assert self.engine is not None
+        _check_model(request.model, self.reference)
+        sampling = Sampling(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            seed=random.randrange(2**31) if request.seed is None else request.seed,
+            stop=request.stops,
+        )
+        return self.engine.submit(request.prompt, sampling, client)
+
+
+class Pictures:
+    """A generator's bundle; requests are drawn one after the other, since a batch gains little on a CPU."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.waiting = 0
+        self.executor = ThreadPoolExecutor(1, "pictures")
+
+    async def reconfigure(self, user_config: dict[str, str]) -> None:
+        """Serves the bundle at `user_config["uri"]` from now on."""
+        self.session = await asyncio.to_thread(_open, ImageSession, user_config["uri"], threads=self.threads)
+
+    async def describe(self) -> Model:
+        return _describe(self.session)
+
+    async def draw(self, request: ImagesRequest) -> tuple[str, Drawing] | Rejected:
+        session = self.session
+        try:
+            _check_model(request.model, _reference(session))
+            _check_size(session, request.size)
+            label = _label(session, request)
+            if self.waiting >= QUEUE_LIMIT:
+                raise Overloaded(f"{self.waiting} requests for pictures wait: try again in a moment")
+        except Rejected as error:
+            return error
+        seed = random.randrange(2**31) if request.seed is None else request.seed
+        self.waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return _reference(session), await loop.run_in_executor(self.executor, _draw, session, seed, request.n, label)
+        finally:
+            self.waiting -= 1
+
+
+def _draw(session: ImageSession, seed: int, count: int, label: int | None) -> Drawing:
+    """`session.pictures`, and the class of each: of no particular class, the classes in turn."""
+    images = session.pictures(seed, count, label)
+    names = session.manifest["model"]["class_names"]
+    labels = [names[(seed + index) % len(names) if label is None else label] if names else None for index in range(count)]
+    return Drawing([_png(image) for image in images], labels, seed)
+
+
+def _png(image: np.ndarray) -> bytes:
+    """A (H, W, C) uint8 picture as a PNG file, grey where C is 1."""
+    file = io.BytesIO()
+    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, "PNG")
+    return file.getvalue()
+
+
+def _check_size(session: ImageSession, size: str | None) -> None:
+    side = session.manifest["model"]["image_size"]
+    if size not in (None, "auto", f"{side}x{side}"):
+        raise WrongValue(f"size is {size!r}, and this model draws {side}x{side}: leave it out", "size")
+
+
+def _label(session: ImageSession, request: ImagesRequest) -> int | None:
+    """The class that a request asks for, by `label` or by its prompt; None: any.
+
+    Raises:
+        WrongValue: the model has no such class, or none at all.
+    """
+    wanted, param = (request.prompt.strip(), "prompt") if request.label is None else (request.label, "label")
+    if wanted == "":
+        return None
+    names: list[str] = session.manifest["model"]["class_names"] or []
+    if not names:
+        raise WrongValue(f"{param} is {wanted!r}, and this model has no classes: leave it out", param)
+    if isinstance(wanted, int) and 0 <= wanted < len(names):
+        return wanted
+    folded = [name.casefold() for name in names]
+    if isinstance(wanted, str) and wanted.casefold() in folded:
+        return folded.index(wanted.casefold())
+    raise WrongValue(f"{param} is {wanted!r}, which is no class of this model: use one of {', '.join(names)}", param)
+
+
+# ---- the gateway
+
+
+@contextlib.contextmanager
+def _reaching(model: str) -> Iterator[None]:
+    """Turns what Ray raises where a deployment cannot be reached into an answer for the client."""
+    try:
+        yield
+    except (ray.exceptions.RayActorError, ray.serve.exceptions.DeploymentUnavailableError, TimeoutError) as error:
+        raise Unavailable(f"the {model} model does not answer just now: try again in a moment") from error
+    except ray.serve.exceptions.BackPressureError as error:
+        raise Overloaded(f"too many requests wait for the {model} model: try again in a moment") from error
+
+
+def _kept(answer: Answer | Rejected) -> Answer:
+    if isinstance(answer, Rejected):
+        raise answer
+    return answer
+
+
+class RemoteText:
+    """The `Text` deployment as the ingress sees it (`serve.ingress.TextModel`)."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self.handle, self.streaming = handle, handle.options(stream=True)
+
+    async def describe(self) -> Model:
+        with _reaching("text"):
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                return await self.handle.describe.remote()
+
+    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, Chunk]:
+        with _reaching("text"):
+            return _kept(await self.handle.complete.remote(request, client))
+
+    async def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]:
+        answers = self.streaming.stream.remote(request, client)
+        assert isinstance(answers, DeploymentResponseGenerator)
+        try:
+            with _reaching("text"):
+                async for answer in answers:
+                    yield _kept(answer)
+        finally:
+            answers.cancel()  # nothing where it has ended
+
+
+class RemotePictures:
+    """The `Pictures` deployment as the ingress sees it (`serve.ingress.ImageModel`)."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self.handle = handle
+
+    async def describe(self) -> Model:
+        with _reaching("picture"):
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                return await self.handle.describe.remote()
+
+    async def draw(self, request: ImagesRequest) -> tuple[str, Drawing]:
+        with _reaching("picture"):
+            return _kept(await self.handle.draw.remote(request))
+
+
+@serve.ingress()
+class Gateway:
+    """HTTP in front of the models; it holds none itself."""
+
+    def __init__(self, text: DeploymentHandle | None, images: DeploymentHandle | None) -> None:
+        self.text = None if text is None else RemoteText(text)
+        self.images = None if images is None else RemotePictures(images)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self.text, self.images)
+
+
+# ---- the application
+
+
+class Options(BaseModel):
+    """What an application consists of. The bundles are not named here, but in the deployments' `user_config`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: bool = True
+    images: bool = True
+    slots: int = 8  # texts that a replica writes at once
+    threads: int = 1  # of ONNX Runtime, and CPUs that a replica reserves; more than one slows tiny models down
+    max_replicas: int = 4  # of each model
+    timeout_s: float = 300.0  # of a text, its waiting included
+
+
+def build(options: Options) -> serve.Application:
+    """What a Serve config names: `import_path: serve.deployments:build`, `args: {...Options...}`."""
+    text = images = None
+    if options.text:
+        text = _model(Text, options, target_ongoing_requests=options.slots).bind(options.slots, options.threads, options.timeout_s)
+    if options.images:
+        images = _model(Pictures, options, target_ongoing_requests=4).bind(options.threads)
+    gateway = serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, graceful_shutdown_wait_loop_s=0.5)
+    return gateway(Gateway).bind(text, images)
+
+
+def _model(replica: type, options: Options, target_ongoing_requests: float) -> serve.Deployment:
+    return serve.deployment(
+        autoscaling_config=_autoscaling(target_ongoing_requests, options.max_replicas),
+        ray_actor_options={"num_cpus": options.threads},
+        # Twice what a replica holds: replicas queue and refuse by themselves. Were Serve's limit the lower one, its routers would
+        # queue, without bound or fairness; and their default back-off of up to half a second halves the throughput at saturation.
+        max_ongoing_requests=2 * (options.slots + QUEUE_LIMIT),
+        request_router_config={"initial_backoff_s": 0.005, "backoff_multiplier": 1.5, "max_backoff_s": 0.02},
+        max_constructor_retry_count=3,  # a bundle that cannot be loaded will not become loadable
+        graceful_shutdown_wait_loop_s=0.5,
+    )(replica)
+
+
+def _autoscaling(target_ongoing_requests: float, max_replicas: int) -> AutoscalingConfig:
+    """Up within seconds, down after minutes; the delays are no shorter than the look-back, so that the count does not swing."""
+    return AutoscalingConfig(
+        min_replicas=1,
+        max_replicas=max_replicas,
+        target_ongoing_requests=target_ongoing_requests,
+        look_back_period_s=20,
+        upscale_delay_s=20,
+        downscale_delay_s=120,
+    )

@@ -1,0 +1,278 @@
+"""The HTTP routes, over two models that answer asynchronously. No Ray here: tests call it with an in-memory transport."""
+
+import base64
+import contextlib
+import difflib
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.engine import Chunk
+from serve.errors import Rejected, UnknownModel, WrongValue
+from serve.schemas import (
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    Error,
+    Generated,
+    GenerateRequest,
+    Health,
+    Images,
+    ImagesRequest,
+    Model,
+    Models,
+    Picture,
+    Usage,
+)
+
+MAX_BODY_BYTES = 1024 * 1024
+PAGE = Path(__file__).parent / "page"
+# The page loads nothing from elsewhere, and a prompt's text can never become a script.
+PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a picture model drew: PNG files, each one's class (None: it has none), and the seed."""
+
+    pngs: list[bytes]
+    labels: list[str | None]
+    seed: int
+
+
+class TextModel(Protocol):
+    """Answers come with the name and version of the model that gave them; all may raise `Rejected`."""
+
+    async def describe(self) -> Model: ...
+
+    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, Chunk]: ...
+
+    def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]: ...
+
+
+class ImageModel(Protocol):
+    """As `TextModel`."""
+
+    async def describe(self) -> Model: ...
+
+    async def draw(self, request: ImagesRequest) -> tuple[str, Drawing]: ...
+
+
+router = APIRouter(
+    responses={status: {"model": Error} for status in (400, 404, 422, 429, 503)}  # 422: in place of FastAPI's own shape
+)
+
+
+def build_app(text: TextModel | None, images: ImageModel | None) -> FastAPI:
+    """The ASGI application; the routes of a model that is None answer 404."""
+    app = FastAPI(title="raykiln", summary="Text and pictures, in OpenAI's shapes.", redoc_url=None)
+    app.state.text, app.state.images = text, images
+    app.include_router(router)
+    app.mount("/page", StaticFiles(directory=PAGE))
+    app.add_middleware(BodyLimit)
+    app.add_exception_handler(Rejected, _rejected)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _crashed)
+    return app
+
+
+def _text_model(http: Request) -> TextModel:
+    if http.app.state.text is None:
+        raise UnknownModel("no text model is served here: see /v1/models")
+    return http.app.state.text
+
+
+def _image_model(http: Request) -> ImageModel:
+    if http.app.state.images is None:
+        raise UnknownModel("no picture model is served here: see /v1/models")
+    return http.app.state.images
+
+
+# ---- routes
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> FileResponse:
+    return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+
+@router.get("/health")
+async def health(http: Request) -> Health:
+    """200 once every model answers."""
+    return Health(models=[f"{model.id}/{model.version}" for model in await _describe(http)])
+
+
+@router.get("/v1/models")
+async def models(http: Request) -> Models:
+    """What is served, with version, lineage and metrics."""
+    return Models(data=await _describe(http))
+
+
+@router.post("/v1/completions", responses={413: {"model": Error}})
+async def completions(body: CompletionRequest, http: Request, model: Annotated[TextModel, Depends(_text_model)]) -> Completion:
+    """Continues a text. With `stream`, server-sent events: messages of this same shape, then `[DONE]`."""
+    if body.n != 1:
+        raise WrongValue(f"n is {body.n}, and this server writes one text a request: send {body.n} requests with seeds of their own", "n")
+    client = http.client.host if http.client else ""
+    head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+    if body.stream:
+        chunks = model.stream(body, client)
+        first = await anext(chunks)  # a refusal must come before the status line has gone
+        events = _events(body, head, first, chunks)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})  # type: ignore[return-value]
+    reference, chunk = await model.complete(body, client)
+    return _completion(head, reference, chunk, usage=True)
+
+
+@router.post("/v1/images/generations")
+async def images(body: ImagesRequest, model: Annotated[ImageModel, Depends(_image_model)]) -> Images:
+    """Draws pictures, the same for the same seed."""
+    reference, drawing = await model.draw(body)
+    data = [Picture(b64_json=base64.b64encode(png).decode(), label=label) for png, label in zip(drawing.pngs, drawing.labels, strict=True)]
+    return Images(created=int(time.time()), data=data, seed=drawing.seed, model=reference)
+
+
+@router.post("/generate")
+async def generate(body: GenerateRequest, model: Annotated[ImageModel, Depends(_image_model)]) -> Generated:
+    """Draws one picture."""
+    reference, drawing = await model.draw(ImagesRequest(seed=body.seed, label=body.label))
+    return Generated(image_base64=base64.b64encode(drawing.pngs[0]).decode(), seed=drawing.seed, label=drawing.labels[0], model=reference)
+
+
+async def _describe(http: Request) -> list[Model]:
+    return [await model.describe() for model in (http.app.state.text, http.app.state.images) if model is not None]
+
+
+# ---- completions on the wire
+
+
+def _completion(head: dict[str, Any], reference: str, chunk: Chunk, usage: bool) -> Completion:
+    return Completion(
+        **head,
+        model=reference.rpartition("/")[0],
+        system_fingerprint=reference,
+        choices=[CompletionChoice(text=chunk.text, finish_reason=chunk.finish_reason)],  # type: ignore[arg-type]
+        usage=_usage(chunk) if usage else None,
+    )
+
+
+def _usage(chunk: Chunk) -> Usage:
+    return Usage(
+        prompt_tokens=chunk.prompt_tokens,
+        completion_tokens=chunk.completion_tokens,
+        total_tokens=chunk.prompt_tokens + chunk.completion_tokens,
+    )
+
+
+async def _events(
+    body: CompletionRequest,
+    head: dict[str, Any],
+    first: tuple[str, Chunk],
+    chunks: AsyncGenerator[tuple[str, Chunk], None],
+) -> AsyncGenerator[str, None]:
+    """A stream's server-sent events; the client's going ends the model's work."""
+    async with contextlib.aclosing(chunks):
+        reference, chunk = first
+        try:
+            while True:
+                last = chunk.finish_reason is not None
+                message = _completion(head, reference, chunk, usage=last or body.stream_options.continuous_usage_stats)
+                yield f"data: {message.model_dump_json()}\n\n"
+                if last:
+                    break
+                reference, chunk = await anext(chunks)
+        except Rejected as error:
+            yield f"data: {json.dumps(_error(error.status, str(error), error.param, error.code))}\n\n"
+            return
+        if body.stream_options.include_usage:
+            yield f"data: {message.model_copy(update={'choices': []}).model_dump_json()}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+# ---- errors, all in OpenAI's shape
+
+
+def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+async def _rejected(http: Request, error: Exception) -> Response:
+    assert isinstance(error, Rejected)
+    retry_after_s = getattr(error, "retry_after_s", None)
+    headers = None if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    return JSONResponse(_error(error.status, str(error), error.param, error.code), error.status, headers)
+
+
+async def _http_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{http.method} {http.url.path} does not exist: see /docs" if error.status_code in (404, 405) else str(error.detail)
+    return JSONResponse(_error(error.status_code, message), error.status_code, error.headers)
+
+
+async def _crashed(http: Request, error: Exception) -> Response:
+    logger.error("%s %s crashed", http.method, http.url.path, exc_info=error)
+    return JSONResponse(_error(500, "the server failed at this request, and its log says why"), 500)
+
+
+async def _invalid(http: Request, error: Exception) -> Response:
+    """Pydantic's list of errors as one sentence: the field, its value, the way out."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return JSONResponse(_error(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"), 400)
+    field = str(first["loc"][1]) if len(first["loc"]) > 1 else None
+    if first["type"] == "missing" or (field is None and first["type"] != "value_error"):
+        message = "the body must be a JSON object, sent with the header Content-Type: application/json"
+    elif first["type"] == "extra_forbidden":
+        message = f"the field {_shown(field)} is unknown{_nearest(str(field), http)}"
+    else:
+        reason = first["msg"].removeprefix("Value error, ")
+        message = reason if field is None else f"{field} is {_shown(first['input'])}: {reason[0].lower()}{reason[1:]}"
+    return JSONResponse(_error(422, message, field), 422)
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)  # in ASCII, whatever the client sent: an error must be sendable
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _nearest(field: str, http: Request) -> str:
+    known = http.scope["endpoint"].__annotations__["body"].model_fields
+    close = difflib.get_close_matches(field, known, n=1)
+    return f": did you mean {close[0]}?" if close else f": known are {', '.join(known)}"
+
+
+class BodyLimit:
+    """Refuses bodies above `MAX_BODY_BYTES` while they come in, whatever their headers say."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes: send less")
+            return message
+
+        await self.app(scope, counted, send)

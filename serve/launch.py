@@ -1,0 +1,210 @@
+"""Puts the registry's bundles on a Ray cluster, and takes them off again: what `python -m serve` does.
+
+The application is deployed as a Serve config, never by `serve.run`: the same config with another bundle's URI then changes a
+deployment's `user_config` alone, and its replicas swap versions in place (`serve.deployments`).
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client  # the only way to deploy a config without the dashboard's REST API
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+
+from cluster.connect import connect
+from models import bundle, registry, storage
+from serve.deployments import Options
+
+APPLICATION = "raykiln"
+DEPLOYMENTS = {"gpt": "Text", "gan": "Pictures"}
+START_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A verified bundle that is to be served."""
+
+    name: str
+    version: int
+    uri: str
+    manifest: bundle.Manifest
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}/{self.version}"
+
+
+@dataclass(frozen=True)
+class Address:
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{'localhost' if self.host in ('127.0.0.1', '0.0.0.0') else self.host}:{self.port}"
+
+
+# ---- which bundles
+
+
+def choose(root: str, text: str | None = None, images: str | None = None) -> dict[str, Chosen]:
+    """The bundles to serve, by kind ("gpt", "gan"); a kind that the registry has no model of is left out.
+
+    Args:
+        root: the registry, `<storage>/models`.
+        text, images: references such as gpt, gpt/3 or gpt@production; by default the kind's model whose alias production is
+            set, or else its newest.
+
+    Raises:
+        ValueError: nothing to serve, an unknown reference, one of the wrong kind, or a damaged bundle.
+    """
+    local = storage.local_path(root)
+    root = root if local is None else str(local)  # replicas run in other folders
+    wanted = {"gpt": text, "gan": images}
+    references = {kind: wanted[kind] or found for kind, found in _defaults(root).items()} | {k: r for k, r in wanted.items() if r}
+    if not references:
+        raise ValueError(f"{root} holds no model to serve: train one and export it with `python -m train export RUN`")
+    return {kind: _verified(root, kind, reference) for kind, reference in references.items()}
+
+
+def _defaults(root: str) -> dict[str, str]:
+    """By kind, the name that is served where none was asked for."""
+    found: dict[str, list[tuple[bool, str, str]]] = {}
+    for name in registry.names(root):
+        manifest = bundle.read(registry.resolve(root, name)[2])
+        found.setdefault(manifest["kind"], []).append((registry.PRODUCTION in registry.aliases(root, name), manifest["created"], name))
+    return {kind: max(candidates)[2] for kind, candidates in found.items()}
+
+
+def _verified(root: str, kind: str, reference: str) -> Chosen:
+    name, version, uri = registry.resolve(root, reference)
+    manifest = bundle.verify(uri)
+    if manifest["kind"] != kind:
+        option = {"gpt": "--text", "gan": "--images"}[kind]
+        raise ValueError(f"{option} {reference} is a bundle of kind {manifest['kind']}: give it one of kind {kind}")
+    return Chosen(name, version, uri, manifest)
+
+
+# ---- up
+
+
+def deploy(chosen: dict[str, Chosen], address: Address, options: Options) -> None:
+    """Serves the bundles on the cluster that this process is connected to, and returns once they answer.
+
+    Where the application runs already, other bundles swap in place.
+
+    Raises:
+        ValueError: Serve runs at another address already, the port is taken, or the application did not start.
+    """
+    running = running_address()
+    if running is None:
+        check_port(address)
+        serve.start(http_options={"host": address.host, "port": address.port}, logging_config={"log_level": "WARNING"})
+    elif running != address:
+        raise ValueError(
+            f"Serve runs on this cluster at {running.url} already: use its --host and --port, or end it with `python -m serve down`"
+        )
+    client = _get_global_client()
+    assert client is not None
+    client.deploy_apps(ServeDeploySchema.model_validate(config(chosen, options)))
+    _wait_until_running()
+
+
+def config(chosen: dict[str, Chosen], options: Options) -> dict[str, Any]:
+    """The Serve config of the application; `serve deploy` takes it as well."""
+    args = options.model_copy(update={"text": "gpt" in chosen, "images": "gan" in chosen})
+    deployments = [{"name": DEPLOYMENTS[kind], "user_config": {"uri": bundle.uri}} for kind, bundle in chosen.items()]
+    application = {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": "serve.deployments:build",
+        "args": args.model_dump(),
+        "deployments": deployments,
+    }
+    return {"applications": [application]}
+
+
+def check_port(address: Address) -> None:
+    """Raises ValueError where something else listens at the address."""
+    with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does: a port in TIME_WAIT is free
+        try:
+            probe.bind((address.host, address.port))
+        except OSError as error:
+            raise ValueError(
+                f"{address.host}:{address.port} cannot be used ({error.strerror}): choose another with --port or --host"
+            ) from error
+
+
+def running_address() -> Address | None:
+    """Where Serve listens on this cluster; None where it does not run."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else Address(client.http_config.host, client.http_config.port)
+
+
+def _wait_until_running() -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        application = serve.status().applications[APPLICATION]
+        if application.status == ApplicationStatus.RUNNING:
+            return
+        if application.status == ApplicationStatus.DEPLOY_FAILED:
+            raise ValueError(f"the models could not be served: {application.message}")
+        time.sleep(0.2)
+    raise ValueError(
+        f"the models were not ready after {START_TIMEOUT_S:g} s ({application.message or application.status.value}): "
+        "see `ray status` for whether the cluster has a free CPU for each of them"
+    )
+
+
+@contextlib.contextmanager
+def connected(num_replicas_cpus: int, address: Address) -> Iterator[bool]:
+    """This process on a cluster: the one of RAY_ADDRESS, or a private one (True) that ends with the block.
+
+    Args:
+        num_replicas_cpus: logical CPUs that a private cluster must have at least.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        check_port(address)  # before a cluster is started for nothing
+    private = connect(num_cpus=max(os.cpu_count() or 1, num_replicas_cpus))
+    try:
+        yield private
+    finally:
+        ray.shutdown()
+
+
+def wait_for_interrupt() -> None:
+    """Returns at Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            signal.pause()
+
+
+# ---- down
+
+
+def is_served() -> bool:
+    """Whether the application is on the cluster that this process is connected to."""
+    return running_address() is not None and APPLICATION in serve.status().applications
+
+
+def remove(keep_serve: bool = False) -> bool:
+    """Takes the application off the cluster once its requests are answered; False where it was not there.
+
+    Args:
+        keep_serve: leave Serve itself, which otherwise goes where nothing else is served by it.
+    """
+    if not is_served():
+        return False
+    serve.delete(APPLICATION)
+    if not keep_serve and not serve.status().applications:
+        serve.shutdown()
+    return True

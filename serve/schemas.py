@@ -1,0 +1,178 @@
+"""The HTTP interface's requests and responses, in OpenAI's shapes: what `/openapi.json` documents.
+
+A field that OpenAI knows and this house doesn't may be sent at its neutral value only: nothing is silently ignored.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+MAX_SEED = 2**63 - 1  # what every JSON library and numpy's Philox key can hold
+
+
+def _encodable(value: Any) -> Any:
+    """Refuses half a surrogate pair: JSON can spell it, no tokenizer and no reply can hold it."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("holds half a surrogate pair, which is no Unicode text") from error
+    return value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+def _neutral(*values: Any) -> AfterValidator:
+    def check(value: Any) -> None:
+        if value not in values:
+            raise ValueError("is not supported by this server: leave it out")
+
+    return AfterValidator(check)
+
+
+class Body(BaseModel):
+    """A JSON body: unknown fields and wrong types are errors; null means the default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class StreamOptions(Body):
+    include_usage: bool = Field(default=False, description="Send the usage in a message of its own before [DONE], as OpenAI does.")
+    continuous_usage_stats: bool = Field(default=False, description="Send the usage so far with every message.")
+
+
+class CompletionRequest(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "ROMEO:\n", "max_tokens": 60, "temperature": 0.7, "seed": 7}]})
+
+    model: Text | None = Field(default=None, description="A name of /v1/models; by default the text model that is served.")
+    prompt: Text = Field(default="", description="What to continue; empty: the beginning of a text.")
+    max_tokens: int = Field(default=16, ge=1)
+    temperature: float = Field(default=0.7, ge=0, le=100, description="0 takes the likeliest token each time.")
+    top_k: int = Field(default=50, ge=0, description="Draw from the k likeliest tokens only; 0: from all.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Draw from the likeliest tokens that together have this probability.")
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="The same seed gives the same text.")
+    stop: Text | list[Text] = Field(default=[], description="Up to 4 strings; the text ends before the first of them.")
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    n: int = Field(default=1, ge=1, description="1: this server writes one text a request.")
+    user: Text | None = Field(default=None, description="Accepted for OpenAI's clients; not used.")
+    best_of: Annotated[Any, _neutral(None, 1)] = None
+    echo: Annotated[Any, _neutral(None, False)] = None
+    frequency_penalty: Annotated[Any, _neutral(None, 0)] = None
+    logit_bias: Annotated[Any, _neutral(None, {})] = None
+    logprobs: Annotated[Any, _neutral(None)] = None
+    presence_penalty: Annotated[Any, _neutral(None, 0)] = None
+    suffix: Annotated[Any, _neutral(None, "")] = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @model_validator(mode="after")
+    def _check_stops(self) -> "CompletionRequest":
+        if len(self.stops) > 4 or not all(0 < len(stop) <= 200 for stop in self.stops):
+            raise ValueError("stop takes up to 4 strings of 1 to 200 characters")
+        return self
+
+
+class ImagesRequest(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "", "n": 4, "seed": 7}]})
+
+    model: Text | None = Field(default=None, description="A name of /v1/models; by default the picture model that is served.")
+    prompt: Text = Field(default="", description="The name of a class (see /v1/models), or empty.")
+    label: int | Text | None = Field(default=None, description="A class by index or name: the same as its name as the prompt.")
+    n: int = Field(default=1, ge=1, le=64)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Picture i of a seed is the same, alone or among many.")
+    size: Text | None = Field(default=None, description="The model's own, such as 32x32, or left out.")
+    response_format: Literal["b64_json"] = "b64_json"
+    user: Text | None = Field(default=None, description="Accepted for OpenAI's clients; not used.")
+
+
+class GenerateRequest(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"seed": 7}]})
+
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    label: int | Text | None = Field(default=None, description="A class by index or name, where the model has classes.")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionChoice(BaseModel):
+    index: int = 0
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: None = None
+
+
+class Completion(BaseModel):
+    """A whole completion, and each message of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str = Field(description="Name and version of the model that answered, such as gpt/3.")
+    choices: list[CompletionChoice]
+    usage: Usage | None
+
+
+class Picture(BaseModel):
+    b64_json: str = Field(description="A PNG file in base64.")
+    label: str | None = Field(description="The picture's class, where the model has classes.")
+
+
+class Images(BaseModel):
+    created: int
+    data: list[Picture]
+    seed: int
+    model: str = Field(description="Name and version of the model that answered.")
+
+
+class Generated(BaseModel):
+    image_base64: str = Field(description="A PNG file in base64.")
+    seed: int
+    label: str | None
+    model: str
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "raykiln"
+    version: int
+    kind: Literal["gpt", "gan"]
+    metrics: dict[str, Any] = Field(description="What was measured at the end of its training.")
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+    models: list[str] = Field(description="Name and version of each model that answered.")
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorBody
