@@ -1,0 +1,204 @@
+"""The GPT is transformers' own; its training is the same at any number of workers, and after any interruption."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
+
+from models import gpt, storage
+from train import checkpoint, launch, metrics
+from train import config as configs
+from train import gpt as loop
+
+VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
+
+
+# ---------------------------------------------------------------- the model
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return gpt.build(vocab_size=97, context=24, width=32, layers=2, heads=4, eos_token_id=0).eval()
+
+
+def test_it_is_transformers_own(model: GPT2LMHeadModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    ids = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    prompt = ids[0, :6].tolist()
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=15, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0)[0, 6:]
+    assert gpt.sample(model, prompt, 15, temperature=0) == expected.tolist()
+    again = gpt.load(str(tmp_path)).eval()
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_the_loss_is_transformers_own(model: GPT2LMHeadModel) -> None:
+    ids = torch.randint(97, (3, 21), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(gpt.loss(model, ids[:, :-1], ids[:, 1:]), model(input_ids=ids, labels=ids).loss)
+
+
+def test_sampling_obeys_its_settings(model: GPT2LMHeadModel) -> None:
+    drawn = gpt.sample(model, [5, 6], 40, temperature=0.9, top_k=20, seed=3)  # 42 tokens: beyond the context of 24
+    assert drawn == gpt.sample(model, [5, 6], 40, temperature=0.9, top_k=20, seed=3)
+    assert drawn != gpt.sample(model, [5, 6], 40, temperature=0.9, top_k=20, seed=4)
+    greedy = gpt.sample(model, [5, 6], 10, temperature=0)
+    assert gpt.sample(model, [5, 6], 10, temperature=1.0, top_k=1) == greedy
+    assert gpt.sample(model, [5, 6], 10, temperature=1.0, top_k=0, top_p=1e-9) == greedy
+
+
+def test_only_matrices_decay(model: GPT2LMHeadModel) -> None:
+    decayed, free = gpt.parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert {parameter.dim() for parameter in decayed["params"]} == {2}
+    assert {parameter.dim() for parameter in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_a_damaged_pretrained_folder_is_named(tmp_path: Path, model: GPT2LMHeadModel) -> None:
+    with pytest.raises(ValueError, match="has no config.json"):
+        gpt.load(str(tmp_path))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="can't be loaded as a GPT-2"):
+        gpt.load(str(tmp_path))
+
+
+def test_the_learning_rate_warms_up_holds_and_decays() -> None:
+    def course(**optim: Any) -> list[float]:
+        config = configs.load("gpt", None, {"steps": 10, **{f"optim.{key}": value for key, value in optim.items()}})
+        assert isinstance(config, configs.GptConfig)
+        return [round(loop.learning_rate(config, step), 6) for step in range(10)]
+
+    assert course(lr=1.0, warmup_steps=4, schedule="constant") == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
+    assert course(lr=1.0, warmup_steps=0, schedule="linear") == [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert course(lr=1.0, warmup_steps=2, schedule="linear", hold=0.5) == [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    assert course(lr=1.0, warmup_steps=0, schedule="cosine")[5] == 0.5
+
+
+# ---------------------------------------------------------------- training on Ray
+
+
+@pytest.fixture(scope="module")
+def kiln(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A storage with a small corpus."""
+    root = tmp_path_factory.mktemp("kiln")
+    (root / "corpus.txt").write_text("".join(f"{number}: {VERSE}" for number in range(120)))
+    return str(root)
+
+
+def run(root: str, name: str, **values: Any) -> dict[str, Any]:
+    config = configs.load(
+        "gpt",
+        "gpt-tiny",
+        {
+            "run.name": name,
+            "data.source": f"{root}/corpus.txt",
+            "data.vocab_size": 300,
+            "optim.schedule": "constant",
+            "log.every": 1,
+            "log.eval_every": 100,
+            "log.sample_every": 100,
+            "checkpoint.keep_last": 10,
+            **values,
+        },
+    )
+    return launch.fit(config, root, quiet=True)
+
+
+def weights(root: str, name: str) -> dict[str, torch.Tensor]:
+    newest = checkpoint.newest(f"{root}/runs/{name}")
+    assert newest is not None
+    return load_file(f"{root}/runs/{name}/checkpoints/{newest.folder}/model.safetensors")
+
+
+def losses(root: str, name: str) -> dict[int, float]:
+    return {int(row["step"]): row["loss"] for row in metrics.read(f"{root}/runs/{name}") if "loss" in row}
+
+
+def test_any_number_of_workers_gives_the_same_model(kiln: str) -> None:
+    shape = {"batch.global_size": 8, "steps": 12}
+    run(kiln, "one", **shape, **{"batch.micro_size": 8})
+    run(kiln, "accumulated", **shape, **{"batch.micro_size": 2})
+    run(kiln, "two", **shape, **{"batch.micro_size": 2, "parallel.workers": 2})
+    one = weights(kiln, "one")
+    for other in ("accumulated", "two"):
+        found = weights(kiln, other)
+        assert found.keys() == one.keys()
+        largest = max(float((found[name] - one[name]).abs().max()) for name in one)
+        assert largest < 2e-5, (other, largest)  # Adam's steps move a weight by 12 x 5e-3
+        for step, loss in losses(kiln, "one").items():
+            assert losses(kiln, other)[step] == pytest.approx(loss, abs=1e-5)
+    first, last = losses(kiln, "one")[1], losses(kiln, "one")[12]
+    assert last < first - 0.3
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(kiln: str) -> None:
+    dropout = {"model.dropout": 0.1}
+    run(kiln, "straight", steps=10, **dropout)
+    run(kiln, "halved", steps=4, **dropout)
+    summary = run(kiln, "halved", steps=10, **{"run.resume": "must"}, **dropout)
+    assert summary["resumed_from"] == 4
+    assert losses(kiln, "halved") == losses(kiln, "straight")
+    assert all(torch.equal(value, weights(kiln, "halved")[name]) for name, value in weights(kiln, "straight").items())
+
+
+def test_a_killed_worker_costs_time_and_nothing_else(kiln: str) -> None:
+    shape = {"parallel.workers": 2, "steps": 40, "batch.global_size": 32, "batch.micro_size": 16, "checkpoint.every": 5, "model.width": 64}
+    run(kiln, "calm", **shape)
+    log, killed = Path(kiln, "runs/stormy/metrics.jsonl"), []
+
+    def kill_one() -> None:
+        for _ in range(600):
+            if log.is_file() and len(log.read_text().splitlines()) >= 12:
+                workers = [p for p in psutil.process_iter(["name", "cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+                mine = [p for p in workers if psutil.Process().pid in [parent.pid for parent in p.parents()]]
+                os.kill(mine[-1].pid, signal.SIGKILL)
+                killed.append(mine[-1].pid)
+                return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    run(kiln, "stormy", **shape)
+    killer.join()
+    assert killed, "the run was over before a worker could be killed"
+    assert losses(kiln, "stormy") == losses(kiln, "calm")
+    assert all(torch.equal(value, weights(kiln, "stormy")[name]) for name, value in weights(kiln, "calm").items())
+
+
+def test_a_run_leaves_what_people_look_at(kiln: str) -> None:
+    summary = run(kiln, "seen", steps=2)
+    uri = f"{kiln}/runs/seen"
+    assert storage.read_json(f"{uri}/summary.json") == summary
+    assert 0 < summary["metrics"]["heldout_bits_per_byte"] < 10
+    assert (Path(uri) / "samples/text_000002.txt").read_text()
+    assert list((Path(uri) / "tensorboard").glob("events*"))
+    assert storage.read_json(f"{uri}/lineage.json")["dataset"]["fingerprint"] in summary["dataset"]
+
+
+def test_bad_plans_and_data_are_sentences_before_any_worker(kiln: str, command: Any) -> None:
+    missing = command("train", "gpt", "--config", "gpt-tiny", "--data.source", "nowhere.txt", "--storage", kiln)
+    assert missing.returncode == 2
+    assert "nothing is there at nowhere.txt" in missing.stderr
+    assert "Traceback" not in missing.stderr + missing.stdout
+    alone = command("train", "gpt", "--config", "gpt-tiny", "--parallel.workers", "8", "--storage", kiln, RAY_ADDRESS="")
+    assert alone.returncode == 2
+    assert "parallel.workers 8 need 8 CPUs, and this machine has" in alone.stderr
+
+
+def test_a_failing_worker_is_one_sentence(kiln: str, command: Any) -> None:
+    short = ["train", "gpt", "--config", "gpt-tiny", "--data.source", f"{kiln}/corpus.txt", "--data.vocab_size", "300", "--model.context", "9000"]
+    failed = command(*short, "--run.max_failures", "0", "--storage", kiln)
+    assert failed.returncode == 1
+    assert "fewer tokens than one sample of model.context 9000" in failed.stderr
+    assert "Traceback" not in failed.stderr
