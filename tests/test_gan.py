@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +112,189 @@ def test_two_workers_end_where_one_does(
     config = config_of(variant, source)
     alone = parameters_after_training(config, images.prepare(config.data, str(tmp_path)), dtype)
     before = Gan(config, shape(config, {"classes": ["a", "b"]}), Ddp()).state()
-    moved = max(float((alone[f"{part}.{name}"] - value).abs().max()) for part in ("generator", "critic") for name, value in before[part].items())
+    moved = max(
+        float((alone[f"{part}.{name}"] - value).abs().max()) for part in ("generator", "critic") for name, value in before[part].items()
+    )
     assert moved > 1e-3, "nothing was learned, so nothing was compared"
     for rank, held in enumerate(two_workers):
         for name, value in alone.items():
             difference = float((held[f"{variant} {dtype}"][name] - value).abs().max())
             assert difference < tolerance, (rank, name, difference)
+
+
+# ---------------------------------------------------------------- resume
+
+
+class Alone(Worker):
+    """A worker without Ray: its reports are kept."""
+
+    def report(self, values: dict[str, float]) -> None:
+        self.reports = [*getattr(self, "reports", []), values]
+
+
+class Stop(Exception):
+    pass
+
+
+class Interrupting(metrics.Silent):
+    """Ends the loop as a kill would, in the middle of a step's aftermath."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if step == self.at:
+            raise Stop
+
+
+def run_alone(config: GanConfig, dataset: str, run_uri: Path, stop_at: int | None = None) -> dict[str, Any] | None:
+    checkpoints = Checkpointer(str(run_uri), config.model_dump())
+    recorder = metrics.Silent() if stop_at is None else Interrupting(stop_at)
+    try:
+        return gan.train(Alone(config, Ddp(), checkpoints, recorder, dataset, config.steps), checkpoints.load())
+    except Stop:
+        checkpoints.join()
+        return None
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(source: Path, tmp_path: Path) -> None:
+    config = config_of("conditional", source, **{"steps": 6, "checkpoint.every": 2, "log.every": 1, "log.eval_every": 3})
+    dataset = images.prepare(config.data, str(tmp_path))
+    straight = run_alone(config, dataset, tmp_path / "straight")
+    assert run_alone(config, dataset, tmp_path / "broken", stop_at=5) is None
+    assert newest(str(tmp_path / "broken")).step == 4  # type: ignore[union-attr]
+    resumed = run_alone(config, dataset, tmp_path / "broken")
+
+    states = []
+    for run in ("straight", "broken"):
+        step, state = Checkpointer(str(tmp_path / run), {}).load()  # type: ignore[misc]
+        assert step == 6
+        states.append(state)
+    assert set(states[0]) == {"generator", "generator_ema", "critic", "generator_optimizer", "critic_optimizer"}
+    for part, values in states[0].items():
+        flat = values["state"] if part.endswith("optimizer") else {0: values}
+        for key, tensors in flat.items():
+            other = states[1][part]["state"][key] if part.endswith("optimizer") else states[1][part]
+            assert all(torch.equal(value, other[name]) for name, value in tensors.items()), (part, key)
+    assert straight is not None
+    assert resumed is not None
+    assert {tag: value for tag, value in straight.items() if tag != "images_per_s"} == {
+        tag: value for tag, value in resumed.items() if tag != "images_per_s"
+    }
+
+
+def test_final_metrics_have_the_distance_and_its_floor(source: Path, tmp_path: Path) -> None:
+    config = config_of("plain", source, steps=2)
+    final = run_alone(config, images.prepare(config.data, str(tmp_path)), tmp_path / "run")
+    assert final is not None
+    assert final.keys() >= {"heldout_sliced_wasserstein", "heldout_sliced_wasserstein_floor", "heldout_samples", "wasserstein_distance"}
+    assert final["heldout_samples"] == 4
+
+
+# ---------------------------------------------------------------- the parts of a step
+
+
+def single(config: GanConfig, tmp_path: Path) -> tuple[Gan, images.Pictures]:
+    pictures = images.Pictures(Path(images.prepare(config.data, str(tmp_path))), "train", config.data.size)
+    return Gan(config, shape(config, pictures.meta), Ddp()), pictures
+
+
+def test_an_update_moves_its_own_net_alone(source: Path, tmp_path: Path) -> None:
+    trained, pictures = single(config_of("plain", source), tmp_path)
+
+    def moved(before: dict[str, Any]) -> set[str]:
+        now = trained.state()
+        return {
+            part
+            for part in ("generator", "critic", "generator_ema")
+            if any(not torch.equal(now[part][name], before[part][name]) for name in now[part])
+        }
+
+    def copied() -> dict[str, Any]:
+        return {
+            part: {name: value.clone() for name, value in trained.state()[part].items()}
+            for part in ("generator", "critic", "generator_ema")
+        }
+
+    before = copied()
+    trained.update_critic(trained.critic_batches(0, pictures))
+    assert moved(before) == {"critic"}
+    before = copied()
+    trained.update_generator(trained.generator_batches(0))
+    assert moved(before) == {"generator"}
+    before = copied()
+    trained.update_average(0)
+    assert moved(before) == {"generator_ema"}
+    assert all(parameter.grad is None for parameter in [*trained.critic.parameters(), *trained.generator.parameters()])
+
+
+def test_the_penalty_reaches_the_critic(source: Path, tmp_path: Path) -> None:
+    """With a huge weight, critic updates are nothing but a pull of the gradient's norm to 1."""
+    config = config_of("plain", source, **{"gan.penalty_weight": 1e4, "optim.lr": 3e-3})
+    trained, pictures = single(config, tmp_path)
+    penalties = [float(trained.update_critic(trained.critic_batches(update, pictures))["gradient_penalty"]) for update in range(60)]
+    assert penalties[0] > 0.5
+    assert max(penalties[-5:]) < 0.05
+
+
+def test_noise_is_a_function_of_position_and_purpose(source: Path, tmp_path: Path) -> None:
+    trained, pictures = single(config_of("conditional", source), tmp_path)
+    critic, generator = trained.critic_batches(2, pictures)[0], trained.generator_batches(2)[0]
+    again = trained.critic_batches(2, pictures)[0]
+    assert torch.equal(critic.latents, again.latents)
+    assert torch.equal(critic.real, again.real)  # type: ignore[arg-type]
+    assert torch.equal(critic.mix, again.mix)  # type: ignore[arg-type]
+    rows = torch.cat([critic.latents, generator.latents, trained.critic_batches(3, pictures)[0].latents])
+    assert len(rows.unique(dim=0)) == len(rows)
+
+
+def test_the_average_follows_num_updates_at_first(source: Path, tmp_path: Path) -> None:
+    trained, _ = single(config_of("plain", source, **{"model.ema_decay": 0.999}), tmp_path)
+    for parameter in trained.generator.parameters():
+        torch.nn.init.ones_(parameter)
+    for parameter in trained.average.parameters():
+        torch.nn.init.zeros_(parameter)
+    trained.update_average(0)  # decay 1 / 10
+    assert all(torch.allclose(parameter, torch.tensor(0.9)) for parameter in trained.average.parameters())
+    trained.update_average(10**6)
+    assert all(torch.allclose(parameter, torch.tensor(0.9001)) for parameter in trained.average.parameters())
+
+
+def test_the_grid_has_a_row_for_each_class(source: Path, tmp_path: Path) -> None:
+    trained, _ = single(config_of("conditional", source), tmp_path)
+    assert trained.grid().shape == (2 * 30 + 2, 10 * 30 + 2, 3)
+    assert trained.grid().dtype == np.uint8
+    assert np.array_equal(trained.grid(), trained.grid())
+
+
+def test_bfloat16_trains(source: Path, tmp_path: Path) -> None:
+    config = config_of("conditional", source, **{"parallel.precision": "bf16"})
+    pictures = single(config, tmp_path)[1]
+    trained = Gan(config, shape(config, pictures.meta), Ddp("bf16"))
+    figures = trained.update_critic(trained.critic_batches(0, pictures)) | trained.update_generator(trained.generator_batches(0))
+    assert all(torch.isfinite(value) for value in figures.values())
+    assert figures["gradient_penalty"].dtype == torch.float32
+
+
+# ---------------------------------------------------------------- on Ray
+
+
+def test_two_ray_workers_end_where_one_process_does(ray_address: str, source: Path, tmp_path: Path) -> None:
+    more = {"run.name": "two", "steps": 4, "log.every": 2, "log.eval_every": 2, "log.sample_every": 2, "checkpoint.every": 2}
+    config = config_of("conditional", source, **more, **{"parallel.workers": 2})
+    summary = fit(config, str(tmp_path), quiet=True)
+    run = tmp_path / "runs" / "two"
+    assert summary["metrics"]["heldout_sliced_wasserstein"] > summary["metrics"]["heldout_sliced_wasserstein_floor"] > 0
+    assert [row["step"] for row in metrics.read(str(run)) if "heldout_sliced_wasserstein" in row] == [2, 4]
+    assert {file.name for file in (run / "samples").glob("*.png")} == {"pictures_000002.png", "pictures_000004.png"}
+    manifest = complete(str(run))[0]
+    names = {"generator.safetensors", "generator_ema.safetensors", "critic.safetensors", "generator_optimizer.pt", "critic_optimizer.pt"}
+    assert (manifest.step, manifest.world_size, set(manifest.files)) == (4, 2, names)
+
+    single_config = config_of("conditional", source, **more)
+    run_alone(single_config, storage.join(str(tmp_path), "data", summary["dataset"]), tmp_path / "alone")
+    ours, theirs = (Checkpointer(str(where), {}).load()[1] for where in (tmp_path / "alone", run))  # type: ignore[index]
+    for part in ("generator", "generator_ema", "critic"):
+        for name, value in ours[part].items():
+            assert torch.allclose(value, theirs[part][name], atol=1e-5), (part, name)
+    assert json.loads((run / "summary.json").read_text())["metrics"] == summary["metrics"]
