@@ -327,3 +327,16 @@ def test_crops_and_mirrors_are_cuts_of_the_stored_picture(tmp_path: Path) -> Non
     assert seen <= cuts
     assert len(seen) > 40, "300 draws should meet nearly all 50 cuts"
     assert np.array_equal(np.round((pictures.centred(slice(0, 1))[0, 0] + 1) * 127.5), stored[2:34, 2:34])
+
+
+def test_uris_and_object_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URI as source; and where nothing can be renamed, dataset.json is what makes the data set exist."""
+    source = folder_of(tmp_path / "source", {f"{name}/{i}.png": png(i) for name in "ab" for i in range(2)})
+    local = prepare(data_of(f"file://{source}/*/*.png"), str(tmp_path))
+    monkeypatch.setattr(storage, "local_path", lambda uri: None)
+    remote = prepare(data_of(f"file://{source}"), f"file://{tmp_path}/store")
+    folder = Path(remote.removeprefix("file://"))
+    assert {file.name for file in folder.iterdir()} == {file.name for file in Path(local).iterdir()}
+    (folder / "dataset.json").unlink()
+    assert prepare(data_of(f"file://{source}"), f"file://{tmp_path}/store") == remote
+    assert storage.exists(storage.join(remote, "dataset.json"))

@@ -54,7 +54,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
             recorder.scalars(step, {**strategy.mean({tag: float(value) for tag, value in figures.items()}), **meter.read()})
         with meter.paused():
             if step % config.log.eval_every == 0 or last:
-                judged = quality.judge(partial(gan.like, heldout), pictures, heldout)
+                judged = quality.judge(partial(gan.like, pictures), pictures, heldout)
                 recorder.scalars(step, judged)
                 final = {**judged, **strategy.mean({tag: float(value) for tag, value in figures.items()}), **meter.total()}
                 worker.report({"step": step, **final})
@@ -194,11 +194,11 @@ class Gan:
     # ------------------------------------------------------------ pictures
 
     @torch.no_grad()
-    def like(self, heldout: images.Pictures, indices: np.ndarray) -> Tensor:
-        """Pictures of the averaged generator, as many as `indices` and of the same classes as those held-out ones."""
+    def like(self, pictures: images.Pictures, indices: np.ndarray) -> Tensor:
+        """Pictures of the averaged generator, as many as `indices` and of the same classes as those real ones."""
         batch = self._noise(JUDGED, indices)
-        if batch.labels is not None and heldout.labels is not None:
-            batch.labels = torch.from_numpy(heldout.labels[indices]).to(self.strategy.device)
+        if batch.labels is not None and pictures.labels is not None:
+            batch.labels = torch.from_numpy(pictures.labels[indices]).to(self.strategy.device)
         return self.average(batch.latents, batch.labels)
 
     @torch.no_grad()

@@ -53,9 +53,9 @@ def judge(generate: Callable[[np.ndarray], Tensor], train: Pictures, heldout: Pi
     """Generated pictures against the held-out ones, as many as there are (at most `MAX_SAMPLES`).
 
     Args:
-        generate: pictures (B, C, H, W) in [-1, 1] for the given indices of held-out pictures (B); a conditional
-            generator makes the classes that those have.
-        train: the floor's real pictures, drawn once and for all.
+        generate: pictures (B, C, H, W) in [-1, 1] to stand in for the training pictures with the given indices (B):
+            a conditional generator makes the classes that those have, so that it and the floor differ in nothing else.
+        train: the floor's real pictures, the same ones in every run.
         heldout: what is compared with.
 
     Returns:
@@ -66,7 +66,7 @@ def judge(generate: Callable[[np.ndarray], Tensor], train: Pictures, heldout: Pi
     real, others = (np.array_split(rng(len(side), CHOICE).permutation(len(side))[:count], -(-count // BATCH)) for side in (heldout, train))
     target = project(torch.from_numpy(heldout.centred(part)) for part in real)
     floor = project(torch.from_numpy(train.centred(part)) for part in others)
-    made = project(generate(part) for part in real)
+    made = project(generate(part) for part in others)
     return {
         "heldout_sliced_wasserstein": sliced_wasserstein(made, target),
         "heldout_sliced_wasserstein_floor": sliced_wasserstein(floor, target),
