@@ -1,4 +1,4 @@
-"""python -m cluster up | down | status | submit | doctor."""
+"""python -m cluster up | down | status | submit | doctor | demo."""
 
 import argparse
 import os
@@ -35,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add("submit", _submit, "run a command as a job, follow its log, exit as it ended")
     command.add_argument("entrypoint", nargs="+", metavar="COMMAND", help="after --, as in: -- python -m train gpt")
     add("doctor", _doctor, "check versions, disks, accelerators and storage on every node")
+    command = add("demo", _demo, "the whole road on this machine: train, export, serve and ask a GPT and a GAN")
+    command.set_defaults(storage=f"{cli.storage_default()}/demo")
+    command.add_argument("--stay", action=argparse.BooleanOptionalAction, help="keep the page up until Ctrl-C (default: at a terminal)")
     return parser
 
 
@@ -72,6 +75,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from cluster import doctor  # imports ray, which reads the environment as it is imported
 
     return doctor.examine(os.environ.get("KILN_STORAGE", arguments.storage))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from cluster import demo
+
+    return demo.run(arguments.storage, arguments.stay)
 
 
 def _dashboard(storage_uri: str) -> dashboard.Dashboard:

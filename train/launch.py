@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from cluster.connect import connect
 from models import storage
-from train import metrics
+from train import metrics, report
 from train.checkpoint import Checkpointer
 from train.config import KINDS, Config, GptConfig, build
 from train.run import Run, open_run
@@ -82,6 +82,7 @@ def fit(config: Config, root: str, stem: str | None = None, callbacks: list[Any]
             "metrics": final,
         }
         storage.write_json(storage.join(run.uri, "summary.json"), summary)
+        report.write(run.uri, summary)
         return summary
 
 

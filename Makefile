@@ -1,0 +1,40 @@
+# make demo: the whole road on this machine.  make test: the proofs.  make check: style and types.
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: setup demo test test-slow check format lock clean
+
+# The stamp is newer than the lock once everything in it is installed: until the lock changes, setup costs nothing.
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on this machine: install Python 3.11, or name one that is (make PYTHON=python3)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+demo: setup
+	$(RUN) -m cluster demo
+
+test: setup
+	$(RUN) -m pytest
+
+test-slow: setup
+	$(RUN) -m pytest -m slow
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# The newest versions that pyproject.toml allows, for every platform, exactly.
+lock: setup
+	$(VENV)/bin/uv pip compile --universal --python-version 3.11 pyproject.toml --extra dev --no-annotate --no-header --quiet --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
