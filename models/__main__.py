@@ -17,7 +17,7 @@ EPILOG = "REF is NAME (its alias production, else its newest version), NAME/VERS
 def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
     root = storage.join(arguments.storage, "models")
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     if arguments.action == "list":
         list_models(root, console)
     elif arguments.action == "show":
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         verify(root, arguments.reference, console)
     else:
         registry.alias(root, arguments.name, arguments.alias, arguments.version)
-        console.print(f"{arguments.name}@{arguments.alias} is now {arguments.name}/{arguments.version}", markup=False)
+        console.print(f"{arguments.name}@{arguments.alias} is now {arguments.name}/{arguments.version}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,9 +50,9 @@ def _parser() -> argparse.ArgumentParser:
 def list_models(root: str, console: Console) -> None:
     found = registry.names(root)
     if not found:
-        console.print(f"no models in {root} yet: export a run with `python -m train export RUN`", markup=False, soft_wrap=True)
+        console.print(f"no models in {root} yet: export a run with `python -m train export RUN`")
         return
-    table = Table("model", "kind", "aliases", "from run", "metrics", "MB", "created")
+    table = Table("model", "kind", "aliases", "from run", "held-out", "MB", "created")
     for name in found:
         names_of = registry.aliases(root, name)
         for version in registry.versions(root, name):
@@ -62,7 +62,7 @@ def list_models(root: str, console: Console) -> None:
                 manifest["kind"],
                 ", ".join(alias for alias, target in names_of.items() if target == version),
                 f"{manifest['run']['name']}, step {manifest['run']['step']}",
-                _metrics(manifest, "\n"),
+                _metrics(manifest, "\n", "heldout_"),
                 f"{bundle.size(manifest) / 1e6:.1f}",
                 manifest["created"][:16].replace("T", " "),
             )
@@ -89,19 +89,18 @@ def show(root: str, reference: str, console: Console) -> None:
         "files": "\n".join(f"{path}  {entry['bytes']:,} bytes" for path, entry in manifest["files"].items()),
     }.items():
         table.add_row(field, value)
-    console.print(table, markup=False, soft_wrap=True)
+    console.print(table)
 
 
 def verify(root: str, reference: str, console: Console) -> None:
     name, version, uri = registry.resolve(root, reference)
     manifest = bundle.verify(uri)
-    console.print(f"{name}/{version}: {len(manifest['files'])} files, {bundle.size(manifest):,} bytes, all as published", markup=False)
+    console.print(f"{name}/{version}: {len(manifest['files'])} files, {bundle.size(manifest):,} bytes, all as published")
 
 
-def _metrics(manifest: bundle.Manifest, separator: str) -> str:
-    return separator.join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in manifest["metrics"].items()
-    )
+def _metrics(manifest: bundle.Manifest, separator: str, prefix: str = "") -> str:
+    metrics = {name: value for name, value in manifest["metrics"].items() if name.startswith(prefix)}
+    return separator.join(f"{name.removeprefix(prefix)} {value:.4g}" for name, value in metrics.items())
 
 
 if __name__ == "__main__":

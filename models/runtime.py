@@ -183,7 +183,9 @@ class ImageGraph:
 
 def seeded_latents(seed: int, count: int, latent_dim: int) -> np.ndarray:
     """Latents (count, latent_dim) of the first `count` pictures of a seed; each is a function of (seed, its index) alone."""
-    streams = [np.random.Generator(np.random.Philox(key=[seed, index])) for index in range(count)]
+    # uint64, said aloud: NumPy would make floats of a list with a seed from 2**63 on, and neighbouring seeds the same.
+    keys = [np.array([seed, index], np.uint64) for index in range(count)]
+    streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
     return np.stack([stream.standard_normal(latent_dim, dtype=np.float32) for stream in streams])
 
 

@@ -34,7 +34,8 @@ def sample(logits: np.ndarray, *, temperature: float = 1.0, top_k: int = 0, top_
         before = np.cumsum(probabilities[order]) - probabilities[order]
         probabilities[order[before >= top_p]] = 0
     cumulative = np.cumsum(probabilities)
-    draw = np.random.Generator(np.random.Philox(key=[seed, position])).random() * cumulative[-1]
+    key = np.array([seed, position], np.uint64)  # a list with a seed from 2**63 on would become floats
+    draw = np.random.Generator(np.random.Philox(key=key)).random() * cumulative[-1]
     return int(np.searchsorted(cumulative, draw, side="right"))
 
 

@@ -1,4 +1,4 @@
-"""Small real bundles with random weights, exported by the real export: made once, then copied (they take seconds).
+"""Small real bundles, exported by the real export: made once, then copied (they take seconds).
 
 tiny_gpt_bundle(tmp_path / "gpt")
 registry.publish(root, "gpt", tmp_path / "gpt")
@@ -52,13 +52,19 @@ def tiny_tokenizer(path: Path) -> Tokenizer:
 
 
 def tiny_gpt(seed: int = 0, vocab_size: int = 320, context: int = 64) -> Any:
-    """A GPT-2 of two layers, its random weights doubled so that its logits differ by more than rounding."""
+    """A GPT-2 of two layers with random weights."""
     torch.manual_seed(seed)
-    model = gpt.build(vocab_size=vocab_size, context=context, width=32, layers=2, heads=2, eos_token_id=0).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2)
-    return model
+    return gpt.build(vocab_size=vocab_size, context=context, width=32, layers=2, heads=2, eos_token_id=0).eval()
+
+
+def learn(model: Any, ids: np.ndarray, steps: int = 60) -> None:
+    """Teaches `model` the text by heart, so that what it says is text and its likeliest tokens are far from ties."""
+    windows = torch.from_numpy(ids).unfold(0, 33, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        gpt.loss(model, windows[:, :-1], windows[:, 1:]).backward()
+        optimizer.step()
 
 
 def tiny_generator(num_classes: int = 0, seed: int = 0) -> Generator:
@@ -67,7 +73,7 @@ def tiny_generator(num_classes: int = 0, seed: int = 0) -> Generator:
 
 
 def tiny_gpt_bundle(folder: Path, seed: int = 0) -> Path:
-    """A GPT bundle at `folder`: 320 tokens, context 64; another seed is another model."""
+    """A GPT bundle at `folder` that has learnt `TEXT`: 320 tokens, context 64; another seed is another model."""
     return Path(shutil.copytree(_gpt_bundle(seed), folder, dirs_exist_ok=True))
 
 
@@ -78,11 +84,14 @@ def tiny_gan_bundle(folder: Path, num_classes: int = 0, seed: int = 0) -> Path:
 
 @functools.cache
 def _gpt_bundle(seed: int) -> Path:
+    torch.set_num_threads(1)  # more only wait for each other on so small a model
     folder = _scratch() / "gpt"
     folder.mkdir()
     tokenizer = tiny_tokenizer(folder.parent / "tokenizer.json")
     heldout = np.array(tokenizer.encode(TEXT).ids)
-    bundle.write(folder, LINEAGE | export_gpt(tiny_gpt(seed), folder.parent / "tokenizer.json", heldout, folder))
+    model = tiny_gpt(seed)
+    learn(model, heldout)
+    bundle.write(folder, LINEAGE | export_gpt(model, folder.parent / "tokenizer.json", heldout, folder))
     return folder
 
 

@@ -1,0 +1,84 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models import bundle
+
+MANIFEST: dict[str, Any] = {
+    "kind": "gpt",
+    "created": "2000-01-01T00:00:00+00:00",
+    "inputs": [],
+    "outputs": [],
+    "opset": 24,
+    "parity": {"max_abs_diff": 0.0, "tolerance": 1e-5, "cases": []},
+    "run": {"name": "r", "step": 1, "storage": "s"},
+    "dataset": {"name": "d", "fingerprint": "0"},
+    "metrics": {},
+    "libraries": {},
+    "model": {},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "b" / "transformers").mkdir(parents=True)
+    (tmp_path / "b" / "model.onnx").write_bytes(b"graph" * 1000)
+    (tmp_path / "b" / "transformers" / "config.json").write_text("{}")
+    bundle.write(tmp_path / "b", MANIFEST)
+    return tmp_path / "b"
+
+
+def test_every_file_is_in_the_manifest(folder: Path) -> None:
+    manifest = bundle.verify(folder)
+    assert manifest["files"] == {
+        "model.onnx": {"bytes": 5000, "sha256": "8c0cdcc073c4e57115e9968a329b0e8a2b7a2a29852ac0dbe8e4dc445ab3ed92"},
+        "transformers/config.json": {"bytes": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"},
+    }
+    assert manifest["commit"] is None
+    assert bundle.size(manifest) == 5002
+
+
+def test_writing_again_does_not_count_the_manifest(folder: Path) -> None:
+    bundle.write(folder, MANIFEST)
+    assert list(bundle.verify(folder)["files"]) == ["model.onnx", "transformers/config.json"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "model.onnx").write_bytes(b"Graph" * 1000), r"model\.onnx is not what its bundle promises"),
+        (lambda folder: (folder / "model.onnx").write_bytes(b"graph"), r"model\.onnx has 5 bytes where its bundle promises 5000"),
+        (lambda folder: shutil.rmtree(folder / "transformers"), r"transformers/config\.json is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), "never finished"),
+        (lambda folder: (folder / "manifest.json").write_text('{"kind": "gp'), "manifest.json is damaged"),
+        (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"), "manifest.json is damaged"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "no JSON object"),
+        (lambda folder: (folder / "manifest.json").write_text('{"kind": "gpt"}'), "lacks created, files"),
+        (lambda folder: _edit(folder, kind="vae"), "kind 'vae'"),
+        (lambda folder: _edit(folder, files={"model.onnx": 5}), "no list of files"),
+    ],
+)
+def test_damage_is_named(folder: Path, damage: Any, sentence: str) -> None:
+    damage(folder)
+    with pytest.raises(ValueError, match=sentence):
+        bundle.verify(folder)
+
+
+def _edit(folder: Path, **entries: Any) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | entries))
+
+
+def test_an_incomplete_manifest_is_not_written(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="lacks parity"):
+        bundle.write(folder, {key: value for key, value in MANIFEST.items() if key != "parity"})
+    assert not (folder / "manifest.json").exists()
+
+
+def test_an_empty_folder_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no file"):
+        bundle.write(tmp_path, MANIFEST)

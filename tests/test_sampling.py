@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from serve.sampling import sample
+
+LOGITS = np.random.default_rng(0).normal(0, 2, 50).astype(np.float32)
+
+
+def drawn(count: int = 4000, logits: np.ndarray = LOGITS, **parameters: float) -> np.ndarray:
+    """How often each token was drawn, over `count` positions."""
+    tokens = [sample(logits, position=position, **parameters) for position in range(count)]  # type: ignore[arg-type]
+    return np.bincount(tokens, minlength=len(logits)) / count
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"temperature": 0.7, "top_k": 10, "top_p": 0.8},
+        {"temperature": 1.5, "top_k": 1000},
+    ],
+)
+def test_tokens_are_drawn_with_transformers_probabilities(parameters: dict[str, float]) -> None:
+    scores = torch.from_numpy(LOGITS)[None]
+    scores = TemperatureLogitsWarper(parameters.get("temperature", 1.0))(None, scores)
+    if "top_k" in parameters:
+        scores = TopKLogitsWarper(int(parameters["top_k"]))(None, scores)
+    if "top_p" in parameters:
+        scores = TopPLogitsWarper(parameters["top_p"])(None, scores)
+    expected = scores.softmax(-1)[0].numpy()
+    shares = drawn(**parameters)
+    assert set(np.flatnonzero(shares)) <= set(np.flatnonzero(expected))
+    np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.25 / 4000))
+
+
+def test_temperature_zero_is_greedy() -> None:
+    assert all(sample(LOGITS, temperature=0, seed=seed) == LOGITS.argmax() for seed in range(20))
+
+
+@pytest.mark.parametrize("parameters", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-30}])
+def test_the_narrowest_filters_are_greedy(parameters: dict[str, float]) -> None:
+    assert all(sample(LOGITS, seed=seed, **parameters) == LOGITS.argmax() for seed in range(20))  # type: ignore[arg-type]
+
+
+def test_tokens_as_likely_as_the_kth_all_stay() -> None:
+    assert set(np.flatnonzero(drawn(200, np.array([1.0, 3.0, 3.0, 3.0]), top_k=2))) == {1, 2, 3}
+
+
+def test_top_p_keeps_the_token_that_reaches_it_and_no_more() -> None:
+    logits = np.log([0.5, 0.25, 0.125, 0.125])
+    assert set(np.flatnonzero(drawn(500, logits, top_p=0.5))) == {0}
+    assert set(np.flatnonzero(drawn(500, logits, top_p=0.51))) == {0, 1}
+
+
+def test_a_draw_is_a_function_of_seed_and_position() -> None:
+    tokens = [[sample(LOGITS, seed=seed, position=position) for position in range(30)] for seed in (0, 0, 1, 2**64 - 1, 2**64 - 2)]
+    assert tokens[0] == tokens[1]
+    assert len({tuple(row) for row in tokens}) == 4
+    assert len(set(tokens[0])) > 5, "positions of one seed draw anew"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    logits=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20),
+    temperature=st.floats(0, 100),
+    top_k=st.integers(0, 30),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_any_parameters_give_a_token_that_may_be_drawn(
+    logits: list[float], temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    values = np.array(logits, np.float32)
+    token = sample(values, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    assert 0 <= token < len(values)
+    if top_k:
+        assert (values > values[token]).sum() < top_k
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
+)
+def test_a_parameter_out_of_range_is_named(parameters: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(parameters))} is "):
+        sample(LOGITS, **parameters)  # type: ignore[arg-type]

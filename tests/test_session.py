@@ -1,0 +1,260 @@
+"""Text and picture sessions over real (tiny) bundles, against transformers and torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from models import bundle
+from serve.session import ImageSession, TextSession
+from tests.bundles import TEXT, tiny_gan_bundle, tiny_gpt_bundle
+
+SLOTS = 6
+
+
+@pytest.fixture(scope="module")
+def gpt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gpt_bundle(tmp_path_factory.mktemp("gpt"))
+
+
+@pytest.fixture(scope="module")
+def gan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gan_bundle(tmp_path_factory.mktemp("gan"))
+
+
+@pytest.fixture(scope="module")
+def conditional_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gan_bundle(tmp_path_factory.mktemp("conditional"), num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def session(gpt_folder: Path) -> TextSession:
+    return TextSession(gpt_folder, slots=SLOTS)
+
+
+@pytest.fixture(scope="module")
+def rows(session: TextSession) -> list[list[int]]:
+    """One text of context length for each slot, each another one."""
+    ids = session.tokenizer.encode(TEXT).ids
+    return [ids[5 * slot : 5 * slot + session.context] for slot in range(SLOTS)]
+
+
+@pytest.fixture(scope="module")
+def expected(gpt_folder: Path, rows: list[list[int]]) -> np.ndarray:
+    """transformers' logits after every prefix of each row: (slots, context, V)."""
+    model = AutoModelForCausalLM.from_pretrained(gpt_folder / "transformers")
+    with torch.no_grad():
+        return np.asarray(model(torch.tensor(rows)).logits)
+
+
+def near(answer: np.ndarray, reference: np.ndarray) -> None:
+    np.testing.assert_allclose(answer, reference, atol=1e-5 * np.abs(reference).max())
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_it_knows_its_model(session: TextSession) -> None:
+    assert (session.slots, session.context, session.eos_token_id) == (SLOTS, 64, 0)
+    assert session.providers == ["CPUExecutionProvider"]
+    assert session.manifest["model"]["vocab_size"] == session.vocab_size == 320
+
+
+def test_prefill_is_transformers(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+    for slot, length in zip(range(SLOTS), (1, 2, 7, 30, 63, 64), strict=True):
+        near(session.prefill(slot, rows[slot][:length]), expected[slot, length - 1])
+
+
+def test_prefill_in_chunks_is_prefill(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+    start = 0
+    for size in (1, 5, 30, 1, 27):
+        answer = session.prefill(3, rows[0][start : start + size], start)
+        start += size
+        near(answer, expected[0, start - 1])
+
+
+def test_decode_is_transformers_at_every_length(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+    near(session.prefill(0, rows[0][:1]), expected[0, 0])
+    for length in range(1, session.context):
+        near(session.decode([0], [rows[0][length]], [length])[0], expected[0, length])
+
+
+def test_a_row_is_the_same_to_the_bit_in_any_company(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+    lengths = [9, 3, 40, 1, 25, 60]
+    companies = [[2], [2, 0], [0, 1, 2], [5, 2], [1, 2, 3, 4], [4, 2, 5, 0, 3, 1]]
+    answers = []
+    for slots in companies:
+        for slot in range(SLOTS):
+            session.prefill(slot, rows[slot][: lengths[slot]])
+        logits = session.decode(slots, [rows[slot][lengths[slot]] for slot in slots], [lengths[slot] for slot in slots])
+        for slot, answer in zip(slots, logits, strict=True):
+            near(answer, expected[slot, lengths[slot]])
+        answers.append(logits[slots.index(2)])
+    for answer in answers[1:]:
+        np.testing.assert_array_equal(answer, answers[0])
+
+
+def test_slots_left_out_of_a_step_keep_what_they_hold(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+    session.prefill(1, rows[1][:63])  # full but for one
+    session.prefill(2, rows[2][:10])
+    for slot in (0, 3):
+        session.prefill(slot, rows[slot][:5])
+    for length in range(5, 20):
+        session.decode([3, 0], [rows[3][length], rows[0][length]], [length, length])
+    near(session.decode([1], [rows[1][63]], [63])[0], expected[1, 63])
+    near(session.prefill(2, rows[2][10:14], start=10), expected[2, 13])
+
+
+def test_a_slot_forgets_its_last_tenant(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+    session.prefill(0, rows[5])
+    near(session.prefill(0, rows[0][:3]), expected[0, 2])
+    near(session.decode([0], [rows[0][3]], [3])[0], expected[0, 3])
+
+
+def test_two_threads_answer_alike(gpt_folder: Path, rows: list[list[int]], expected: np.ndarray) -> None:
+    near(TextSession(gpt_folder, slots=1, threads=2).prefill(0, rows[0]), expected[0, -1])
+
+
+def test_what_does_not_fit_is_refused(session: TextSession) -> None:
+    with pytest.raises(ValueError, match="60 \\+ 5 tokens do not fit into the context of 64"):
+        session.prefill(0, [1] * 5, start=60)
+    with pytest.raises(ValueError, match="do not fit"):
+        session.decode([0], [1], [64])
+    with pytest.raises(ValueError, match=f"slot {SLOTS} does not exist"):
+        session.decode([SLOTS], [1], [0])
+    with pytest.raises(ValueError, match="slot -1 does not exist"):
+        session.prefill(-1, [1])
+    with pytest.raises(ValueError, match="at least one token"):
+        session.prefill(0, [])
+    with pytest.raises(ValueError, match="name a slot twice"):
+        session.decode([1, 1], [1, 1], [0, 0])
+
+
+def test_golden_text_is_replayed(session: TextSession) -> None:
+    session.replay_golden()
+    assert "our discontent" in json.loads((session.folder / "golden.json").read_text())["text"]
+
+
+@pytest.mark.parametrize("part", ["ids", "tokens", "text"])
+def test_another_answer_than_the_golden_one_is_refused(tmp_path: Path, part: str) -> None:
+    folder = tiny_gpt_bundle(tmp_path / "gpt")
+    golden = json.loads((folder / "golden.json").read_text())
+    golden[part] = golden[part] + "!" if part == "text" else [*golden[part][:-1], golden[part][-1] ^ 1]
+    (folder / "golden.json").write_text(json.dumps(golden))
+    bundle.write(folder, bundle.read(folder))
+    with pytest.raises(ValueError, match=r"golden\.json recorded at its export"):
+        TextSession(folder, slots=1).replay_golden()
+
+
+# ---------------------------------------------------------------- damaged or unfit bundles
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "tokenizer.json", "golden.json", "transformers/model.safetensors"])
+def test_a_flipped_byte_is_refused(tmp_path: Path, file: str) -> None:
+    folder = tiny_gpt_bundle(tmp_path / "gpt")
+    content = bytearray((folder / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} is not what its bundle promises"):
+        TextSession(folder)
+
+
+def test_a_graph_that_is_none_is_refused(tmp_path: Path) -> None:
+    folder = tiny_gpt_bundle(tmp_path / "gpt")
+    (folder / "model.onnx").write_bytes(b"no graph")
+    bundle.write(folder, bundle.read(folder))
+    with pytest.raises(ValueError, match="is not a readable ONNX graph"):
+        TextSession(folder)
+
+
+def test_kinds_are_not_mixed_up(gpt_folder: Path, gan_folder: Path) -> None:
+    with pytest.raises(ValueError, match="is a gan bundle where a gpt bundle is needed"):
+        TextSession(gan_folder)
+    with pytest.raises(ValueError, match="is a gpt bundle where a gan bundle is needed"):
+        ImageSession(gpt_folder)
+
+
+def test_a_provider_that_is_not_there_is_named(gan_folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"'RocketExecutionProvider' is not in this build of ONNX Runtime: use one of .*CPUExecutionProvider"
+    ):
+        ImageSession(gan_folder, providers=["RocketExecutionProvider"])
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_a_seed_is_a_picture_alone_or_in_company(gan_folder: Path) -> None:
+    session = ImageSession(gan_folder)
+    five = session.pictures(7, 5)
+    assert five.shape == (5, 28, 28, 1)
+    assert five.dtype == np.uint8
+    for count in range(1, 5):
+        np.testing.assert_array_equal(session.pictures(7, count), five[:count])
+    assert not np.array_equal(five[0], five[1])
+    assert not np.array_equal(session.pictures(8, 1)[0], five[0])
+    assert not np.array_equal(session.pictures(2**64 - 1, 1), session.pictures(2**64 - 2, 1))
+
+
+def test_pictures_span_the_grey_levels(gan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = ImageSession(gan_folder)
+    values = np.linspace(-1, 1, 256, dtype=np.float32).reshape(1, 1, 16, 16)
+    monkeypatch.setattr(session, "run", lambda *_: values)
+    assert session.generate(np.zeros((1, 16))).ravel().tolist() == list(range(256))
+
+
+def test_classes(conditional_folder: Path) -> None:
+    session = ImageSession(conditional_folder)
+    by_label = [session.pictures(7, 1, label)[0] for label in range(3)]
+    assert not np.array_equal(by_label[0], by_label[1])
+    mixed = session.pictures(7, 3)
+    assert [int(np.argmin([np.abs(picture.astype(int) - mixed[0]).sum() for picture in by_label]))] == [7 % 3]
+    np.testing.assert_array_equal(session.pictures(7, 1), mixed[:1])
+    with pytest.raises(ValueError, match="the model has the classes 0 to 2"):
+        session.pictures(7, 1, 3)
+    with pytest.raises(ValueError, match="labels must be given"):
+        session.generate(np.zeros((1, 16)))
+
+
+def test_an_unconditional_model_has_no_classes(gan_folder: Path) -> None:
+    with pytest.raises(ValueError, match="labels must be left out"):
+        ImageSession(gan_folder).pictures(7, 1, 0)
+
+
+@pytest.mark.parametrize(("seed", "count", "sentence"), [(-1, 1, "seed is -1"), (2**64, 1, "seed is"), (0, 0, "count is 0")])
+def test_a_seed_or_count_out_of_range_is_named(gan_folder: Path, seed: int, count: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ImageSession(gan_folder).pictures(seed, count)
+
+
+def test_golden_pictures_are_replayed(gan_folder: Path, conditional_folder: Path, tmp_path: Path) -> None:
+    for folder in (gan_folder, conditional_folder):
+        ImageSession(folder).replay_golden()
+    folder = tiny_gan_bundle(tmp_path / "gan")
+    golden = json.loads((folder / "golden.json").read_text())
+    golden["images"][0][0][14][14] += 0.01
+    (folder / "golden.json").write_text(json.dumps(golden))
+    bundle.write(folder, bundle.read(folder))
+    with pytest.raises(ValueError, match=r"draws pictures 0.01 away from those golden\.json recorded"):
+        ImageSession(folder).replay_golden()
+
+
+# ---------------------------------------------------------------- the arrow
+
+
+def test_serving_needs_no_torch(gpt_folder: Path, gan_folder: Path) -> None:
+    code = f"""
+import sys
+from serve.session import ImageSession, TextSession
+TextSession({str(gpt_folder)!r}).replay_golden()
+ImageSession({str(gan_folder)!r}).replay_golden()
+assert not {{"torch", "transformers", "ray"}} & set(sys.modules), "imported"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == done.stderr == ""
