@@ -237,14 +237,16 @@ async def _invalid(http: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         return JSONResponse(_error(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"), 400)
     field = str(first["loc"][1]) if len(first["loc"]) > 1 else None
-    if first["type"] == "missing" or (field is None and first["type"] != "value_error"):
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("missing", "dict_type", "model_type", "model_attributes_type"):
         message = "the body must be a JSON object, sent with the header Content-Type: application/json"
     elif first["type"] == "extra_forbidden":
         message = f"the field {_shown(field)} is unknown{_nearest(str(field), http)}"
+    elif field is None:
+        message = reason
     else:
-        reason = first["msg"].removeprefix("Value error, ")
-        message = reason if field is None else f"{field} is {_shown(first['input'])}: {reason[0].lower()}{reason[1:]}"
-    return JSONResponse(_error(422, message, field), 422)
+        message = f"{field} is {_shown(first['input'])}: {reason[0].lower()}{reason[1:]}"
+    return JSONResponse(_error(422, message, field and field.encode("ascii", "backslashreplace").decode()), 422)
 
 
 def _shown(value: Any) -> str:

@@ -1,0 +1,431 @@
+"""The served endpoint over real HTTP: what the bundles recorded, streams, cancels, swaps under load, and bad requests."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from models import bundle, registry
+from serve import launch
+from serve.deployments import Options
+from serve.engine import Chunk
+from serve.errors import Overloaded, Unavailable
+from serve.ingress import build_app
+from serve.schemas import CompletionRequest
+from tests import bundles
+from tests.conftest import ROOT, free_port
+
+CONTEXT = 2048  # long enough that a text can be cut off while it is written
+PROMPT = "Now is the winter"
+
+
+def long_gpt_bundle(folder: Path) -> Path:
+    from train.export_gpt import export_gpt
+
+    folder.mkdir()
+    tokenizer = bundles.tiny_tokenizer(folder.parent / "tokenizer.json")
+    ids = np.array(tokenizer.encode(bundles.TEXT).ids)
+    model = bundles.tiny_gpt(context=CONTEXT)
+    bundles.learn(model, ids)
+    bundle.write(folder, bundles.LINEAGE | export_gpt(model, folder.parent / "tokenizer.json", ids, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A registry: gpt/1 with a long context, gpt/2 another model with a short one, dcgan/1 with four classes."""
+    folder = tmp_path_factory.mktemp("bundles")
+    root = str(folder / "kiln" / "models")
+    registry.publish(root, "gpt", long_gpt_bundle(folder / "long"))
+    registry.publish(root, "gpt", bundles.tiny_gpt_bundle(folder / "short", seed=1))
+    registry.publish(root, "dcgan", bundles.tiny_gan_bundle(folder / "gan", num_classes=4))
+    registry.alias(root, "gpt", registry.PRODUCTION, 1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def address() -> launch.Address:
+    return launch.Address("127.0.0.1", free_port())
+
+
+@pytest.fixture(scope="module")
+def client(ray_address: str, root: str, address: launch.Address) -> Iterator[httpx.Client]:
+    """An HTTP client of the served registry."""
+    launch.deploy(launch.choose(root), address, Options(max_replicas=1))
+    with httpx.Client(base_url=f"http://127.0.0.1:{address.port}", timeout=60) as client:
+        yield client
+    launch.remove()
+
+
+def golden(root: str, version: int) -> dict[str, Any]:
+    return json.loads((Path(root) / "gpt" / str(version) / "golden.json").read_text())
+
+
+def complete(client: httpx.Client, **body: Any) -> dict[str, Any]:
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The messages of an SSE stream; [DONE] as it is."""
+    data = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    return [message if message == "[DONE]" else json.loads(message) for message in data]
+
+
+def stream(client: httpx.Client, **body: Any) -> list[Any]:
+    with client.stream("POST", "/v1/completions", json={"stream": True, **body}) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return events(response)
+
+
+def engine(client: httpx.Client) -> dict[str, int]:
+    return client.get("/v1/models").json()["data"][0]["engine"]
+
+
+def draw(client: httpx.Client, **body: Any) -> dict[str, Any]:
+    response = client.post("/v1/images/generations", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+# ---- text
+
+
+def test_greedy_text_is_the_bundles_golden_text(client: httpx.Client, root: str) -> None:
+    recorded = golden(root, 1)
+    answer = complete(client, prompt=recorded["prompt"], max_tokens=recorded["max_tokens"], temperature=0)
+    assert answer["choices"][0]["text"] == recorded["text"]
+    assert (answer["model"], answer["system_fingerprint"]) == ("gpt", "gpt/1")
+    assert answer["usage"] == {
+        "prompt_tokens": len(recorded["ids"]),
+        "completion_tokens": recorded["max_tokens"],
+        "total_tokens": len(recorded["ids"]) + recorded["max_tokens"],
+    }
+
+
+def test_a_stream_is_the_whole_in_pieces(client: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 400, "seed": 5, "temperature": 1.0}
+    whole = complete(client, **body)
+    *messages, usage, done = stream(client, **body, stream_options={"include_usage": True})
+    assert "".join(message["choices"][0]["text"] for message in messages) == whole["choices"][0]["text"]
+    assert len(messages) > 1
+    assert [message["choices"][0]["finish_reason"] for message in messages] == [None] * (len(messages) - 1) + ["length"]
+    assert messages[0]["usage"] is None
+    assert messages[-1]["usage"] == usage["usage"] == whole["usage"]
+    assert usage["choices"] == []
+    assert done == "[DONE]"
+
+
+def test_a_seeds_text_is_the_same_alone_and_in_company(client: httpx.Client) -> None:
+    async def together(requests: list[dict[str, Any]]) -> list[str]:
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as many:
+            responses = await asyncio.gather(*(many.post("/v1/completions", json=request) for request in requests))
+            return [response.json()["choices"][0]["text"] for response in responses]
+
+    requests = [{"prompt": PROMPT[: seed % 5 * 4], "max_tokens": 30 + seed, "seed": seed, "temperature": 1.0} for seed in range(12)]
+    alone = [complete(client, **request)["choices"][0]["text"] for request in requests]
+    assert asyncio.run(together(requests)) == alone
+    assert len(set(alone)) == len(alone)
+
+
+def test_a_stop_string_ends_the_text_before_it(client: httpx.Client) -> None:
+    whole = complete(client, prompt=PROMPT, max_tokens=40, temperature=0)["choices"][0]["text"]
+    stop = whole[12:15]
+    answer = complete(client, prompt=PROMPT, max_tokens=40, temperature=0, stop=[stop])["choices"][0]
+    assert answer["text"] == whole[: whole.index(stop)]
+    assert answer["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_goes_frees_its_slot(client: httpx.Client, streamed: bool) -> None:
+    before = engine(client)["generated"]
+    body = {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0, "stream": streamed}
+    if streamed:
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.1))
+    while engine(client)["running"]:
+        time.sleep(0.01)
+    after = engine(client)["generated"]
+    assert after - before < CONTEXT - 40, "the text was written to its end, for nobody"
+    assert engine(client)["generated"] == after
+
+
+# ---- pictures
+
+
+def test_a_seeds_picture_is_the_same_alone_and_among_many(client: httpx.Client) -> None:
+    many, one = draw(client, n=5, seed=7), draw(client, n=1, seed=7)
+    assert many["data"][0] == one["data"][0]
+    assert len({picture["b64_json"] for picture in many["data"]}) == 5
+    assert (many["seed"], many["model"]) == (7, "dcgan/1")
+    generated = client.post("/generate", json={"seed": 7}).json()
+    assert generated["image_base64"] == one["data"][0]["b64_json"]
+    assert generated["seed"] == 7
+    image = Image.open(io.BytesIO(base64.b64decode(generated["image_base64"])))
+    assert (image.format, image.size, image.mode) == ("PNG", (28, 28), "L")
+
+
+def test_pictures_are_those_of_the_bundle(client: httpx.Client, root: str) -> None:
+    recorded = json.loads((Path(root) / "dcgan/1/golden.json").read_text())
+    for label, expected in zip(recorded["labels"], recorded["images"], strict=True):
+        index = recorded["labels"].index(label)
+        drawn = draw(client, n=index + 1, seed=recorded["seed"], label=label)["data"][index]
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn["b64_json"]))), np.float32)
+        assert np.abs(pixels - (np.array(expected)[0] + 1) * 127.5).max() <= 1
+
+
+def test_a_class_by_prompt_by_name_and_by_index(client: httpx.Client) -> None:
+    answers = [draw(client, seed=3, **how)["data"] for how in ({"prompt": "Class 2"}, {"label": "class 2"}, {"label": 2})]
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0][0]["label"] == "class 2"
+
+
+def test_without_a_seed_each_request_is_another(client: httpx.Client) -> None:
+    first, second = draw(client), draw(client)
+    assert first["seed"] != second["seed"]
+    assert draw(client, seed=first["seed"])["data"] == first["data"]
+
+
+# ---- requests that cannot be served
+
+
+BAD_TEXT: list[tuple[Any, int, str | None, str]] = [
+    ({"prompt": 3}, 422, "prompt", "prompt is 3: input should be a valid string"),
+    ({"prompt": "\ud800"}, 422, "prompt", "half a surrogate pair"),
+    ({"max_tokens": 0}, 422, "max_tokens", "max_tokens is 0: input should be greater than or equal to 1"),
+    ({"max_tokens": True}, 422, "max_tokens", "max_tokens is True"),
+    ({"temperature": -0.1}, 422, "temperature", "temperature is -0.1"),
+    ({"top_p": 0}, 422, "top_p", "top_p is 0"),
+    ({"seed": 2**64}, 422, "seed", "seed is 18446744073709551616"),
+    ({"\u00e9\u00e8": 3}, 422, None, "'\\xe9\\xe8' is unknown: known are model, prompt"),
+    ({"stop": ["a"] * 5}, 422, None, "stop takes up to 4 strings"),
+    ({"stop": [""]}, 422, None, "stop takes up to 4 strings of 1 to 200 characters"),
+    ({"max_token": 3}, 422, "max_token", "did you mean max_tokens?"),
+    ({"\ud800": 3}, 422, None, "unable to parse raw data as a unicode string"),
+    ({"best_of": 3}, 422, "best_of", "is not supported by this server: leave it out"),
+    ({"n": 2}, 400, "n", "n is 2, and this server writes one text a request"),
+    ({"model": "gtp"}, 404, "model", "model 'gtp' is not served here: leave it out, or use gpt"),
+    ({"model": "dcgan"}, 404, "model", "model 'dcgan' is not served here"),
+    ({"prompt": PROMPT, "max_tokens": CONTEXT}, 413, None, f"exceed the model's context of {CONTEXT} tokens"),
+    ({"prompt": "x" * 900_000}, 413, None, f"exceed the model's context of {CONTEXT} tokens"),
+    ({"prompt": "x" * 1_100_000}, 413, None, "the body is larger than 1048576 bytes"),
+    ([], 422, None, "the body must be a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "param", "message"), BAD_TEXT, ids=[message[:40] for *_, message in BAD_TEXT])
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
+def test_a_bad_request_gets_its_status_and_a_sentence(
+    client: httpx.Client, body: Any, status: int, param: str | None, message: str, streamed: bool
+) -> None:
+    if isinstance(body, dict):
+        body = {**body, "stream": streamed}
+    response = client.post("/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"})
+    error = response.json()["error"]
+    assert (response.status_code, set(error)) == (status, {"message", "type", "param", "code"})
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"prompt": "a cat"}, 400, "prompt is 'a cat', which is no class of this model: use one of class 0, class 1"),
+        ({"label": 4}, 400, "label is 4, which is no class of this model"),
+        ({"label": -1}, 400, "label is -1"),
+        ({"size": "1024x1024"}, 400, "size is '1024x1024', and this model draws 28x28"),
+        ({"n": 65}, 422, "n is 65"),
+        ({"response_format": "url"}, 422, "response_format is 'url'"),
+        ({"model": "gpt"}, 404, "use dcgan"),
+    ],
+)
+def test_a_bad_picture_request_too(client: httpx.Client, body: dict[str, Any], status: int, message: str) -> None:
+    response = client.post("/v1/images/generations", json=body)
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "message"),
+    [
+        ("POST", "/v1/completions", b"{", 400, "the body is not valid JSON"),
+        ("POST", "/v1/completions", b"", 422, "the body must be a JSON object"),
+        ("POST", "/v1/completions", b'{"prompt": "\xff"}', 400, ""),
+        ("POST", "/v1/completions", b"[" * 100_000, 400, ""),
+        ("POST", "/v1/completions", b'{"seed": ' + b"9" * 5000 + b"}", 400, ""),
+        ("GET", "/v1/completions", b"", 405, "GET /v1/completions does not exist"),
+        ("GET", "/v1/nothing", b"", 404, "GET /v1/nothing does not exist"),
+    ],
+)
+def test_what_is_no_request_at_all(client: httpx.Client, method: str, path: str, content: bytes, status: int, message: str) -> None:
+    response = client.request(method, path, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
+
+
+# ---- the ingress alone, over models that fail
+
+
+class Failing:
+    """A text model that gives one chunk where it streams, and then fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def describe(self) -> Any:
+        raise self.error
+
+    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, Chunk]:
+        raise self.error
+
+    async def stream(self, request: CompletionRequest, client: str) -> Any:
+        yield "gpt/1", Chunk("To be", 1, 2)
+        raise self.error
+
+
+def ask(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
+    async def go() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (Overloaded("full: try again"), 429, "rate_limit_error"),
+        (Unavailable("away: try again"), 503, "server_error"),
+        (RuntimeError("secret"), 500, "server_error"),
+    ],
+)
+def test_failures_are_answers(error: Exception, status: int, kind: str) -> None:
+    app = build_app(Failing(error), None)
+    for method, path in (("POST", "/v1/completions"), ("GET", "/health"), ("GET", "/v1/models")):
+        response = ask(app, method, path, json={} if method == "POST" else None)
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == kind
+        assert "secret" not in response.text
+        assert ("retry-after" in response.headers) == (status in (429, 503))
+
+
+def test_a_failure_in_mid_stream_is_the_streams_last_message() -> None:
+    response = ask(build_app(Failing(Unavailable("away: try again")), None), "POST", "/v1/completions", json={"stream": True})
+    *_, last = events(response)
+    assert last["error"]["message"] == "away: try again"
+
+
+def test_a_kind_that_is_not_served_is_not_found() -> None:
+    for path in ("/v1/images/generations", "/generate"):
+        response = ask(build_app(Failing(Unavailable("")), None), "POST", path, json={})
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+
+
+# ---- which bundles, and their life on the cluster
+
+
+def test_a_version_swaps_in_place_and_no_request_is_lost(client: httpx.Client, root: str, address: launch.Address) -> None:
+    texts = {version: golden(root, version)["text"] for version in (1, 2)}
+    request = {"prompt": golden(root, 1)["prompt"], "max_tokens": golden(root, 1)["max_tokens"], "temperature": 0}
+    assert golden(root, 2)["prompt"] == request["prompt"]
+    answers: list[tuple[int, str, str]] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        with httpx.Client(base_url=client.base_url, timeout=60) as other:
+            while not stop.is_set():
+                response = other.post("/v1/completions", json=request)
+                body = response.json()
+                answers.append((response.status_code, body.get("system_fingerprint", ""), body["choices"][0]["text"]))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        for version in (2, 1):
+            launch.deploy(launch.choose(root, text=f"gpt/{version}"), address, Options(max_replicas=1))
+            while complete(client, max_tokens=1)["system_fingerprint"] != f"gpt/{version}":
+                time.sleep(0.05)
+    finally:
+        stop.set()
+        thread.join()
+    assert {status for status, *_ in answers} == {200}
+    assert {(fingerprint, text) for _, fingerprint, text in answers} == {(f"gpt/{version}", text) for version, text in texts.items()}
+
+
+def test_the_default_is_production_or_else_the_newest(root: str, tmp_path: Path) -> None:
+    assert {kind: chosen.reference for kind, chosen in launch.choose(root).items()} == {"gpt": "gpt/1", "gan": "dcgan/1"}
+    assert launch.choose(root, text="gpt/2")["gpt"].version == 2
+    shutil.copytree(Path(root) / "gpt", tmp_path / "gpt", ignore=shutil.ignore_patterns("aliases.json"))
+    assert {kind: chosen.reference for kind, chosen in launch.choose(str(tmp_path)).items()} == {"gpt": "gpt/2"}
+
+
+def test_what_cannot_be_served_is_refused_with_a_sentence(root: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no model to serve: train one and export it"):
+        launch.choose(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="--text dcgan is a bundle of kind gan: give it one of kind gpt"):
+        launch.choose(root, text="dcgan")
+    with pytest.raises(ValueError, match="gpt"):
+        launch.choose(root, text="gpt/9")
+    shutil.copytree(root, tmp_path / "models")
+    graph = tmp_path / "models/gpt/1/model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"gpt/1/model\.onnx .*damaged"):
+        launch.choose(str(tmp_path / "models"))
+
+
+def test_up_says_what_is_wrong_and_ends(command: Callable[..., Any], root: str, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        taken = command("serve", "up", "--storage", str(Path(root).parent), "--port", port, RAY_ADDRESS="")
+    assert (taken.returncode, "Traceback" in taken.stderr) == (2, False)
+    assert f"127.0.0.1:{port} cannot be used" in taken.stderr
+    detached = command("serve", "up", "--detach", "--storage", str(tmp_path), RAY_ADDRESS="")
+    assert "--detach needs a cluster to stay on" in detached.stderr
+
+
+def test_a_private_server_ends_with_ctrl_c_and_leaves_no_process(root: str, tmp_path: Path) -> None:
+    port = free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    arguments = [sys.executable, "-m", "serve", "up", "--storage", str(Path(root).parent), "--port", str(port)]
+    with open(tmp_path / "out", "w") as out:
+        server = psutil.Popen(arguments, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        while "Ctrl-C ends it" not in (tmp_path / "out").read_text():
+            assert server.poll() is None, (tmp_path / "out").read_text()
+            time.sleep(0.2)
+        assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok", "models": ["gpt/1", "dcgan/1"]}
+        processes = server.children(recursive=True)
+        assert any("Text" in process.name() or "raylet" in process.name() for process in processes)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+        _, alive = psutil.wait_procs(processes, timeout=20)
+        assert not alive
+    finally:
+        for process in [*server.children(recursive=True), server] if server.is_running() else []:
+            process.kill()
