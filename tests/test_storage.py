@@ -1,0 +1,93 @@
+"""Every place is a URI: the same on a folder and on an object store (a real S3 protocol, served on this machine)."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import storage
+from train.checkpoint import Checkpointer
+
+VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="kiln")
+        yield "s3://kiln"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "folder" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+
+
+def test_files_are_written_read_listed_and_deleted(root: str, tmp_path: Path) -> None:
+    place = storage.join(root, "a", "b.json")
+    assert not storage.exists(place)
+    assert storage.names(storage.join(root, "nowhere")) == []
+    storage.write_json(place, {"x": "é"})
+    storage.write_json(place, {"x": "ö"})
+    assert storage.read_json(place) == {"x": "ö"}
+    assert storage.names(storage.join(root, "a")) == ["b.json"]
+    assert list(storage.files(root)) == ["a/b.json"]
+    assert storage.is_file(place)
+    assert not storage.is_file(storage.join(root, "a"))
+    storage.download(storage.join(root, "a"), tmp_path / "down")
+    storage.upload(tmp_path / "down", storage.join(root, "up"))
+    assert storage.read_json(storage.join(root, "up", "b.json")) == {"x": "ö"}
+    storage.delete(place)
+    storage.delete(place)
+    assert not storage.exists(place)
+
+
+def test_checkpoints_live_there_too(root: str) -> None:
+    checkpoints = Checkpointer(root, {}, keep_last=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"model": {"w": torch.full((2,), float(step))}, "optimizer": {"state": {}, "param_groups": []}})
+    checkpoints.join()
+    assert storage.names(storage.join(root, "checkpoints")) == ["step_000002", "step_000003"]
+    step, state = checkpoints.load() or pytest.fail("nothing was loaded")
+    assert (step, state["model"]["w"].tolist()) == (3, [3.0, 3.0])
+
+
+def test_an_unknown_scheme_and_damaged_json_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"storage 'nowhere://x' cannot be opened"):
+        storage.exists("nowhere://x")
+    (tmp_path / "a.json").write_text('{"half": ')
+    with pytest.raises(ValueError, match=r"a\.json is not valid JSON"):
+        storage.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.slow
+def test_the_road_runs_on_an_object_store(bucket: str, tmp_path: Path, command: Callable[..., Any]) -> None:
+    (tmp_path / "corpus.txt").write_text("".join(f"{number}: {VERSE}" for number in range(120)))
+    store = f"{bucket}/store"
+    # A private cluster: its workers inherit this store's address and keys.
+    train = ["train", "gpt", "--config", "gpt-tiny", "--run.name", "r", "--data.source", f"{tmp_path}/corpus.txt", "--storage", store]
+    for steps, said in (("20", "run r: starts"), ("30", "run r: goes on from step 20")):
+        done = command(*train, "--steps", steps, RAY_ADDRESS="")
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+    assert command("train", "export", "r", "--storage", store, RAY_ADDRESS="").returncode == 0
+    verified = command("models", "verify", "gpt", "--storage", store)
+    assert "all as published" in verified.stdout
+    assert {"runs/r/metrics.jsonl", "runs/r/report.md", "models/gpt/1/manifest.json"} <= storage.files(store).keys()
