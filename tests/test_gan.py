@@ -109,7 +109,7 @@ def two_workers(source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 def test_two_workers_end_where_one_does(
     variant: str, dtype: torch.dtype, tolerance: float, source: Path, two_workers: list[dict[str, dict[str, Tensor]]], tmp_path: Path
 ) -> None:
-    config = config_of(variant, source)
+    config = config_of(variant, source, **{"batch.micro_size": 16})  # one process, one batch: nothing is accumulated
     alone = parameters_after_training(config, images.prepare(config.data, str(tmp_path)), dtype)
     before = Gan(config, shape(config, {"classes": ["a", "b"]}), Ddp()).state()
     moved = max(

@@ -69,6 +69,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
 
 def shape(config: GanConfig, dataset: dict[str, Any]) -> DcganConfig:
     """The nets' shape for a config over a data set (its dataset.json)."""
+    assert dataset["classes"] or not config.model.conditional, "images.prepare refuses this"
     return DcganConfig(
         image_size=config.data.size,
         channels=config.data.channels,
@@ -111,7 +112,7 @@ class Gan:
     def update_critic(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One step of the critic over this worker's micro-batches; the means of their losses."""
         self.critic.requires_grad_(True)
-        distance = penalty = torch.zeros((), device=self.strategy.device)
+        distances, penalties = [], []
         for batch in batches:
             assert batch.real is not None
             assert batch.mix is not None
@@ -121,14 +122,14 @@ class Gan:
                     with torch.no_grad():
                         fake = unwrap(self.generator)(batch.latents, batch.labels).to(batch.real.dtype)
                     real_scores, fake_scores = (self.critic(pictures, batch.labels).to(batch.real.dtype) for pictures in (batch.real, fake))
-                loss = wasserstein_critic_loss(real_scores, fake_scores) / len(batches)
-                excess = gradient_penalty(partial(self.critic, labels=batch.labels), interpolate(batch.real, fake, batch.mix)) / len(
-                    batches
-                )
-                self.strategy.backward(loss + self.config.gan.penalty_weight * excess)
-            distance, penalty = distance - loss.detach(), penalty + excess.detach()
+                loss = wasserstein_critic_loss(real_scores, fake_scores)
+                penalty = gradient_penalty(partial(self.critic, labels=batch.labels), interpolate(batch.real, fake, batch.mix))
+                self.strategy.backward((loss + self.config.gan.penalty_weight * penalty) / len(batches))
+            distances.append(-loss.detach())
+            penalties.append(penalty.detach())
         self.critic_optimizer.step()
         self.critic_optimizer.zero_grad(set_to_none=True)
+        distance, penalty = torch.stack(distances).mean(), torch.stack(penalties).mean()
         return {
             "critic_loss": self.config.gan.penalty_weight * penalty - distance,
             "gradient_penalty": penalty,
@@ -138,17 +139,17 @@ class Gan:
     def update_generator(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One step of the generator over this worker's micro-batches; the mean of their losses."""
         self.critic.requires_grad_(False)
-        total = torch.zeros((), device=self.strategy.device)
+        losses = []
         for batch in batches:
             with self.strategy.accumulating(self.generator, last=batch is batches[-1]):
                 with self.strategy.autocast():
                     scores = unwrap(self.critic)(self.generator(batch.latents, batch.labels), batch.labels)
-                loss = wasserstein_generator_loss(scores.to(batch.latents.dtype)) / len(batches)
-                self.strategy.backward(loss)
-            total = total + loss.detach()
+                loss = wasserstein_generator_loss(scores.to(batch.latents.dtype))
+                self.strategy.backward(loss / len(batches))
+            losses.append(loss.detach())
         self.generator_optimizer.step()
         self.generator_optimizer.zero_grad(set_to_none=True)
-        return {"generator_loss": total}
+        return {"generator_loss": torch.stack(losses).mean()}
 
     @torch.no_grad()
     def update_average(self, step: int) -> None:
