@@ -98,6 +98,9 @@ def test_globs_and_lists(tmp_path: Path) -> None:
     folder_of(tmp_path / "source", {**{f"{name}/{i}.png": png(i) for name in "ab" for i in range(3)}, "a/notes.txt": b"not a picture"})
     assert find(data_of(f"{tmp_path}/source/*/*.png")).classes == ["a", "b"]
     assert find(data_of(f"{tmp_path}/source/a/[01].png", f"{tmp_path}/source/b")).count == 5
+    assert find(data_of(f"{tmp_path}/**.png")).count == 6
+    with pytest.raises(ValueError, match=r"there are no pictures at .*source/\*\.png"):
+        find(data_of(f"{tmp_path}/source/*.png"))  # * does not cross folders
 
 
 @pytest.mark.parametrize("as_struct", [False, True])

@@ -92,23 +92,17 @@ def find(data: ImageData) -> Source:
 def _listing(place: str) -> list[tuple[str, str]]:
     """(URI, path below the folder that `place` names or the fixed part of its glob) of each file, sorted; no hidden ones."""
     fixed = re.split(r"[*?\[]", place, maxsplit=1)[0]
-    folder = place
-    if fixed != place:
-        folder = fixed.rsplit("/", 1)[0] if "/" in fixed else "."
-    wanted = place[len(folder) + 1 :] if "/" in fixed else place
-    found = [
-        (storage.join(folder, inside), inside)
-        for inside in sorted(storage.files(folder))
-        if not inside.startswith(".") and "/." not in inside
-    ]
-    if fixed != place:
-        found = [(uri, inside) for uri, inside in found if fnmatch.fnmatch(inside, wanted)]
-    elif not found and storage.exists(place):
-        found = [(place, place.rsplit("/", 1)[-1])] if not storage.names(place) and Path(place).suffix else []
+    filesystem, path = storage.locate(fixed)
+    if fixed == place and filesystem.get_file_info(path).is_file:
+        return [(place, place.rsplit("/", 1)[-1])]
+    folder, wanted = (place, "**") if fixed == place else (fixed.rpartition("/")[0], place[fixed.rfind("/") + 1 :])
+    found = [inside for inside in sorted(storage.files(folder or ".")) if not inside.startswith(".") and "/." not in inside]
+    # fnmatch's * crosses folders; in a glob only ** does.
+    found = [inside for inside in found if fnmatch.fnmatch(inside, wanted) and ("**" in wanted or inside.count("/") == wanted.count("/"))]
     if not found:
         expected = "a folder of class folders or of pictures, parquet files, 'fashion-mnist', torchvision:NAME or hf:NAME"
         raise ValueError(f"data.source: there are no pictures at {place}: expected {expected}")
-    return found
+    return [(storage.join(folder or ".", inside), inside) for inside in found]
 
 
 def _from_files(found: list[tuple[str, str]]) -> Source:
@@ -119,6 +113,7 @@ def _from_files(found: list[tuple[str, str]]) -> Source:
         heldout = np.array([folders[0] in HELDOUT_NAMES for folders in parts])
         parts = [folders[1:] for folders in parts]
     classes = sorted({folders[0] for folders in parts if folders})
+    place = {name: index for index, name in enumerate(classes)}
     if classes and not all(parts):
         stray = next(uri for (uri, _), folders in zip(found, parts, strict=True) if not folders)
         raise ValueError(f"{stray} lies beside the class folders {', '.join(classes[:5])}: move it into one of them")
@@ -126,7 +121,7 @@ def _from_files(found: list[tuple[str, str]]) -> Source:
         files=[uri for uri, _ in found],
         contents=lambda: ((uri, partial(storage.read_bytes, uri)) for uri, _ in found),
         count=len(found),
-        labels=np.array([classes.index(folders[0]) for folders in parts]) if classes else None,
+        labels=np.array([place[folders[0]] for folders in parts]) if classes else None,
         classes=classes,
         heldout=heldout,
     )
