@@ -23,8 +23,8 @@ def sample(logits: np.ndarray, *, temperature: float = 1.0, top_k: int = 0, top_
     _check(temperature, top_k, top_p, seed)
     if temperature == 0:
         return int(logits.argmax())
-    # Divided after the maximum is taken off: a tiny temperature then gives -inf, never NaN.
-    scaled = (logits.astype(np.float64) - logits.max()) / temperature
+    with np.errstate(over="ignore"):  # the maximum is taken off first: a tiny temperature gives -inf, never NaN
+        scaled = (logits.astype(np.float64) - logits.max()) / temperature
     if 0 < top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
     probabilities = np.exp(scaled)
