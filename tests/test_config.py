@@ -25,6 +25,7 @@ def test_defaults_are_below_the_file_and_the_file_below_the_command_line(tmp_pat
     assert isinstance(config, configs.GptConfig)
     assert (config.optim.lr, config.optim.clip, config.optim.weight_decay, config.steps) == (3e-4, 2.0, 0.01, 7)
     assert config.data.source == ["a.txt"]
+    assert configs.load("gan", None, configs.parse("gan", ["--data.size", "64", "--data.channels", "3"])).data.size == 64
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Paths = Annotated[list[str], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
+def _integer(value: Any) -> Any:
+    """The command line gives digits where a literal number is wanted."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
 class Section(BaseModel):
     """A part of the config; unknown keys are refused and docstrings below fields become their help."""
 
@@ -187,9 +192,9 @@ class ImageData(Section):
     """fashion-mnist (shipped), a folder of class folders, parquet files with an image column, torchvision:NAME or hf:NAME."""
     image_column: str = "image"
     label_column: str = "label"
-    size: Literal[28, 32, 64, 128] = 32
+    size: Annotated[Literal[28, 32, 64, 128], BeforeValidator(_integer)] = 32
     """Pixels a side."""
-    channels: Literal[1, 3] = 1
+    channels: Annotated[Literal[1, 3], BeforeValidator(_integer)] = 1
     random_crop: bool = False
     """Pad and cut at a random place."""
     horizontal_flip: bool = True
