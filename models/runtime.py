@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 PROVIDERS = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # best first
+FIRST_TOKENS = 128  # what a slot has room for at first
 
 
 def open_graph(path: str | os.PathLike[str], threads: int = 1, providers: Sequence[str] | None = None) -> ort.InferenceSession:
@@ -45,7 +46,8 @@ class TextGraph:
     Args:
         path: the graph.
         context: the most tokens that a slot can hold.
-        slots: sequences that can be under way at once; the cache takes slots x 2 x layers x heads x context x head width floats.
+        slots: sequences that can be under way at once; a full cache takes slots x 2 x layers x heads x context x head width floats.
+        threads, providers: as for `open_graph`.
     """
 
     def __init__(
@@ -57,19 +59,36 @@ class TextGraph:
         self.providers: list[str] = self.session.get_providers()
         self.context, self.slots = context, slots
         self.vocab_size: int = self.session.get_outputs()[0].shape[1]
-        inputs = {value.name: value.shape for value in self.session.get_inputs()}
-        names = [name.removeprefix("past_") for name in inputs if name.startswith("past_")]
-        _, heads, _, head_dim = inputs[f"past_{names[0]}"]
-        # One position more than the context: the rows of a decode that have no token write there, where no token ever looks.
-        self._row = (heads, context + 1, head_dim)
+        shapes = {value.name: value.shape for value in self.session.get_inputs()}
+        names = [name.removeprefix("past_") for name in shapes if name.startswith("past_")]
+        _, self._heads, _, self._head_dim = shapes[f"past_{names[0]}"]
         self._device = "cpu" if self.providers[0] == "CPUExecutionProvider" else "cuda"
-        # Zeros, not whatever was there: a masked position has weight 0, and 0 x NaN is NaN.
-        zeros = np.zeros((slots, *self._row), np.float32)
-        self._caches = {name: ort.OrtValue.ortvalue_from_numpy(zeros.copy(), self._device, 0) for name in names}
+        self._tokens = min(FIRST_TOKENS, context)  # what a slot has room for so far
+        self._caches = {name: self._cache() for name in names}
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
 
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` in every slot, which keeps what it holds.
+
+        Attention looks through all the room that there is, so the room doubles when it must instead of being the context from
+        the start (4 layers, width 128, 8 rows: 0.4 ms of CPU a step with room for 128 tokens, 2.9 ms with room for 1024).
+        """
+        if tokens <= self._tokens:
+            return
+        self._tokens = min(max(2 * self._tokens, tokens), self.context)
+        self._caches = {name: self._cache(cache.numpy()) for name, cache in self._caches.items()}
+        self._bindings.clear()
+
+    def _cache(self, content: np.ndarray | None = None) -> ort.OrtValue:
+        # One position more than tokens: the rows of a decode that have no token write there, where no token ever looks.
+        # Zeros, not whatever was there: a masked position has weight 0, and 0 x NaN is NaN.
+        values = np.zeros((self.slots, self._heads, self._tokens + 1, self._head_dim), np.float32)
+        if content is not None:
+            values[:, :, : content.shape[2]] = content
+        return ort.OrtValue.ortvalue_from_numpy(values, self._device, 0)
+
     def run(self, first: int, ids: np.ndarray, positions: np.ndarray, last: np.ndarray, write: np.ndarray) -> np.ndarray:
-        """One step of the B slots from `first` on, with the cache updated in place.
+        """One step of the B slots from `first` on, with the cache updated in place; there must be room (`reserve`).
 
         Args:
             ids: (B, S) int64 token ids; beyond a row's last real token, any.
@@ -92,8 +111,8 @@ class TextGraph:
         """The caches of `count` slots from `first` on, bound in place; kept, since binding takes a third of a tiny model's step."""
         if (first, count) not in self._bindings:
             binding = self.session.io_binding()
-            shape = (count, *self._row)
-            offset = first * int(np.prod(self._row)) * 4
+            shape = (count, self._heads, self._tokens + 1, self._head_dim)
+            offset = first * int(np.prod(shape[1:])) * 4
             for name, cache in self._caches.items():
                 pointer = cache.data_ptr() + offset
                 binding.bind_input(f"past_{name}", self._device, 0, np.float32, shape, pointer)
@@ -113,6 +132,7 @@ class TextGraph:
         if not ids:
             raise ValueError("a prompt needs at least one token")
         self._check(slot, start, len(ids))
+        self.reserve(start + len(ids))
         positions = np.arange(start, start + len(ids))[None]
         return self.run(slot, np.asarray(ids)[None], positions, np.array([len(ids) - 1]), np.array([start]))[0]
 
@@ -135,9 +155,10 @@ class TextGraph:
             raise ValueError(f"slots {list(slots)} name a slot twice: a step takes one token of each")
         for slot, length in zip(slots, lengths, strict=True):
             self._check(slot, length, 1)
+        self.reserve(max(lengths) + 1)
         first, rows = min(slots), np.asarray(slots) - min(slots)
         count = int(rows.max()) + 1
-        tokens, positions, write = np.zeros((count, 1)), np.zeros((count, 1)), np.full(count, self.context)
+        tokens, positions, write = np.zeros((count, 1)), np.zeros((count, 1)), np.full(count, self._tokens)
         tokens[rows, 0], positions[rows, 0], write[rows] = ids, lengths, lengths
         return self.run(first, tokens, positions, np.zeros(count), write)[rows]
 

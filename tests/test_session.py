@@ -116,6 +116,23 @@ def test_a_slot_forgets_its_last_tenant(session: TextSession, rows: list[list[in
     near(session.decode([0], [rows[0][3]], [3])[0], expected[0, 3])
 
 
+def test_a_growing_cache_keeps_what_it_holds_and_changes_no_bit(
+    gpt_folder: Path, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.runtime.FIRST_TOKENS", 4)
+    growing, plain = TextSession(gpt_folder, slots=2), TextSession(gpt_folder, slots=2)
+    plain.reserve(plain.context)
+    for length in range(3):
+        for grown in (growing, plain):
+            grown.prefill(1, rows[1][length : length + 1], length)
+    np.testing.assert_array_equal(growing.prefill(0, rows[0][:3]), plain.prefill(0, rows[0][:3]))
+    for length in range(3, plain.context):
+        company = [1, 0] if length < 10 else [0]
+        step = company, [rows[slot][length] for slot in company], [length] * len(company)
+        np.testing.assert_array_equal(growing.decode(*step), plain.decode(*step))
+    np.testing.assert_array_equal(growing.prefill(1, rows[1][10:20], 10), plain.prefill(1, rows[1][10:20], 10))
+
+
 def test_two_threads_answer_alike(gpt_folder: Path, rows: list[list[int]], expected: np.ndarray) -> None:
     near(TextSession(gpt_folder, slots=1, threads=2).prefill(0, rows[0]), expected[0, -1])
 

@@ -168,6 +168,7 @@ def measure_parity(model: GPT2LMHeadModel, graph: TextGraph, heldout: np.ndarray
         ValueError: it is above `RELATIVE_TOLERANCE` of the largest logit.
     """
     rows = np.resize(heldout, (3, 8)).tolist()
+    graph.reserve(graph.context)
     differences, peak = {}, 1.0
     for name, chunks in CASES.items():
         expected = [_reference_logits(model, row, sizes) for row, sizes in zip(rows, chunks, strict=False)]
