@@ -10,7 +10,7 @@ import secrets
 from typing import Any
 
 import ray
-from ray._raylet import Config
+from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, without annotations
 
 
 def connect(num_cpus: int | None = None, **private_options: Any) -> bool:

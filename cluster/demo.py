@@ -125,7 +125,7 @@ class Demo:
         return text, time.monotonic() - begun, tokens
 
     def _draw_rows(self, client: httpx.Client, classes: list[str | None]) -> list[list[Image.Image]]:
-        rows = []
+        rows: list[list[Image.Image]] = []
         for number, label in enumerate(classes):
             body = {"n": PICTURES_PER_CLASS, "seed": 100 + number, **({"label": label} if label is not None else {})}
             found = client.post("/v1/images/generations", json=body).raise_for_status().json()["data"]

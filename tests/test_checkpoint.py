@@ -13,7 +13,10 @@ from train.checkpoint import Checkpointer
 
 
 def state(value: float) -> dict[str, Any]:
-    return {"model": {"w": torch.full((3, 2), value)}, "optimizer": {"state": {0: {"step": torch.tensor(value)}}, "param_groups": [{"lr": value, "params": [0]}]}}
+    return {
+        "model": {"w": torch.full((3, 2), value)},
+        "optimizer": {"state": {0: {"step": torch.tensor(value)}}, "param_groups": [{"lr": value, "params": [0]}]},
+    }
 
 
 def saved(folder: Path, *steps: int, keep_last: int = 5) -> Checkpointer:
@@ -75,7 +78,9 @@ def damage_half_manifest(folder: Path) -> None:
     file.write_text(file.read_text()[:40])
 
 
-@pytest.mark.parametrize("damage", [damage_missing_manifest, damage_truncated, damage_flipped_byte, damage_missing_file, damage_half_manifest])
+@pytest.mark.parametrize(
+    "damage", [damage_missing_manifest, damage_truncated, damage_flipped_byte, damage_missing_file, damage_half_manifest]
+)
 def test_a_damaged_checkpoint_is_skipped_aloud_for_the_next_older(tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = saved(tmp_path, 1, 2)
     damage(tmp_path / "checkpoints" / "step_000002")
@@ -89,7 +94,7 @@ def test_a_damaged_checkpoint_is_skipped_aloud_for_the_next_older(tmp_path: Path
 def test_with_every_checkpoint_damaged_nothing_starts_over(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     damage_flipped_byte(tmp_path / "checkpoints" / "step_000001")
-    with pytest.raises(ValueError, match="every checkpoint .* is damaged"):
+    with pytest.raises(ValueError, match=r"every checkpoint .* is damaged"):
         checkpoints.load()
 
 
@@ -111,6 +116,6 @@ def test_a_driver_that_was_overtaken_writes_nothing(tmp_path: Path) -> None:
     storage.write_json(tmp_path / "driver.json", {"token": "new"})
     late = Checkpointer(str(tmp_path), {}, driver="old")
     late.save(1, state(1))
-    with pytest.raises(ValueError, match="another driver has taken over"):
+    with pytest.raises(ValueError, match=r"another driver has taken over"):
         late.join()
     assert checkpoint.newest(str(tmp_path)) is None

@@ -25,7 +25,9 @@ def test_defaults_are_below_the_file_and_the_file_below_the_command_line(tmp_pat
     assert isinstance(config, configs.GptConfig)
     assert (config.optim.lr, config.optim.clip, config.optim.weight_decay, config.steps) == (3e-4, 2.0, 0.01, 7)
     assert config.data.source == ["a.txt"]
-    assert configs.load("gan", None, configs.parse("gan", ["--data.size", "64", "--data.channels", "3"])).data.size == 64
+    gan = configs.load("gan", None, configs.parse("gan", ["--data.size", "64", "--data.channels", "3"]))
+    assert isinstance(gan, configs.GanConfig)
+    assert (gan.data.size, gan.data.channels) == (64, 3)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def test_defaults_are_below_the_file_and_the_file_below_the_command_line(tmp_pat
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], sentence: str) -> None:
-    with pytest.raises(ValueError, match="^" + sentence.replace("?", r"\?")):
+    with pytest.raises(ValueError, match=r"^" + sentence.replace("?", r"\?")):
         configs.parse("gpt", arguments)
 
 
@@ -57,16 +59,16 @@ def test_a_wrong_option_is_named(arguments: list[str], sentence: str) -> None:
     ],
 )
 def test_a_wrong_value_is_named(kind: str, values: dict[str, object], parts: list[str]) -> None:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         configs.load(kind, None, values)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_misspelt_preset_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="did you mean gpt-tiny"):
+    with pytest.raises(ValueError, match=r"did you mean gpt-tiny"):
         configs.load("gpt", "gpt-tniy")
-    with pytest.raises(ValueError, match="another kind of run: use `python -m train gpt`"):
+    with pytest.raises(ValueError, match=r"another kind of run: use `python -m train gpt`"):
         configs.load("gan", "gpt-tiny")
     (tmp_path / "broken.yaml").write_text("optim: {lr: [")
     with pytest.raises(ValueError, match=r"broken.yaml is not valid YAML"):

@@ -36,7 +36,9 @@ def test_it_is_transformers_own(model: GPT2LMHeadModel, tmp_path: Path) -> None:
     ids = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(1))
     assert torch.equal(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
     prompt = ids[0, :6].tolist()
-    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=15, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0)[0, 6:]
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=15, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0
+    )[0, 6:]
     assert gpt.sample(model, prompt, 15, temperature=0) == expected.tolist()
     again = gpt.load(str(tmp_path)).eval()
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -65,11 +67,11 @@ def test_only_matrices_decay(model: GPT2LMHeadModel) -> None:
 
 
 def test_a_damaged_pretrained_folder_is_named(tmp_path: Path, model: GPT2LMHeadModel) -> None:
-    with pytest.raises(ValueError, match="has no config.json"):
+    with pytest.raises(ValueError, match=r"has no config.json"):
         gpt.load(str(tmp_path))
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="can't be loaded as a GPT-2"):
+    with pytest.raises(ValueError, match=r"can't be loaded as a GPT-2"):
         gpt.load(str(tmp_path))
 
 
@@ -197,7 +199,18 @@ def test_bad_plans_and_data_are_sentences_before_any_worker(kiln: str, command: 
 
 
 def test_a_failing_worker_is_one_sentence(kiln: str, command: Any) -> None:
-    short = ["train", "gpt", "--config", "gpt-tiny", "--data.source", f"{kiln}/corpus.txt", "--data.vocab_size", "300", "--model.context", "9000"]
+    short = [
+        "train",
+        "gpt",
+        "--config",
+        "gpt-tiny",
+        "--data.source",
+        f"{kiln}/corpus.txt",
+        "--data.vocab_size",
+        "300",
+        "--model.context",
+        "9000",
+    ]
     failed = command(*short, "--run.max_failures", "0", "--storage", kiln)
     assert failed.returncode == 1
     assert "fewer tokens than one sample of model.context 9000" in failed.stderr

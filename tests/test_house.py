@@ -12,7 +12,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["cluster", "models", "serve", "train", "tune"]
-TORCHLESS = {"models", "models.bundle", "models.cli", "models.registry", "models.runtime", "models.storage"}  # what serve may import of models
+TORCHLESS = {
+    "models",
+    "models.bundle",
+    "models.cli",
+    "models.registry",
+    "models.runtime",
+    "models.storage",
+}  # what serve may import of models
 MAY_IMPORT = {
     "models": {"models"},
     "cluster": {"cluster", "models.cli", "models.storage"},
@@ -30,7 +37,9 @@ def imports(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{file}: relative import"
             yield node.module
-            yield from (f"{node.module}.{name.name}" for name in node.names if (ROOT / node.module.replace(".", "/") / f"{name.name}.py").is_file())
+            yield from (
+                f"{node.module}.{name.name}" for name in node.names if (ROOT / node.module.replace(".", "/") / f"{name.name}.py").is_file()
+            )
 
 
 def allowed(module: str, may: set[str]) -> bool:
@@ -97,7 +106,23 @@ def test_the_lock_names_the_versions_that_are_installed() -> None:
             assert version(requirement.name) in requirement.specifier, line
 
 
-# ---------------------------------------------------------------- README
+# ---------------------------------------------------------------- README and docs
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "BENCHMARKS.md",
+        "CHANGELOG.md",
+        "train/data/README.md",
+        *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    ],
+)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [link for link in links if link and not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 def readme_commands() -> list[str]:
@@ -124,7 +149,9 @@ def test_a_command_of_the_readme_exists(line: str, tmp_path: Path) -> None:
         module, *rest = words[words.index("-m") + 1 :]
         assert (ROOT / module / "__main__.py").is_file()
         dry = ["--dry-run"] if rest[:1] and rest[0] in {"gpt", "gan"} and module in {"train", "tune"} else ["--help"]
-        done = subprocess.run([sys.executable, "-m", module, *rest, *dry], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", module, *rest, *dry], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        )
         assert done.returncode == 0, done.stdout[-500:] + done.stderr[-500:]
     else:
         assert words[0] in {"git", "cd", "source", "curl", "ray", "tensorboard", "export", "ssh"}, f"unknown command: {line}"

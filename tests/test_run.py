@@ -36,13 +36,13 @@ def start(root: Path, made: configs.Config) -> int:
 
 
 def test_auto_goes_on_never_refuses_must_insists(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="run.resume is must, and .* has no complete checkpoint"):
+    with pytest.raises(ValueError, match=r"run.resume is must, and .* has no complete checkpoint"):
         start(tmp_path, config(**{"run.resume": "must"}))
     assert start(tmp_path, config()) == 0
     with_checkpoint(tmp_path, config())
     assert start(tmp_path, config()) == 10
     assert start(tmp_path, config(**{"run.resume": "must"})) == 10
-    with pytest.raises(ValueError, match="run.resume is never, and run r has a checkpoint of step 10"):
+    with pytest.raises(ValueError, match=r"run.resume is never, and run r has a checkpoint of step 10"):
         start(tmp_path, config(**{"run.resume": "never"}))
 
 
@@ -51,7 +51,7 @@ def test_another_config_is_refused_with_its_key_and_what_may_change_is_not(tmp_p
     with pytest.raises(ValueError, match=r"run r was begun with optim.lr 0.005, and now it is 0.1"):
         start(tmp_path, config(**{"optim.lr": 0.1}))
     assert start(tmp_path, config(**{"parallel.workers": 2, "batch.micro_size": 2, "steps": 40, "log.every": 1})) == 10
-    with pytest.raises(ValueError, match="at step 10, beyond steps 5"):
+    with pytest.raises(ValueError, match=r"at step 10, beyond steps 5"):
         start(tmp_path, config(steps=5))
 
 
@@ -62,7 +62,7 @@ def test_an_unnamed_run_gets_a_name_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    with open_run(config(), str(tmp_path), "gpt"), pytest.raises(ValueError, match=f"run r is driven by process {os.getpid()}"):
+    with open_run(config(), str(tmp_path), "gpt"), pytest.raises(ValueError, match=rf"run r is driven by process {os.getpid()}"):
         start(tmp_path, config())
     assert start(tmp_path, config()) == 0
 
@@ -80,7 +80,7 @@ with open_run(config.load("gpt", "gpt-tiny", {{"run.name": "r"}}), {str(tmp_path
     other = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, cwd=root)
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"driven by process {other.pid}"):
+    with pytest.raises(ValueError, match=rf"driven by process {other.pid}"):
         start(tmp_path, config())
     other.kill()
     other.wait()
@@ -90,7 +90,7 @@ with open_run(config.load("gpt", "gpt-tiny", {{"run.name": "r"}}), {str(tmp_path
 def test_a_driver_elsewhere_is_dead_when_it_was_not_heard_of(tmp_path: Path) -> None:
     elsewhere = {"token": "t", "host": "another-" + socket.gethostname(), "pid": 1, "started": psutil.Process().create_time()}
     storage.write_json(tmp_path / "runs/r/driver.json", {**elsewhere, "heartbeat": time.time() - 5})
-    with pytest.raises(ValueError, match="driven by process 1 on another-"):
+    with pytest.raises(ValueError, match=r"driven by process 1 on another-"):
         start(tmp_path, config())
     storage.write_json(tmp_path / "runs/r/driver.json", {**elsewhere, "heartbeat": time.time() - 600})
     assert start(tmp_path, config()) == 0

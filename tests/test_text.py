@@ -52,7 +52,9 @@ def test_a_damaged_shipped_file_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_cleaning_keeps_case_punctuation_and_meaning() -> None:
-    assert text.clean('Hello, WORLD! "Quotes"—dashes… (brackets) & 100%\tTab\n') == 'Hello, WORLD! "Quotes"—dashes… (brackets) & 100%\tTab\n'
+    assert (
+        text.clean('Hello, WORLD! "Quotes"—dashes… (brackets) & 100%\tTab\n') == 'Hello, WORLD! "Quotes"—dashes… (brackets) & 100%\tTab\n'
+    )
     assert text.clean("cafe\u0301") == "caf\u00e9"
     assert text.clean("a\r\nb\rc\x00\x07d\ufeff") == "a\nb\ncd"
     assert text.clean("日本語 🎭") == "日本語 🎭"
@@ -214,7 +216,12 @@ def test_windows_are_consecutive_tokens_and_shift_with_the_epoch(packed: tuple[T
         assert windows.shape == (len(tokens), 17)
         places = set()
         for window in windows:
-            hits = [(number, start) for number, shard in enumerate(whole) for start in range(len(shard) - 16) if np.array_equal(shard[start : start + 17], window)]
+            hits = [
+                (number, start)
+                for number, shard in enumerate(whole)
+                for start in range(len(shard) - 16)
+                if np.array_equal(shard[start : start + 17], window)
+            ]
             assert hits
             places.add(hits[0])
         return places

@@ -13,6 +13,14 @@ USAGE = """usage: python -m train gpt|gan [--config NAME|FILE] [--storage URI] [
 `python -m train gpt --help` lists the keys. Presets: {presets}"""
 
 
+USAGE_OPTIONS = """options beside the config's keys below:
+  --config NAME|FILE  a preset, or a YAML file with the same keys
+  --storage URI       where data, runs and models go (KILN_STORAGE; default ./kiln)
+  --dry-run           print the resolved config and the plan, start nothing
+  --debug             show the traceback of an error
+"""
+
+
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in {"-h", "--help"}:
         print(USAGE.format(presets=", ".join(sorted(file.stem for file in configs.PRESETS.glob("*.yaml")))))
@@ -31,6 +39,8 @@ def train(kind: str, argv: list[str]) -> int:
     options.add_argument("--storage", default=cli.storage_default())
     options.add_argument("--dry-run", action="store_true")
     given, rest = options.parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        print(USAGE_OPTIONS)
     config = configs.load(kind, given.config, configs.parse(kind, rest))
     if given.dry_run:
         print(configs.dump(config), end="")
@@ -60,7 +70,12 @@ def plan(config: configs.Config) -> str:
         f"micro-batches of {config.micro_size}, {config.accumulation} accumulated"
     )
     if isinstance(config, configs.GptConfig):
-        text += f"; {config.tokens_per_step:,} tokens a step, {config.tokens_per_step * config.steps:,} in all"
+        tokens, size = config.tokens_per_step * config.steps, config.model
+        parameters = (config.data.known_vocab_size + size.context) * size.width + 12 * size.layers * size.width**2
+        text += f"; {config.tokens_per_step:,} tokens a step, {tokens:,} in all"
+        if size.pretrained is None:
+            # 6 operations a parameter and token; a checkpoint holds each parameter and Adam's two moments in fp32.
+            text += f"; about {parameters / 1e6:,.1f} M parameters, {6e-15 * parameters * tokens:,.3g} PFLOP, checkpoints of {parameters * 12 / 1e6:,.0f} MB"
     return text
 
 

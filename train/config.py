@@ -128,6 +128,11 @@ class TextData(Section):
     vocab_size: Annotated[int, Field(ge=257, le=2**31)] = 2048
     """Entries of a tokenizer trained here (256 bytes and the end-of-text mark included)."""
 
+    @property
+    def known_vocab_size(self) -> int:
+        """Entries as far as they are known before the tokenizer is read."""
+        return 50257 if self.tokenizer == "gpt2" else self.vocab_size
+
 
 class GptModel(Section):
     pretrained: str | None = None

@@ -146,7 +146,7 @@ def watch(title: str, steps: int, speed: str, quiet: bool = False) -> Iterator[A
         speed: the tag of the figure of speed, e.g. "tokens_per_s".
         quiet: shows nothing (a search has its own table).
     """
-    feed = ray.remote(_Feed).options(num_cpus=0).remote()
+    feed: Any = ray.remote(_Feed).options(num_cpus=0).remote()
     done = threading.Event()
     show = _silence if quiet else _bar if sys.stdout.isatty() else _lines
     screen = threading.Thread(target=show, args=(feed, done, title, steps, speed), daemon=True)

@@ -326,7 +326,8 @@ def _pack_all(found: list[Piece], data: TextData, uri: str, tokenizer: str) -> l
     context.execution_options.preserve_order = True
     tasks = [{"place": place, **asdict(piece)} for place, piece in enumerate(found)]
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-        _pack, fn_kwargs={"data": data.model_dump(), "uri": uri, "tokenizer": tokenizer}
+        _pack,  # type: ignore[arg-type]  # its annotation does not know of fn_kwargs
+        fn_kwargs={"data": data.model_dump(), "uri": uri, "tokenizer": tokenizer},
     )
     rows = [json.loads(row["packed"]) for row in dataset.take_all()]
     for row in rows:

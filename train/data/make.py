@@ -60,7 +60,7 @@ def gpt2_tokenizer(source: Path) -> str:
     """GPT-2's byte-level BPE as one `tokenizers` JSON."""
     vocab = json.loads((source / "vocab.json").read_text(encoding="utf-8"))
     merges = [
-        tuple(line.split(" "))
+        (line.split(" ")[0], line.split(" ")[1])
         for line in (source / "merges.txt").read_text(encoding="utf-8").splitlines()
         if line and not line.startswith("#version")
     ]
