@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from models import bundle, cli, registry, storage
 
@@ -52,7 +52,7 @@ def list_models(root: str, console: Console) -> None:
     if not found:
         console.print(f"no models in {root} yet: export a run with `python -m train export RUN`")
         return
-    table = Table("model", "kind", "aliases", "from run", "held-out", "MB", "created")
+    table = Table("model", "kind", "aliases", "from run", Column("held-out", overflow="fold"), "MB", "created")
     for name in found:
         names_of = registry.aliases(root, name)
         for version in registry.versions(root, name):
@@ -84,7 +84,8 @@ def show(root: str, reference: str, console: Console) -> None:
         "data": f"{dataset['name']}, fingerprint {dataset['fingerprint']}",
         "metrics": _metrics(manifest, ", ") or "none",
         "parity": f"{parity['max_abs_diff']:.2g} at most from torch (allowed {parity['tolerance']:.2g}) in {len(parity['cases'])} cases",
-        "shape": ", ".join(f"{key} {value}" for key, value in manifest["model"].items()),
+        "shape": ", ".join(f"{key} {value}" for key, value in manifest["model"].items() if key != "class_names"),
+        "classes": ", ".join(manifest["model"].get("class_names", [])) or "none",
         "made with": ", ".join(f"{library} {number}" for library, number in manifest["libraries"].items()),
         "files": "\n".join(f"{path}  {entry['bytes']:,} bytes" for path, entry in manifest["files"].items()),
     }.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 PROVIDERS = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # best first
 FIRST_TOKENS = 128  # what a slot has room for at first
@@ -36,7 +37,7 @@ def open_graph(path: str | os.PathLike[str], threads: int = 1, providers: Sequen
     options.log_severity_level = 4  # what fails is raised as well
     try:
         return ort.InferenceSession(os.fspath(path), options, providers=chosen)
-    except (ort.capi.onnxruntime_pybind11_state.InvalidProtobuf, ort.capi.onnxruntime_pybind11_state.NoSuchFile) as error:
+    except (errors.NoSuchFile, errors.InvalidProtobuf, errors.InvalidGraph, errors.InvalidArgument) as error:
         raise ValueError(f"{os.fspath(path)} is not a readable ONNX graph: export the run again") from error
 
 

@@ -181,9 +181,10 @@ def test_a_flipped_byte_is_refused(tmp_path: Path, file: str) -> None:
         TextSession(folder)
 
 
-def test_a_graph_that_is_none_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"no graph"])
+def test_a_graph_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
     folder = tiny_gpt_bundle(tmp_path / "gpt")
-    (folder / "model.onnx").write_bytes(b"no graph")
+    (folder / "model.onnx").write_bytes(content)
     bundle.write(folder, bundle.read(folder))
     with pytest.raises(ValueError, match="is not a readable ONNX graph"):
         TextSession(folder)
