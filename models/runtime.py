@@ -159,9 +159,10 @@ class TextGraph:
         self.reserve(max(lengths) + 1)
         first, rows = min(slots), np.asarray(slots) - min(slots)
         count = int(rows.max()) + 1
-        tokens, positions, write = np.zeros((count, 1)), np.zeros((count, 1)), np.full(count, self._tokens)
+        tokens, positions = np.zeros((2, count, 1), np.int64)
+        last, write = np.zeros(count, np.int64), np.full(count, self._tokens)
         tokens[rows, 0], positions[rows, 0], write[rows] = ids, lengths, lengths
-        return self.run(first, tokens, positions, np.zeros(count), write)[rows]
+        return self.run(first, tokens, positions, last, write)[rows]
 
     def greedy(self, ids: Sequence[int], max_tokens: int, eos_token_id: int) -> list[int]:
         """The likeliest continuation of `ids`, in slot 0: at most `max_tokens` ids, up to and without the end of text."""

@@ -39,7 +39,7 @@ def export_gpt(model: GPT2LMHeadModel, tokenizer_file: Path, heldout: np.ndarray
     """Writes a GPT bundle's files (all but the manifest) into `folder`.
 
     Args:
-        model: float32, on the CPU; it is put into eval mode.
+        model: float32, on the CPU; it is put into eval mode, and its config to using a cache.
         tokenizer_file: Hugging Face `tokenizers` JSON.
         heldout: token ids (N) of text that the model was not trained on: what parity and the golden answer are measured on.
         folder: exists and is empty.
