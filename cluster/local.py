@@ -56,7 +56,11 @@ class Head:
     @property
     def address(self) -> str:
         """host:port for RAY_ADDRESS, as Ray itself publishes it once the head is up."""
-        return (Path(self.temp_dir) / "ray_current_cluster").read_text().strip()
+        return self._address_file.read_text().strip()
+
+    @property
+    def _address_file(self) -> Path:
+        return Path(self.temp_dir) / "ray" / "ray_current_cluster"
 
     @property
     def dashboard(self) -> Dashboard:
@@ -164,7 +168,6 @@ def _launch(storage_uri: str, port: int, dashboard_port: int, num_cpus: int | No
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            cwd=temp_dir,
             start_new_session=True,  # Ctrl-C in the terminal that ran `up` is not for the cluster
         )
     started = psutil.Process(process.pid).create_time()
@@ -181,11 +184,12 @@ def _start_command(port: int, dashboard_port: int, temp_dir: str, num_cpus: int 
         "--dashboard-port": dashboard_port,
         "--ray-client-server-port": machine.free_port(None, CLIENT_PORT),
         "--dashboard-agent-listen-port": machine.free_port(None, AGENT_PORT),
-        "--temp-dir": temp_dir,
+        "--temp-dir": f"{temp_dir}/ray",  # where whoever inherits RAY_TMPDIR looks for the address, however many clusters run here
     }
     if num_cpus is not None:
         options["--num-cpus"] = num_cpus
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    # -P: the working directory, which workers start in, is not a place for Ray to import from.
+    ray = [sys.executable, "-P", "-m", "ray.scripts.scripts"]
     return [*ray, "start", "--head", "--block", "--disable-usage-stats", *(str(part) for option in options.items() for part in option)]
 
 
@@ -227,7 +231,7 @@ def _wait_until_ready(head: Head) -> None:
     """Returns once the head has published its address and its jobs API answers."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while head.alive() and time.monotonic() < deadline:
-        if (Path(head.temp_dir) / "ray_current_cluster").exists():
+        if head._address_file.exists():
             with contextlib.suppress(ValueError):
                 head.dashboard.jobs()
                 return

@@ -1,0 +1,243 @@
+"""From a search space to the config of its best trial: Ray Tune over runs of Ray Train, losers stopped early.
+
+A trial is a driver that waits for the run it started, so it reserves no CPU itself; a run takes its workers all at once
+or waits. No trial can therefore hold a part of what it needs while it waits for the rest.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+from ray.tune.experiment import Trial
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import BasicVariantGenerator
+
+from cluster.connect import connect
+from models import storage
+from train import config as configs
+from train import launch
+from tune import results
+from tune import space as spaces
+from tune.table import Progress
+
+METRICS = {"gpt": "heldout_bits_per_byte", "gan": "heldout_sliced_wasserstein"}  # both: the smaller the better
+DRIVER = {"node:__internal_head__": 0.001}  # on the head, which outlives spot nodes; Tune wants some resource to be named
+JUDGEMENTS = 8  # a trial's results; after 1, 2 and 4 of them the worse half is stopped
+
+
+class SearchFailed(RuntimeError):
+    """No trial came to a result; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be searched, checked.
+
+    Attributes:
+        kind: gpt or gan.
+        base: the nested values that every trial starts from, as given (not yet a config).
+        space: what is drawn.
+        num_samples: draws (of each combination of grids).
+        name: the search's folder below searches/; its trials are runs <name>-00000, ...
+    """
+
+    kind: str
+    base: dict[str, Any]
+    space: spaces.Space
+    num_samples: int
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"--num-samples is {self.num_samples}: a search takes at least one")
+        if self.steps < 2:
+            raise ValueError(f"steps is {self.steps}: a search takes at least two, the first to tell which trials go on")
+        spaces.check(self.space, self.kind, self.base)
+
+    def config(self, values: dict[str, Any], run: str | None = None) -> configs.Config:
+        """The config with `values` (dotted keys) drawn; as a trial's, named and judged often, where `run` is given."""
+        drawn = configs.merge(self.base, configs.nested(values))
+        if run is not None:
+            drawn = configs.merge(drawn, configs.nested({"run.name": run, "log.eval_every": self.rung}))
+        return configs.build(configs.KINDS[self.kind], drawn, f"search {self.name}")
+
+    @property
+    def steps(self) -> int:
+        return configs.build(configs.KINDS[self.kind], self.base, f"search {self.name}").steps
+
+    @property
+    def rung(self) -> int:
+        """Steps between a trial's judgements."""
+        return max(1, self.steps // JUDGEMENTS)
+
+    @property
+    def metric(self) -> str:
+        return METRICS[self.kind]
+
+    def record(self) -> dict[str, Any]:
+        """What must be the same for a search to be resumed, as JSON."""
+        space = {key: {distribution.name: list(distribution.values)} for key, distribution in self.space.items()}
+        return {"kind": self.kind, "config": self.config({}).model_dump(mode="json"), "space": space, "num_samples": self.num_samples}
+
+
+def search(plan: Plan, root: str, max_concurrent: int | None = None) -> dict[str, Any]:
+    """Runs (or goes on with) a search; its summary. Writes trials.csv and best.yaml into <root>/searches/<name>.
+
+    Args:
+        root: the storage, a folder or URI.
+        max_concurrent: trials at once; by default as many as the cluster's free resources take.
+
+    Raises:
+        ValueError: the search was begun with another plan, or no trial fits into the cluster. Nothing was started.
+        SearchFailed: every trial failed.
+    """
+    local = storage.local_path(root)
+    root = str(local) if local else root  # trials run in other processes' working directories
+    uri = storage.join(root, "searches", plan.name)
+    _refuse_another_plan(plan, uri)
+    with _cluster():
+        fit = fitting(plan.config({}), ray.nodes())
+        if fit == 0:
+            raise ValueError(_misfit(plan.config({})))
+        # Once, before trials would race for it.
+        launch.prepare(plan.config({}), root)
+        storage.write_json(storage.join(uri, "search.json"), plan.record())
+        at_once = min(max_concurrent or fit, fit)
+        print(f"search {plan.name}: {spaces.size(plan.space, plan.num_samples)} trials, {at_once} at once, in {uri}", flush=True)
+        return _conclude(plan, _tuner(plan, root, uri, at_once).fit(), root, uri)
+
+
+def fitting(config: configs.Config, nodes: list[dict[str, Any]]) -> int:
+    """How many of a config's runs the nodes (`ray.nodes()`) hold side by side; a worker is never split over two nodes."""
+    parallel = config.parallel
+    slots = 0
+    for node in nodes:
+        if node["Alive"]:
+            fit = node["Resources"].get("CPU", 0) / parallel.cpus_per_worker
+            slots += int(min(fit, node["Resources"].get("GPU", 0)) if parallel.gpu else fit)
+    return slots // parallel.workers
+
+
+def run_trial(values: dict[str, Any], plan: Plan, root: str) -> None:
+    """What Tune calls for each trial: a run of Ray Train that tells Tune its results."""
+    name = ray.tune.get_context().get_trial_name()
+    if complete := results.summary(root, name):  # of a search that was killed before it heard of it
+        ray.tune.report({"step": complete["steps"], **complete["metrics"]})
+        return
+    launch.fit(plan.config(values, run=name), root, callbacks=[TuneReportCallback()], quiet=True)
+
+
+def _misfit(config: configs.Config) -> str:
+    parallel = config.parallel
+    have = ray.cluster_resources()
+    gpus = f" and {parallel.workers} GPUs" if parallel.gpu else ""
+    return (
+        f"one trial needs {parallel.workers * parallel.cpus_per_worker:g} CPUs{gpus} (parallel.workers {parallel.workers}), and the cluster has "
+        f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs: use fewer workers, or a larger cluster"
+    )
+
+
+def _refuse_another_plan(plan: Plan, uri: str) -> None:
+    path = storage.join(uri, "search.json")
+    if not storage.exists(path):
+        return
+    before, now = storage.read_json(path), plan.record()
+    for part in now:
+        if before[part] != now[part]:
+            raise ValueError(f"search {plan.name} was begun with another {part}: give it the old one to go on, or use another --name")
+
+
+# ---------------------------------------------------------------- the cluster
+
+
+@contextmanager
+def _cluster() -> Iterator[None]:
+    """A cluster in which Train can free the workers of a trial that was stopped.
+
+    Its cleaner asks the dashboard whether the trial still lives, and finds the dashboard through the address file below
+    RAY_TMPDIR, without which it would give up on a machine with two Ray clusters; the search would then hang on workers
+    that nobody uses.
+    """
+    if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        connect()
+        if not ray._private.worker.get_dashboard_url():
+            raise ValueError(
+                "the cluster at RAY_ADDRESS has no dashboard, which frees the workers of stopped trials: start one with `python -m cluster up`, or unset RAY_ADDRESS"
+            )
+        yield
+        return
+    # Not below TMPDIR: Ray's sockets lie here and a socket's path is limited to 107 bytes.
+    folder = tempfile.mkdtemp(prefix="kiln-", dir="/tmp")
+    os.environ["RAY_TMPDIR"] = folder
+    try:
+        connect(include_dashboard=True, _temp_dir=f"{folder}/ray")
+        Path(folder, "ray", "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- Ray Tune
+
+
+def _tuner(plan: Plan, root: str, uri: str, at_once: int) -> ray.tune.Tuner:
+    trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, plan=plan, root=root), DRIVER)
+    if ray.tune.Tuner.can_restore(uri):
+        print(f"search {plan.name} goes on", flush=True)
+        return ray.tune.Tuner.restore(uri, trainable, resume_unfinished=True, resume_errored=True)
+    return ray.tune.Tuner(
+        trainable,
+        param_space=spaces.domains(plan.space),
+        tune_config=ray.tune.TuneConfig(
+            metric=plan.metric,
+            mode="min",
+            num_samples=plan.num_samples,
+            search_alg=BasicVariantGenerator(max_concurrent=at_once, random_state=plan.config({}).run.seed),
+            scheduler=_halving(plan),
+            trial_name_creator=run_name,
+            trial_dirname_creator=run_name,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=plan.name,
+            storage_path=storage.join(root, "searches"),
+            callbacks=[Progress(plan.metric, list(plan.space), plan.steps)],
+            verbose=0,
+        ),
+    )
+
+
+def _halving(plan: Plan) -> ASHAScheduler:
+    """Asynchronous successive halving (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning").
+
+    No trial is stopped at its last result: its run still has its checkpoint and summary to write. So the scheduler does
+    not end trials at max_t, and max_t is one short, which keeps a rung off the last step.
+    """
+    return ASHAScheduler(time_attr="step", max_t=plan.steps - 1, grace_period=plan.rung, reduction_factor=2, stop_last_trials=False)
+
+
+def run_name(trial: Trial) -> str:
+    """The run of a trial: the search's name and the trial's number."""
+    return f"{trial.experiment_dir_name}-{trial.trial_id.rsplit('_', 1)[-1]}"
+
+
+def _conclude(plan: Plan, grid: ray.tune.ResultGrid, root: str, uri: str) -> dict[str, Any]:
+    """Writes down what the trials came to; the search's summary."""
+    trials = results.outcomes(grid, plan.metric, root)
+    storage.write_bytes(storage.join(uri, "trials.csv"), results.to_csv(trials, plan.metric, list(plan.space)).encode())
+    best = results.best(trials)
+    if best is None:
+        cause = str(grid.errors[0]).strip().splitlines()[-1] if grid.errors else "no trial was judged"
+        raise SearchFailed(f"search {plan.name} has no result: {cause}; its trials are in {uri}/trials.csv")
+    header = f"# The best of search {plan.name}: run {best.run}, {plan.metric} {best.score:.4f} at step {best.step}.\n"
+    storage.write_bytes(storage.join(uri, "best.yaml"), (header + configs.dump(plan.config(best.values))).encode())
+    failed = sum(trial.status == "failed" for trial in trials)
+    return {"search": plan.name, "uri": uri, "trials": len(trials), "failed": failed, "metric": plan.metric, "best": asdict(best)}
