@@ -32,7 +32,7 @@ from serve.schemas import CompletionRequest
 from tests import bundles
 from tests.conftest import ROOT, free_port
 
-CONTEXT = 2048  # long enough that a text can be cut off while it is written
+CONTEXT = 1024  # long enough that a text can be cut off while it is written
 PROMPT = "Now is the winter"
 
 
@@ -43,19 +43,19 @@ def long_gpt_bundle(folder: Path) -> Path:
     tokenizer = bundles.tiny_tokenizer(folder.parent / "tokenizer.json")
     ids = np.array(tokenizer.encode(bundles.TEXT).ids)
     model = bundles.tiny_gpt(context=CONTEXT)
-    bundles.learn(model, ids)
+    bundles.learn(model, ids, steps=10)
     bundle.write(folder, bundles.LINEAGE | export_gpt(model, folder.parent / "tokenizer.json", ids, folder))
     return folder
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A registry: gpt/1 with a long context, gpt/2 another model with a short one, dcgan/1 with four classes."""
+    """A registry: gpt/1 with a long context, gpt/2 another model with a short one, dcgan/1 with three classes."""
     folder = tmp_path_factory.mktemp("bundles")
     root = str(folder / "kiln" / "models")
     registry.publish(root, "gpt", long_gpt_bundle(folder / "long"))
-    registry.publish(root, "gpt", bundles.tiny_gpt_bundle(folder / "short", seed=1))
-    registry.publish(root, "dcgan", bundles.tiny_gan_bundle(folder / "gan", num_classes=4))
+    registry.publish(root, "gpt", bundles.tiny_gpt_bundle(folder / "short"))
+    registry.publish(root, "dcgan", bundles.tiny_gan_bundle(folder / "gan", num_classes=3))
     registry.alias(root, "gpt", registry.PRODUCTION, 1)
     return root
 
@@ -66,12 +66,15 @@ def address() -> launch.Address:
 
 
 @pytest.fixture(scope="module")
-def client(ray_address: str, root: str, address: launch.Address) -> Iterator[httpx.Client]:
+def client(ray_address: str, root: str, address: launch.Address, command: Callable[..., Any]) -> Iterator[httpx.Client]:
     """An HTTP client of the served registry."""
     launch.deploy(launch.choose(root), address, Options(max_replicas=1))
     with httpx.Client(base_url=f"http://127.0.0.1:{address.port}", timeout=60) as client:
         yield client
-    launch.remove()
+        down = command("serve", "down")
+        assert (down.returncode, down.stdout) == (0, "taken off the cluster\n"), down.stderr
+        with pytest.raises(httpx.ConnectError):
+            client.get("/health")
 
 
 def golden(root: str, version: int) -> dict[str, Any]:
@@ -254,7 +257,7 @@ def test_a_bad_request_gets_its_status_and_a_sentence(
     ("body", "status", "message"),
     [
         ({"prompt": "a cat"}, 400, "prompt is 'a cat', which is no class of this model: use one of class 0, class 1"),
-        ({"label": 4}, 400, "label is 4, which is no class of this model"),
+        ({"label": 3}, 400, "label is 3, which is no class of this model"),
         ({"label": -1}, 400, "label is -1"),
         ({"size": "1024x1024"}, 400, "size is '1024x1024', and this model draws 28x28"),
         ({"n": 65}, 422, "n is 65"),
@@ -374,6 +377,42 @@ def test_a_version_swaps_in_place_and_no_request_is_lost(client: httpx.Client, r
         thread.join()
     assert {status for status, *_ in answers} == {200}
     assert {(fingerprint, text) for _, fingerprint, text in answers} == {(f"gpt/{version}", text) for version, text in texts.items()}
+
+
+def test_commands_change_and_show_what_a_cluster_serves(
+    client: httpx.Client, root: str, address: launch.Address, command: Callable[..., Any]
+) -> None:
+    up = ["serve", "up", "--storage", str(Path(root).parent), "--max-replicas", "1", "--port", str(address.port)]
+    try:
+        changed = command(*up, "--text", "gpt/2", "--detach")
+        assert (changed.returncode, changed.stderr) == (0, "")
+        assert f"studio  http://localhost:{address.port}/" in changed.stdout
+        status = command("serve", "status", "--port", str(address.port))
+        assert status.returncode == 0
+        assert "gpt/2" in status.stdout
+        refused = command(*up)
+        assert (refused.returncode, "this cluster serves already: change what it serves with --detach" in refused.stderr) == (2, True)
+        elsewhere = command(*up[:-1], str(free_port()), "--detach")
+        assert (elsewhere.returncode, f"Serve runs on this cluster at {address.url} already" in elsewhere.stderr) == (2, True)
+    finally:
+        launch.deploy(launch.choose(root), address, Options(max_replicas=1))
+    assert command("serve", "status", "--port", str(free_port())).returncode == 1
+
+
+def test_a_killed_replica_ends_its_streams_with_a_sentence_and_is_replaced(client: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0, "stream": True}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        ours = psutil.Process().children(recursive=True)  # the session's cluster, and no other of this machine
+        (replica,) = (process for process in ours if "ServeReplica:raykiln:Text" in process.cmdline()[0])
+        replica.kill()
+        *_, last = (line for line in lines if line)
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the text model does not answer just now: try again in a moment"
+    while (response := client.post("/v1/completions", json={"max_tokens": 1})).status_code == 503:
+        assert response.headers["retry-after"]
+        time.sleep(0.2)
+    assert response.status_code == 200
 
 
 def test_the_default_is_production_or_else_the_newest(root: str, tmp_path: Path) -> None:
