@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from models import storage
 from train import text
 from train.config import TextData
+from train.dataset import fetch
 from train.order import Order
 
 VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
@@ -164,7 +165,7 @@ def packed(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def test_packed_tokens_are_the_documents(packed: tuple[TextData, str, str]) -> None:
     source, _, uri = packed
-    folder = text.fetch(uri)
+    folder = fetch(uri)
     meta = storage.read_json(folder / "dataset.json")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for split, documents in zip(("train", "heldout"), held(source), strict=True):
@@ -198,7 +199,7 @@ def test_a_bad_file_stops_the_packing_with_its_sentence(packed: tuple[TextData, 
 
 
 def test_every_heldout_token_is_judged_once_at_any_number_of_workers(packed: tuple[TextData, str, str]) -> None:
-    tokens = text.Tokens(text.fetch(packed[2]), "heldout", context=16)
+    tokens = text.Tokens(fetch(packed[2]), "heldout", context=16)
     expected = sorted(int(token) for shard in tokens.shards for token in shard[1:])
     for world_size in (1, 2, 3):
         windows = [window for rank in range(world_size) for window in tokens.every_window(rank, world_size)]
@@ -207,7 +208,7 @@ def test_every_heldout_token_is_judged_once_at_any_number_of_workers(packed: tup
 
 
 def test_windows_are_consecutive_tokens_and_shift_with_the_epoch(packed: tuple[TextData, str, str]) -> None:
-    tokens = text.Tokens(text.fetch(packed[2]), "train", context=16)
+    tokens = text.Tokens(fetch(packed[2]), "train", context=16)
     order = Order(len(tokens), seed=1)
     whole = [shard.astype(np.int64) for shard in tokens.shards]
 

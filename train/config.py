@@ -201,7 +201,7 @@ class ImageData(Section):
     """Pixels a side."""
     channels: Annotated[Literal[1, 3], BeforeValidator(_integer)] = 1
     random_crop: bool = False
-    """Pad and cut at a random place."""
+    """Enlarge by an eighth and cut at a random place."""
     horizontal_flip: bool = True
     """Mirror every other picture."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1

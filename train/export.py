@@ -18,6 +18,7 @@ from models import bundle, gpt, registry
 from models.dcgan import Generator
 from models.storage import exists, join, local_path, names, read_json
 from train import checkpoint, config, text
+from train.dataset import fetch
 from train.export_gan import export_gan
 from train.export_gpt import export_gpt
 from train.gan import shape
@@ -71,7 +72,7 @@ def export(run: str, storage: str, name: str | None = None) -> Exported:
 
 
 def _gpt_files(settings: config.GptConfig, weights: Path, dataset: str, folder: Path) -> dict[str, Any]:
-    prepared = text.fetch(dataset)
+    prepared = fetch(dataset)
     model = build(settings, read_json(prepared / "dataset.json"))
     gpt.restore(model, load_file(weights / "model.safetensors"))
     shards = text.Tokens(prepared, "heldout", model.config.n_positions).shards

@@ -1,9 +1,6 @@
 """Trains a WGAN-GP DCGAN with Ray Train: `python -m train gan --config gan-tiny`."""
 
 import copy
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,10 +15,11 @@ from models.losses import gradient_penalty, interpolate, wasserstein_critic_loss
 from train import images, quality
 from train.checkpoint import State
 from train.config import GanConfig
+from train.dataset import fetch
 from train.launch import Worker
+from train.metrics import Meter
 from train.order import Order, positions, rng
 from train.strategy import Ddp, unwrap
-from train.text import fetch
 
 CRITIC, GENERATOR, SAMPLES, JUDGED = 2, 3, 4, 5  # purposes of random draws: what sets their keys apart
 GRID_ROWS, GRID_COLUMNS = 10, 10
@@ -39,7 +37,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
         step, state = start
         gan.restore(state)
 
-    meter = Meter(config.gan.critic_steps * config.batch.global_size)
+    meter = Meter("images_per_s", config.gan.critic_steps * config.batch.global_size)
     final: dict[str, Any] = {}
     while step < config.steps:
         for turn in range(config.gan.critic_steps):
@@ -232,34 +230,3 @@ class Gan:
         unwrap(self.critic).load_state_dict(state["critic"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-
-
-class Meter:
-    """Real pictures that the critic sees a second, over training alone."""
-
-    def __init__(self, images_per_step: int) -> None:
-        self._images_per_step = images_per_step
-        self._since = time.perf_counter()
-        self._seconds, self._steps, self._all_steps = 0.0, 0, 0
-
-    def count(self) -> None:
-        """One generator step is done."""
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """Speed since the last reading."""
-        seconds, steps = time.perf_counter() - self._since, self._steps
-        self._since, self._steps = time.perf_counter(), 0
-        self._seconds, self._all_steps = self._seconds + seconds, self._all_steps + steps
-        return {"images_per_s": steps * self._images_per_step / seconds}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is not training."""
-        begun = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begun
-
-    def total(self) -> dict[str, float]:
-        """The run's speed over all readings."""
-        return {"images_per_s": self._all_steps * self._images_per_step / self._seconds} if self._seconds else {}

@@ -1,7 +1,6 @@
 """Trains a GPT on packed text with Ray Train: `python -m train gpt --config gpt-tiny`."""
 
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,9 @@ from models import gpt
 from train import text
 from train.checkpoint import State
 from train.config import GptConfig
+from train.dataset import fetch
 from train.launch import Worker
+from train.metrics import Meter
 from train.order import Order, positions, rng
 from train.strategy import Ddp, unwrap
 
@@ -20,7 +21,7 @@ from train.strategy import Ddp, unwrap
 def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     """The loop of one worker; returns the run's final metrics (the same on every worker)."""
     config, strategy, recorder = worker.config, worker.strategy, worker.recorder
-    folder = text.fetch(worker.dataset)
+    folder = fetch(worker.dataset)
     tokens = text.Tokens(folder, "train", config.model.context)
     if len(tokens) == 0:
         raise ValueError(
@@ -45,7 +46,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     parallel = strategy.prepare(model)
     model.train()
 
-    meter = Meter(config, gpt.flops_per_token(model))
+    meter = Meter("tokens_per_s", config.tokens_per_step)
     final: dict[str, Any] = {}
     while step < config.steps:
         share = positions(step, config.batch.global_size, config.micro_size, strategy.rank, strategy.world_size)
@@ -64,23 +65,22 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        meter.count()
 
         last = step == config.steps
         if step % config.log.every == 0 or last:
             figures = strategy.mean({"loss": float(loss), "grad_norm": float(norm)})
-            recorder.scalars(step, {**figures, "lr": learning_rate(config, step - 1), **meter.read(step)})
-        if step % config.log.eval_every == 0 or last:
-            judged = evaluate(parallel, heldout, strategy, config.batch.micro_size)
-            recorder.scalars(step, judged)
-            final = {**judged, "loss": strategy.mean({"loss": float(loss)})["loss"], **meter.total(step)}
-            worker.report({"step": step, **final})
-            meter.pause()
-        if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
-            recorder.text(step, "text", sample(config, model, folder))
-            meter.pause()
-        if step % config.checkpoint.every == 0 or last:
-            worker.checkpoints.save(step, {"model": gpt.weights(model), "optimizer": optimizer.state_dict()})
-            meter.pause()
+            recorder.scalars(step, {**figures, "lr": learning_rate(config, step - 1), **meter.read()})
+        with meter.paused():
+            if step % config.log.eval_every == 0 or last:
+                judged = evaluate(parallel, heldout, strategy, config.batch.micro_size)
+                recorder.scalars(step, judged)
+                final = {**judged, **strategy.mean({"loss": float(loss)}), **meter.total()}
+                worker.report({"step": step, **final})
+            if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
+                recorder.text(step, "text", sample(config, model, folder))
+            if step % config.checkpoint.every == 0 or last:
+                worker.checkpoints.save(step, {"model": gpt.weights(model), "optimizer": optimizer.state_dict()})
     worker.checkpoints.join()
     strategy.barrier()
     return final
@@ -154,35 +154,3 @@ def sample(config: GptConfig, model: Any, folder: Any) -> str:
     ids = [text.end_of_text(tokenizer), *tokenizer.encode(settings.prompt).ids]
     written = gpt.sample(model, ids, settings.tokens, settings.temperature, settings.top_k, settings.top_p, seed=config.run.seed)
     return settings.prompt + tokenizer.decode(written)
-
-
-class Meter:
-    """Tokens per second and what share of the device's peak they are, over training alone."""
-
-    def __init__(self, config: GptConfig, flops_per_token: float) -> None:
-        self._tokens_per_step = config.tokens_per_step
-        self._flops_per_token = flops_per_token
-        self._since = time.perf_counter()
-        self._from_step: int | None = None
-        self._seconds, self._steps = 0.0, 0
-
-    def read(self, step: int) -> dict[str, float]:
-        """Speed since the last reading (or pause)."""
-        now = time.perf_counter()
-        if self._from_step is None or step == self._from_step:
-            self._since, self._from_step = now, step
-            return {}
-        seconds, steps = now - self._since, step - self._from_step
-        self._since, self._from_step = now, step
-        self._seconds += seconds
-        self._steps += steps
-        speed = steps * self._tokens_per_step / seconds
-        return {"tokens_per_s": speed, "gflops": speed * self._flops_per_token / 1e9}
-
-    def pause(self) -> None:
-        """What follows is not training: the next reading starts a new stretch."""
-        self._from_step = None
-
-    def total(self, step: int) -> dict[str, float]:
-        """The run's speed over all readings."""
-        return {"tokens_per_s": self._steps * self._tokens_per_step / self._seconds} if self._seconds else {}

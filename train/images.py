@@ -419,7 +419,7 @@ class Pictures:
     """One split of a prepared data set, memory-mapped.
 
     Args:
-        folder: a prepared data set on this machine (see `text.fetch`).
+        folder: a prepared data set on this machine (see `train.dataset.fetch`).
         split: "train" or "heldout".
         size: pixels a side that the model sees.
         horizontal_flip: `batch` mirrors every other picture.

@@ -61,6 +61,10 @@ def fit(config: Config, root: str, stem: str | None = None, callbacks: list[Any]
     with open_run(config, root, stem or config.kind) as run:
         say = (lambda *_: None) if quiet else print
         say(f"run {run.name}: " + (f"goes on from step {run.start}" if run.start else "starts") + f", in {run.uri}")
+        done = storage.join(run.uri, "summary.json")
+        if run.start == config.steps and storage.exists(done):
+            say(f"it has all its {config.steps} steps: nothing to do (more --steps, or another --run.name)")
+            return storage.read_json(done)
         private = connect(num_cpus=_logical_cpus(config))
         _refuse_impossible(config, private)
         begun = time.monotonic()
@@ -97,7 +101,7 @@ def prepare(config: Config, root: str) -> str:
         return text.prepare(config.data, root)
     from train import images
 
-    return images.prepare(config.data, root)
+    return images.prepare(config.data, root, config.model.conditional)
 
 
 def _logical_cpus(config: Config) -> int:

@@ -92,6 +92,42 @@ class Recorder(Silent):
         self.flush()
 
 
+class Meter:
+    """Speed over training alone.
+
+    Args:
+        tag: what it is called, e.g. "tokens_per_s".
+        per_step: how many of them a step takes.
+    """
+
+    def __init__(self, tag: str, per_step: int) -> None:
+        self._tag, self._per_step = tag, per_step
+        self._since = time.perf_counter()
+        self._seconds, self._steps, self._all_steps = 0.0, 0, 0
+
+    def count(self) -> None:
+        """One step is done."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Speed since the last reading."""
+        seconds, steps = time.perf_counter() - self._since, self._steps
+        self._since, self._steps = time.perf_counter(), 0
+        self._seconds, self._all_steps = self._seconds + seconds, self._all_steps + steps
+        return {self._tag: steps * self._per_step / seconds}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
+
+    def total(self) -> dict[str, float]:
+        """The run's speed over all readings."""
+        return {self._tag: self._all_steps * self._per_step / self._seconds} if self._seconds else {}
+
+
 def _drop_after(log: Path, start: int) -> None:
     if not log.is_file():
         return

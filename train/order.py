@@ -13,9 +13,10 @@ def rng(*key: int) -> np.random.Generator:
     """A generator that depends on `key` alone, e.g. rng(seed, step, purpose, position).
 
     `SeedSequence` hashes the integers into Philox's key (Salmon et al. 2011, "Parallel random numbers: as
-    easy as 1, 2, 3"), so neighbouring keys give independent streams.
+    easy as 1, 2, 3"), so neighbouring keys give independent streams. Their number goes in first: it pads with
+    zeros, and (1, 2) would be (1, 2, 0).
     """
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((len(key), *key))))
 
 
 @lru_cache(maxsize=2)

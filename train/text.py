@@ -11,9 +11,7 @@ import fnmatch
 import hashlib
 import json
 import logging
-import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,6 +26,7 @@ from tokenizers import models as tokenizer_models
 
 from models import storage
 from train.config import TextData
+from train.dataset import identity
 from train.order import Order, rng
 from train.shipped import gpt2_tokenizer, hub_parquet, shipped
 
@@ -36,7 +35,6 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 HELDOUT_NAMES = {"heldout", "test", "validation", "valid", "dev"}
 FORMAT = 1  # part of the fingerprint: raise it when cleaning, splitting or packing changes
 TOKENIZER_SAMPLE_CHARS = 64_000_000  # more text does not change the merges of a small vocabulary noticeably
-CONTENT_HASH_LIMIT_BYTES = 1 << 30  # a larger source is recognised by its files' sizes and times
 
 
 @dataclass(frozen=True)
@@ -263,22 +261,13 @@ def fingerprint(data: TextData, found: list[Piece]) -> str:
     """12 hex digits that change with the data, the cleaning, the split and the tokenizer."""
     digest = hashlib.sha256(f"text {FORMAT}".encode())
     for uri in sorted({piece.uri for piece in found}):
-        digest.update(_identity(uri).encode())
+        digest.update(identity(uri).encode())
     rules = data.model_dump(exclude={"source", "heldout"}) | {"heldout": [piece.heldout for piece in found]}
     digest.update(json.dumps(rules, sort_keys=True).encode())
     tokenizer = Path(data.tokenizer)
     for file in sorted(tokenizer.glob("tokenizer.json")) if tokenizer.is_dir() else [tokenizer] if tokenizer.is_file() else []:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _identity(uri: str) -> str:
-    local = storage.local_path(uri)
-    if local is not None and local.stat().st_size <= CONTENT_HASH_LIMIT_BYTES:
-        return storage.sha256(local)
-    filesystem, path = storage.locate(uri)
-    info = filesystem.get_file_info(path)
-    return f"{uri} {info.size} {info.mtime_ns}"
 
 
 def prepare(data: TextData, root: str) -> str:
@@ -381,29 +370,11 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 # ---------------------------------------------------------------- reading
 
 
-def fetch(uri: str) -> Path:
-    """The data set's folder on this machine: the storage itself where it is mounted, else a copy made once a node."""
-    local = storage.local_path(uri)
-    if local is not None:
-        return local
-    copy = Path(tempfile.gettempdir()) / "raykiln-data" / uri.rstrip("/").rsplit("/", 1)[1]
-    if not (copy / "dataset.json").is_file():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.mkdtemp(dir=copy.parent)
-        storage.download(uri, beside)
-        try:
-            os.rename(beside, copy)
-        except OSError:
-            if not (copy / "dataset.json").is_file():  # else another worker of this node was first: its copy is the same
-                raise
-    return copy
-
-
 class Tokens:
     """Windows of `context` + 1 tokens of one split, memory-mapped.
 
     Args:
-        folder: a prepared data set (see `fetch`).
+        folder: a prepared data set on this machine (see `train.dataset.fetch`).
         split: "train" or "heldout".
         context: tokens that the model sees at once (T).
 
