@@ -42,6 +42,9 @@ def main(argv: list[str]) -> int:
     except launch.SearchFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\nsearch {name} goes on when it is started again with --name {name}")
+        raise
     return 0
 
 

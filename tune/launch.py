@@ -102,6 +102,7 @@ def search(plan: Plan, root: str, max_concurrent: int | None = None) -> dict[str
     local = storage.local_path(root)
     root = str(local) if local else root  # trials run in other processes' working directories
     uri = storage.join(root, "searches", plan.name)
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C interrupts; Tune's handler would call what it has a result
     _refuse_another_plan(plan, uri)
     with _cluster():
         fit = fitting(plan.config({}), ray.nodes())

@@ -34,7 +34,7 @@ class Outcome:
 
 
 def outcomes(grid: ResultGrid, metric: str, root: str) -> list[Outcome]:
-    """One per trial that began, in their order.
+    """One per trial that began, by its run's name.
 
     A finished run's own summary counts, not what Tune heard last: a run that ends quickly can be gone before its last
     results have come through.
@@ -50,7 +50,7 @@ def outcomes(grid: ResultGrid, metric: str, root: str) -> list[Outcome]:
         else:
             status: Literal["failed", "stopped"] = "failed" if result.error else "stopped"
             found.append(Outcome(run, status, int(heard.get("step", 0)), heard.get(metric), seconds, result.config or {}))
-    return found
+    return sorted(found, key=lambda outcome: outcome.run)
 
 
 def run_of(trial_folder: str) -> str:

@@ -38,9 +38,9 @@ class Progress(Callback):
         if not sys.stdout.isatty():
             return
         if self._live is None:
-            self._live = Live(auto_refresh=False)
+            self._live = Live(refresh_per_second=2)
             self._live.start()
-        self._live.update(self.table(trials), refresh=True)
+        self._live.update(self.table(trials))
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         if self._live is not None:
@@ -52,7 +52,7 @@ class Progress(Callback):
         table = Table("trial", "status", *self._keys, "step", self._metric, title="Search", title_justify="left")
         scores = {trial: trial.last_result[self._metric] for trial in trials if self._metric in (trial.last_result or {})}
         best = min(scores, key=scores.__getitem__, default=None)
-        for trial in trials:
+        for trial in sorted(trials, key=str):
             step = (trial.last_result or {}).get("step", 0)
             score = f"{scores[trial]:.4f}" if trial in scores else ""
             values = [_short(trial.config[key]) for key in self._keys]
