@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--text", metavar="REF", help="the text model; by default the registry's in production, or its newest")
     start.add_argument("--images", metavar="REF", help="the picture model, likewise")
     start.add_argument("--slots", type=int, default=8, help="texts that a replica writes at once (8)")
+    start.add_argument("--threads", type=int, default=1, help="CPUs of a replica (1: best for tiny models)")
     start.add_argument("--max-replicas", type=int, default=4, help="replicas of a model under load (4)")
     start.add_argument("--detach", action="store_true", help="leave it running on the cluster of RAY_ADDRESS")
     actions.add_parser("status", parents=[address], help="what is served")
@@ -44,7 +45,7 @@ def up(arguments: argparse.Namespace) -> int:
     """Serves until Ctrl-C, or leaves it running with --detach."""
     if arguments.detach and not os.environ.get("RAY_ADDRESS"):
         raise ValueError("--detach needs a cluster to stay on, and RAY_ADDRESS is not set: start one with `python -m cluster up`")
-    for option in ("slots", "max_replicas"):
+    for option in ("slots", "threads", "max_replicas"):
         if getattr(arguments, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}: use 1 or more")
     from serve import launch  # Ray takes seconds to import: not before what was asked for is known to make sense
@@ -52,7 +53,7 @@ def up(arguments: argparse.Namespace) -> int:
 
     chosen = launch.choose(storage.join(arguments.storage, "models"), arguments.text, arguments.images)
     address = launch.Address(arguments.host, arguments.port)
-    options = Options(slots=arguments.slots, max_replicas=arguments.max_replicas)
+    options = Options(slots=arguments.slots, threads=arguments.threads, max_replicas=arguments.max_replicas)
     for bundle in chosen.values():
         print(f"serving {bundle.reference} ({bundle.manifest['kind']}, from run {bundle.manifest['run']['name']})", flush=True)
     with launch.connected(options.threads * len(chosen), address) as private:

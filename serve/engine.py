@@ -176,7 +176,7 @@ class Engine:
 
     def _encode(self, prompt: str, max_tokens: int) -> list[int]:
         room = self.session.context - max_tokens
-        # No tokenizer makes fewer tokens than this of so many characters: what cannot fit is not even encoded.
+        # So many characters make no fewer tokens than this: what cannot fit is not even encoded.
         tokens = len(prompt) // self._longest_token
         ids: list[int] = []
         if tokens <= room:
@@ -184,7 +184,7 @@ class Engine:
             tokens = len(ids)
         if tokens > room:
             raise TooLong(
-                f"the prompt's {tokens} tokens and max_tokens {max_tokens} exceed the model's context of {self.session.context} tokens: "
+                f"the prompt's {'' if ids else 'at least '}{tokens} tokens and max_tokens {max_tokens} exceed the model's context of {self.session.context} tokens: "
                 "shorten the prompt or ask for fewer tokens"
             )
         return ids

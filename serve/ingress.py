@@ -123,7 +123,7 @@ async def models(http: Request) -> Models:
     return Models(data=await _describe(http))
 
 
-@router.post("/v1/completions", responses={413: {"model": Error}})
+@router.post("/v1/completions", responses={413: {"model": Error}, 504: {"model": Error}})
 async def completions(body: CompletionRequest, http: Request, model: Annotated[TextModel, Depends(_text_model)]) -> Completion:
     """Continues a text. With `stream`, server-sent events: messages of this same shape, then `[DONE]`."""
     if body.n != 1:

@@ -5,6 +5,7 @@ deployment's `user_config` alone, and its replicas swap versions in place (`serv
 """
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -174,6 +175,7 @@ def connected(num_replicas_cpus: int, address: Address) -> Iterator[bool]:
     if not os.environ.get("RAY_ADDRESS"):
         check_port(address)  # before a cluster is started for nothing
     private = connect(num_cpus=max(os.cpu_count() or 1, num_replicas_cpus))
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         yield private
     finally:

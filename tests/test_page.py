@@ -226,8 +226,9 @@ def test_stop_ends_the_model_s_work(browser: Browser, server: str, replica: Text
     browser.until(lambda: browser.text("#generated"))
     browser.click("#stop")
     assert browser.text("#reason") == "stop button"
-    assert replica.engine is not None
-    browser.until(lambda: replica.engine.status()["running"] == 0)
+    engine = replica.engine
+    assert engine is not None
+    browser.until(lambda: engine.status()["running"] == 0)
     shown = browser.text("#generated")
     assert len(shown) > 0
     assert int(browser.text("#tokens")) < 50
