@@ -7,6 +7,7 @@ A command never attaches to a cluster that happens to run on the machine: it tak
 import logging
 import os
 import secrets
+import socket
 from typing import Any
 
 import ray
@@ -34,18 +35,36 @@ def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
     log_to_driver = os.environ.get("KILN_RAY_LOGS") == "1"
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        _refuse_unreachable(address)
+        Config.initialize("")  # importing ray read the environment, perhaps before its token was set there
         try:
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             raise ValueError(
-                f"no Ray cluster answers at RAY_ADDRESS={address!r} ({error}). Start one with `python -m cluster up`, or unset RAY_ADDRESS"
+                f"the Ray cluster at RAY_ADDRESS={address!r} refuses this process ({str(error).splitlines()[0]}): {_WAY_OUT}"
             ) from error
         return False
     # A token of its own: what Ray decides by itself depends on what an earlier command left in ~/.ray.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    Config.initialize("")  # importing ray read the environment before us; ray.init() itself refreshes it so
+    Config.initialize("")
     private_options.setdefault("include_dashboard", False)
     ray.init(address="local", num_cpus=num_cpus, logging_level=logging.WARNING, log_to_driver=log_to_driver, **private_options)
     return True
+
+
+_WAY_OUT = "start one with `python -m cluster up` and source its env file, or unset RAY_ADDRESS"
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise ValueError(f"RAY_ADDRESS is {address!r}: a driver needs host:port (the URL of the jobs API goes into RAY_API_SERVER_ADDRESS)")
+    if not port.isdecimal():
+        return  # "auto": Ray looks for itself
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={address!r} ({error.strerror or error}): {_WAY_OUT}") from None
