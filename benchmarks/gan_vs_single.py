@@ -1,0 +1,199 @@
+"""What two workers gain a GAN beside what one would write by hand: a WGAN-GP loop in one process, with a DataLoader.
+
+    python benchmarks/gan_vs_single.py [--rounds 4] [--steps 120]
+
+Both train the demo's GAN (gan-demo) on the same pictures for as many generator steps, in turn, in one run: ours on Ray with two
+workers of one thread, the other with two threads of torch. Nets, losses, critic steps, batch size and optimizers are the same.
+The figure is images a second once both run steadily, ours over theirs, round by round (each with a seed of its own), and the
+held-out sliced Wasserstein distance of both at the end, of generators averaged by the same rule.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models import cli  # noqa: E402  # needs the path above
+from models.dcgan import Critic, Generator  # noqa: E402
+from models.losses import gradient_penalty, interpolate, wasserstein_critic_loss, wasserstein_generator_loss  # noqa: E402
+from train import config as configs  # noqa: E402
+from train import images, quality  # noqa: E402
+from train.gan import shape  # noqa: E402
+
+LOG_EVERY = WARM_UP = 10  # generator steps; the clock counts after WARM_UP: allocator, caches, the first exchange of gradients
+
+
+@dataclass(frozen=True)
+class Trained:
+    images_per_s: float  # real pictures that the critic has seen
+    distance: float  # held-out sliced Wasserstein
+    floor: float  # the same of real pictures
+
+
+def demo() -> configs.GanConfig:
+    config = configs.load("gan", "gan-demo")
+    assert isinstance(config, configs.GanConfig)
+    return config
+
+
+# ---- one process
+
+
+def single(folder: Path, seed: int, steps: int) -> Trained:
+    """The loop as the tutorials have it, on the data set prepared in `folder`."""
+    config = demo()
+    torch.set_num_threads(config.parallel.workers)
+    torch.manual_seed(seed)
+    pictures, heldout = (images.Pictures(folder, split, config.data.size) for split in ("train", "heldout"))
+    assert pictures.labels is not None
+    loaded = TensorDataset(torch.from_numpy(pictures.centred(slice(None))), torch.from_numpy(np.array(pictures.labels)))
+    loader = DataLoader(loaded, config.batch.global_size, shuffle=True, drop_last=True)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    sizes = shape(config, pictures.meta)
+    generator, critic = Generator(sizes), Critic(sizes)
+    optim = config.optim
+    adam = partial(torch.optim.Adam, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+    generator_optimizer, critic_optimizer = adam(generator.parameters()), adam(critic.parameters())
+    average = AveragedModel(generator, avg_fn=partial(moved, config.model.ema_decay))
+
+    for step in range(steps):
+        if step == WARM_UP:
+            begun = time.perf_counter()
+        for _ in range(config.gan.critic_steps):
+            real, labels = next(batches)
+            critic_step(generator, critic, critic_optimizer, real, labels, config.gan.penalty_weight)
+        generator_step(generator, critic, generator_optimizer, config.batch.global_size)
+        average.update_parameters(generator)
+    seconds = time.perf_counter() - begun
+
+    @torch.no_grad()
+    def like(indices: np.ndarray) -> Tensor:
+        """Pictures of the averaged generator, of the classes that the real ones with `indices` have."""
+        assert pictures.labels is not None
+        return average(torch.randn(len(indices), sizes.latent_dim), torch.from_numpy(pictures.labels[indices]))
+
+    images_per_s = (steps - WARM_UP) * config.gan.critic_steps * config.batch.global_size / seconds
+    return trained(images_per_s, quality.judge(like, pictures, heldout))
+
+
+def critic_step(
+    generator: Generator, critic: Critic, optimizer: torch.optim.Optimizer, real: Tensor, labels: Tensor, penalty_weight: float
+) -> None:
+    with torch.no_grad():
+        fake = generator(torch.randn(len(real), generator.config.latent_dim), labels)
+    penalty = gradient_penalty(partial(critic, labels=labels), interpolate(real, fake, torch.rand(len(real))))
+    loss = wasserstein_critic_loss(critic(real, labels), critic(fake, labels)) + penalty_weight * penalty
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def generator_step(generator: Generator, critic: Critic, optimizer: torch.optim.Optimizer, batch_size: int) -> None:
+    labels = torch.randint(generator.config.num_classes, (batch_size,))
+    critic.requires_grad_(False)  # its own gradients are of no use here
+    loss = wasserstein_generator_loss(critic(generator(torch.randn(batch_size, generator.config.latent_dim), labels), labels))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    critic.requires_grad_(True)
+
+
+def moved(decay: float, slow: Tensor, fast: Tensor, num_averaged: Tensor) -> Tensor:
+    """train/gan.py's moving average, which forgets faster at first."""
+    steps = int(num_averaged)
+    return slow.lerp(fast, 1 - min(decay, (1 + steps) / (10 + steps)))
+
+
+# ---- both, as commands
+
+
+def by_single(folder: Path, seed: int, steps: int) -> Trained:
+    command = [sys.executable, __file__, "--single", str(folder), "--seed", str(seed), "--steps", str(steps)]
+    printed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return Trained(**json.loads(printed.splitlines()[-1]))
+
+
+def by_us(storage: Path, seed: int, steps: int) -> Trained:
+    name = f"seed-{seed}"
+    options = {"steps": steps, "run.name": name, "run.seed": seed, "log.every": LOG_EVERY}
+    options |= dict.fromkeys(("log.eval_every", "log.sample_every", "checkpoint.every"), steps)
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "train", "gan", "--config", "gan-demo", "--storage", str(storage), *words]
+    # Without RAY_ADDRESS: a cluster of its own.
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True, env={**os.environ, "RAY_ADDRESS": ""})
+    rows = [json.loads(line) for line in (storage / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    steady = [row["images_per_s"] for row in rows if row["step"] > WARM_UP and "critic_loss" in row]
+    summary = json.loads((storage / "runs" / name / "summary.json").read_text())
+    return trained(statistics.harmonic_mean(steady), summary["metrics"])
+
+
+def trained(images_per_s: float, judged: dict[str, float]) -> Trained:
+    return Trained(images_per_s, judged["heldout_sliced_wasserstein"], judged["heldout_sliced_wasserstein_floor"])
+
+
+# ---- the comparison
+
+
+def row(pairs: list[tuple[Trained, Trained]], steps: int) -> str:
+    """The row for BENCHMARKS.md, from (ours, theirs) of each round."""
+    ratios = [ours.images_per_s / theirs.images_per_s for ours, theirs in pairs]
+    ours, theirs = (
+        f"{statistics.median(side.images_per_s for side in column):,.0f} images/s, distance {spread([side.distance for side in column], 4)}"
+        for column in zip(*pairs, strict=True)
+    )
+    floor = f"distance of real pictures {pairs[0][0].floor:.4f}"
+    workers = demo().parallel.workers
+    name = f"train gan-demo, {workers} workers, {steps} steps ({floor})"
+    return f"| {name} | {ours} | one process, {workers} threads: {theirs} | {spread(ratios, 2)} |"
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The median, and from where to where."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def main(argv: list[str]) -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=4)
+    options.add_argument("--steps", type=int, default=120, help="generator steps")
+    options.add_argument("--single", type=Path, help=argparse.SUPPRESS)
+    options.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    given = options.parse_args(argv)
+    if given.steps <= WARM_UP or given.steps % LOG_EVERY:
+        raise ValueError(f"--steps is {given.steps}: use a multiple of {LOG_EVERY} above {WARM_UP}")
+    if given.single:
+        print(json.dumps(asdict(single(given.single, given.seed, given.steps))))
+        return 0
+    config, pairs = demo(), []
+    with tempfile.TemporaryDirectory() as storage:
+        folder = Path(images.prepare(config.data, storage, config.model.conditional))
+        for seed in range(given.rounds):
+            pairs.append((by_us(Path(storage), seed, given.steps), by_single(folder, seed, given.steps)))
+            print(
+                f"round {seed}: raykiln {pairs[-1][0].images_per_s:,.0f} images/s, distance {pairs[-1][0].distance:.4f}; "
+                f"one process {pairs[-1][1].images_per_s:,.0f} images/s, distance {pairs[-1][1].distance:.4f}",
+                flush=True,
+            )
+    print(row(pairs, given.steps))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
