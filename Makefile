@@ -34,7 +34,7 @@ format: setup
 
 # The newest versions that pyproject.toml allows, for every platform, exactly.
 lock: setup
-	$(VENV)/bin/uv pip compile --universal --python-version 3.11 pyproject.toml --extra dev --no-annotate --no-header --quiet --output-file requirements.lock
+	$(VENV)/bin/uv pip compile --universal --python-version 3.11 pyproject.toml --extra dev --no-annotate --no-header --quiet --upgrade --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

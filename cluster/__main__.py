@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("demo", _demo, "the whole road on this machine: train, export, serve and ask a GPT and a GAN")
     command.set_defaults(storage=f"{cli.storage_default()}/demo")
     command.add_argument("--stay", action=argparse.BooleanOptionalAction, help="keep the page up until Ctrl-C (default: at a terminal)")
+    command.add_argument("--preset", choices=["demo", "tiny"], default="demo", help="tiny: in seconds, and not worth looking at")
     return parser
 
 
@@ -80,7 +81,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from cluster import demo
 
-    return demo.run(arguments.storage, arguments.stay)
+    return demo.run(arguments.storage, arguments.stay, arguments.preset)
 
 
 def _dashboard(storage_uri: str) -> dashboard.Dashboard:

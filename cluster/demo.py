@@ -40,10 +40,11 @@ class Demo:
 
     Args:
         folder: where everything is left; it is a storage of its own, apart from the user's runs and models.
+        preset: gpt-<preset> and gan-<preset> are trained: "demo", or "tiny", which takes seconds and is not worth looking at.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
+    def __init__(self, folder: Path, preset: str) -> None:
+        self.folder, self.preset = folder.absolute(), preset
         self.screen = Console(highlight=False)
         self.legs: dict[str, float] = {}
         self.stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -63,14 +64,17 @@ class Demo:
                 self.say(f"its dashboard: {head.dashboard.url} (token in {head.home / 'token'})")
             for kind, what in (("gpt", "a GPT on Shakespeare's plays"), ("gan", "a WGAN-GP on Fashion-MNIST")):
                 with self.leg(f"train {what}"):
-                    self.command("train", kind, "--config", f"{kind}-demo", "--run.name", runs[kind])
+                    self.command("train", kind, "--config", f"{kind}-{self.preset}", "--run.name", runs[kind])
                 with self.leg(f"export the {kind}"):
                     self.command("train", "export", runs[kind])
             port = machine.free_port(None, 8000)
             with self.leg("serve both"):
                 self.command("serve", "up", "--detach", "--port", str(port))
             with self.leg("ask both over HTTP"):
-                answers = self.ask(f"http://127.0.0.1:{port}")
+                try:
+                    answers = self.ask(f"http://127.0.0.1:{port}")
+                except httpx.HTTPError as error:
+                    raise ValueError(f"the demo stopped: the endpoint did not answer as it should ({error})") from error
             summary = self.summarise(runs, answers, time.monotonic() - begun)
             self.show(summary, port)
             if stay:
@@ -84,10 +88,12 @@ class Demo:
         """Text as it streams, a sheet with a row of pictures a class, the page; all left in the folder."""
         with httpx.Client(base_url=url, timeout=60) as client:
             models = {model["kind"]: model for model in client.get("/v1/models").raise_for_status().json()["data"]}
-            text, seconds, tokens = self._stream_text(client)
+            # A token is a byte at least: this many fit into the context whatever the tokenizer makes of the prompt.
+            room = models["gpt"]["model"]["context"] - len(PROMPT.encode())
+            text, seconds, tokens = self._stream_text(client, min(200, room))
             (self.folder / "text.txt").write_text(PROMPT + text, encoding="utf-8")
             begun = time.monotonic()
-            rows = self._draw_rows(client, models["gan"].get("classes") or [None])
+            rows = self._draw_rows(client, models["gan"]["model"]["class_names"] or [None])
             picture_seconds = time.monotonic() - begun
         _sheet(rows).save(self.folder / "pictures.png")
         page = self._photograph(f"{url}/?run=1&seed=7")
@@ -99,10 +105,10 @@ class Demo:
             "page": page,
         }
 
-    def _stream_text(self, client: httpx.Client) -> tuple[str, float, int]:
+    def _stream_text(self, client: httpx.Client, max_tokens: int) -> tuple[str, float, int]:
         body = {
             "prompt": PROMPT,
-            "max_tokens": 100,
+            "max_tokens": max_tokens,
             "temperature": 0.7,
             "top_k": 50,
             "seed": 7,
@@ -141,7 +147,10 @@ class Demo:
         options = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --hide-scrollbars --window-size=1200,1100 --virtual-time-budget=15000"
         with tempfile.TemporaryDirectory() as profile:
             command = [browser, *options.split(), f"--user-data-dir={profile}", f"--screenshot={target}", url]
-            done = subprocess.run(command, capture_output=True, timeout=90, check=False)
+            try:
+                done = subprocess.run(command, capture_output=True, timeout=90, check=False)
+            except subprocess.TimeoutExpired:
+                return None  # the road was gone to its end without it
         return str(target) if done.returncode == 0 and target.is_file() else None
 
     # ---------------------------------------------------------------- what is left behind
@@ -232,10 +241,10 @@ class Demo:
             signal.signal(signal.SIGINT, before)
 
 
-def run(folder: str, stay: bool | None = None) -> int:
+def run(folder: str, stay: bool | None = None, preset: str = "demo") -> int:
     """The demo; it stays up at its end when it was started from a terminal, unless `stay` says otherwise."""
     signal.signal(signal.SIGTERM, _interrupt)
-    demo = Demo(Path(folder))
+    demo = Demo(Path(folder), preset)
     demo.folder.mkdir(parents=True, exist_ok=True)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     try:

@@ -10,11 +10,11 @@ DEFAULT_STORAGE = "kiln"
 
 def storage_default() -> str:
     """Where runs, data and models go unless --storage says otherwise: KILN_STORAGE, or ./kiln."""
-    return os.environ.get("KILN_STORAGE", DEFAULT_STORAGE)
+    return os.environ.get("KILN_STORAGE") or DEFAULT_STORAGE
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """Runs a command; a `ValueError` (bad input, by our convention) becomes one sentence and exit code 2.
+    """Runs a command; a `ValueError` (bad input, by our convention) or an `OSError` becomes one sentence and exit code 2.
 
     `--debug` anywhere on the command line shows the traceback instead.
     """
@@ -24,7 +24,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         argv.remove("--debug")
     try:
         return main(argv) or 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # an OSError says what could not be opened, and why
         if debug:
             traceback.print_exc()
         else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 
 def build(
@@ -34,16 +34,31 @@ def build(
     )
 
 
-def load(folder: str) -> GPT2LMHeadModel:
-    """A GPT-2 from a transformers checkpoint folder (config.json, model.safetensors).
+def read_config(folder: str) -> GPT2Config:
+    """The sizes in a transformers checkpoint folder.
+
+    Raises:
+        ValueError: there is no GPT-2 in it.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"model.pretrained: {folder} has no config.json: expected a folder written by save_pretrained")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if not isinstance(config, GPT2Config):
+        raise ValueError(f"model.pretrained: {folder} holds a {config.model_type}, not a GPT-2")
+    return config
+
+
+def load(folder: str, dropout: float = 0.0) -> GPT2LMHeadModel:
+    """A GPT-2 from a transformers checkpoint folder (config.json, model.safetensors), in fp32.
 
     Raises:
         ValueError: the folder holds no GPT-2, or a damaged one.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"model.pretrained: {folder} has no config.json: expected a folder written by save_pretrained")
+    config = read_config(folder)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
+    config.use_cache = False
     try:
-        return GPT2LMHeadModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        return GPT2LMHeadModel.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True)
     except Exception as error:  # transformers raises many unrelated types for a damaged folder
         raise ValueError(f"model.pretrained: {folder} can't be loaded as a GPT-2: {str(error).splitlines()[0]}") from error
 
@@ -70,17 +85,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
     ]
-
-
-def flops_per_token(model: GPT2LMHeadModel) -> float:
-    """Floating point operations of one token's forward and backward pass: 6 N + 12 L C T.
-
-    N counts every parameter but the position table; attention's own part is 12 L C T (PaLM, Chowdhery et
-    al. 2022, appendix B).
-    """
-    config = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters()) - config.n_positions * config.n_embd
-    return 6.0 * parameters + 12.0 * config.n_layer * config.n_embd * config.n_positions
 
 
 def weights(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:

@@ -40,6 +40,12 @@ def local_path(uri: str | os.PathLike[str]) -> Path | None:
     return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
 
 
+def absolute(uri: str | os.PathLike[str]) -> str:
+    """The same place for a process in another folder."""
+    local = local_path(uri)
+    return os.fspath(uri) if local is None else str(local)
+
+
 def exists(uri: str | os.PathLike[str]) -> bool:
     filesystem, path = locate(uri)
     return filesystem.get_file_info(path).type != fs.FileType.NotFound

@@ -151,7 +151,7 @@ def run_alone(config: GanConfig, dataset: str, run_uri: Path, stop_at: int | Non
     checkpoints = Checkpointer(str(run_uri), config.model_dump())
     recorder = metrics.Silent() if stop_at is None else Interrupting(stop_at)
     try:
-        return gan.train(Alone(config, Ddp(), checkpoints, recorder, dataset, config.steps), checkpoints.load())
+        return gan.train(Alone(config, Ddp(), checkpoints, recorder, dataset), checkpoints.load())
     except Stop:
         checkpoints.join()
         return None

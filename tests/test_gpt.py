@@ -61,8 +61,9 @@ def test_sampling_obeys_its_settings(model: GPT2LMHeadModel) -> None:
 def test_only_matrices_decay(model: GPT2LMHeadModel) -> None:
     decayed, free = gpt.parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    assert {parameter.dim() for parameter in decayed["params"]} == {2}
-    assert {parameter.dim() for parameter in free["params"]} == {1}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(names[id(p)].endswith("weight") and ".ln_" not in names[id(p)] for p in decayed["params"])
+    assert all(names[id(p)].endswith("bias") or ".ln_" in names[id(p)] for p in free["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
 
@@ -193,13 +194,51 @@ def test_bad_plans_and_data_are_sentences_before_any_worker(kiln: str, command: 
     assert missing.returncode == 2
     assert "nothing is there at nowhere.txt" in missing.stderr
     assert "Traceback" not in missing.stderr + missing.stdout
-    alone = command("train", "gpt", "--config", "gpt-tiny", "--parallel.workers", "8", "--storage", kiln, RAY_ADDRESS="")
+    many = ["--parallel.workers", "4096", "--batch.global_size", "4096"]
+    alone = command("train", "gpt", "--config", "gpt-tiny", *many, "--storage", kiln, RAY_ADDRESS="")
     assert alone.returncode == 2
-    assert "parallel.workers 8 need 8 CPUs, and this machine has" in alone.stderr
+    assert "parallel.workers 4096 need 4096 CPUs, and this machine has" in alone.stderr
+    nowhere = command("train", "gpt", "--config", "gpt-tiny", "--storage", kiln, RAY_ADDRESS="127.0.0.1:1")
+    assert nowhere.returncode == 2
+    assert "no Ray cluster answers at RAY_ADDRESS='127.0.0.1:1'" in nowhere.stderr
 
 
-def test_a_failing_worker_is_one_sentence(kiln: str, command: Any) -> None:
-    short = [
+def test_a_run_goes_on_with_its_own_data_or_not_at_all(kiln: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(VERSE * 100)
+    own = {"data.source": str(corpus), "steps": 2}
+    first = run(kiln, "data", **own)
+    assert run(kiln, "data", **own) == first  # complete: nothing is done again
+    # Interrupted after its last checkpoint, before its end: judged, not started over.
+    (Path(kiln) / "runs/data/summary.json").unlink()
+    again = run(kiln, "data", **own)
+    assert again["metrics"]["heldout_loss"] == pytest.approx(first["metrics"]["heldout_loss"])
+    corpus.write_text(VERSE * 99)
+    with pytest.raises(ValueError, match=r"run data was begun on data \w+, and data.source now gives"):
+        run(kiln, "data", **(own | {"steps": 4}))
+
+
+def test_a_config_that_does_not_fit_the_data_is_a_sentence_before_any_worker(kiln: str, model: GPT2LMHeadModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokens to train on, and model.context is 9000"):
+        run(kiln, "long", **{"model.context": 9000})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has 97 tokens and the tokenizer \d+: use the tokenizer it was trained with"):
+        run(kiln, "other", **{"model.pretrained": str(tmp_path)})
+
+
+def test_training_starts_from_a_pretrained_model_in_fp32(model: GPT2LMHeadModel, tmp_path: Path) -> None:
+    model.half().save_pretrained(tmp_path)
+    model.float()
+    config = configs.load("gpt", None, {"model.pretrained": str(tmp_path), "model.dropout": 0.25, "model.context": 24})
+    assert isinstance(config, configs.GptConfig)
+    built = loop.build(config, {"vocab_size": 97})
+    assert {parameter.dtype for parameter in built.parameters()} == {torch.float32}
+    assert built.transformer.drop.p == 0.25
+    torch.testing.assert_close(built.transformer.wte.weight, model.transformer.wte.weight, atol=1e-3, rtol=1e-2)
+
+
+def test_a_diverging_run_is_one_sentence(kiln: str, command: Any) -> None:
+    words = [
         "train",
         "gpt",
         "--config",
@@ -208,10 +247,10 @@ def test_a_failing_worker_is_one_sentence(kiln: str, command: Any) -> None:
         f"{kiln}/corpus.txt",
         "--data.vocab_size",
         "300",
-        "--model.context",
-        "9000",
+        "--optim.lr",
+        "1e30",
     ]
-    failed = command(*short, "--run.max_failures", "0", "--storage", kiln)
+    failed = command(*words, "--optim.clip", "0", "--run.max_failures", "0", "--run.name", "wild", "--storage", kiln)
     assert failed.returncode == 1
-    assert "fewer tokens than one sample of model.context 9000" in failed.stderr
+    assert "training has diverged" in failed.stderr
     assert "Traceback" not in failed.stderr

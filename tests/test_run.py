@@ -38,6 +38,7 @@ def start(root: Path, made: configs.Config) -> int:
 def test_auto_goes_on_never_refuses_must_insists(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run.resume is must, and .* has no complete checkpoint"):
         start(tmp_path, config(**{"run.resume": "must"}))
+    assert not (tmp_path / "runs").exists()
     assert start(tmp_path, config()) == 0
     with_checkpoint(tmp_path, config())
     assert start(tmp_path, config()) == 10
@@ -50,6 +51,9 @@ def test_another_config_is_refused_with_its_key_and_what_may_change_is_not(tmp_p
     with_checkpoint(tmp_path, config())
     with pytest.raises(ValueError, match=r"run r was begun with optim.lr 0.005, and now it is 0.1"):
         start(tmp_path, config(**{"optim.lr": 0.1}))
+    for key, value in {"run.seed": 5, "parallel.precision": "bf16", "data.vocab_size": 600}.items():
+        with pytest.raises(ValueError, match=f"run r was begun with {key}"):
+            start(tmp_path, config(**{key: value}))
     assert start(tmp_path, config(**{"parallel.workers": 2, "batch.micro_size": 2, "steps": 40, "log.every": 1})) == 10
     with pytest.raises(ValueError, match=r"at step 10, beyond steps 5"):
         start(tmp_path, config(steps=5))

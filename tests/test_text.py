@@ -100,6 +100,22 @@ def test_a_single_text_file_holds_out_its_end(tmp_path: Path) -> None:
     assert 0.05 < len(heldout) / len(VERSE * 50) < 0.15
 
 
+def test_one_long_line_and_files_too_small_for_a_window_are_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "line.txt").write_text("Title\n" + "word " * 2000)
+    (train,), (heldout,) = held(data(tmp_path / "line.txt", heldout_fraction=0.1))
+    assert 0.05 < len(heldout) / len(train + heldout) < 0.15
+    (tmp_path / "solid.txt").write_text("x" * 1000)
+    assert [len(part) for part in (held(data(tmp_path / "solid.txt", heldout_fraction=0.1))[0][0])] == [1] * 900
+
+
+def test_splits_that_folders_name_are_kept(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        pq.write_table(pa.table({"text": [split]}), tmp_path / split / "0000.parquet")
+    train, heldout = held(data(tmp_path, heldout_fraction=0.01))
+    assert (train, heldout) == (["train"], ["test"])
+
+
 def test_folders_globs_and_heldout_files(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("a.txt", "b.txt", "sub/c.md"):
@@ -110,6 +126,16 @@ def test_folders_globs_and_heldout_files(tmp_path: Path) -> None:
     assert (train, heldout) == ([VERSE], [VERSE])
     with pytest.raises(ValueError, match=r"a\.txt is in data.source too"):
         text.pieces(data(tmp_path / "*.txt", heldout=[str(tmp_path / "a.txt")]))
+
+
+def test_a_tokenizer_that_truncates_loses_nothing_here(ray_address: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(VERSE * 20)
+    source = data(tmp_path / "a.txt")
+    tokenizer = text.tokenizer_for(source, text.pieces(source))
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    uri = text.prepare(data(tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json")), str(tmp_path / "store"))
+    assert storage.read_json(f"{uri}/dataset.json")["splits"]["train"]["tokens"] > 100
 
 
 @pytest.mark.parametrize(
@@ -170,9 +196,8 @@ def test_packed_tokens_are_the_documents(packed: tuple[TextData, str, str]) -> N
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for split, documents in zip(("train", "heldout"), held(source), strict=True):
         shards = [np.fromfile(folder / shard["file"], meta["dtype"]) for shard in meta["splits"][split]["shards"]]
-        read = [tokenizer.decode(list(shard[1:-1])) for shard in shards]
-        assert read == documents
-        assert all(shard[0] == shard[-1] == meta["eos_token_id"] for shard in shards)
+        assert [tokenizer.decode(list(shard[1:])) for shard in shards] == documents
+        assert all(shard[0] == meta["eos_token_id"] for shard in shards)
         assert meta["splits"][split]["text_bytes"] == sum(len(words.encode()) for words in documents)
 
 
@@ -200,32 +225,25 @@ def test_a_bad_file_stops_the_packing_with_its_sentence(packed: tuple[TextData, 
 
 def test_every_heldout_token_is_judged_once_at_any_number_of_workers(packed: tuple[TextData, str, str]) -> None:
     tokens = text.Tokens(fetch(packed[2]), "heldout", context=16)
-    expected = sorted(int(token) for shard in tokens.shards for token in shard[1:])
+    expected = sorted(int(token) for token in np.concatenate(tokens.shards)[1:])
     for world_size in (1, 2, 3):
         windows = [window for rank in range(world_size) for window in tokens.every_window(rank, world_size)]
         assert sorted(int(target) for _, targets in windows for target in targets if target >= 0) == expected
         assert all(len(inputs) == len(targets) == 16 for inputs, targets in windows)
 
 
-def test_windows_are_consecutive_tokens_and_shift_with_the_epoch(packed: tuple[TextData, str, str]) -> None:
-    tokens = text.Tokens(fetch(packed[2]), "train", context=16)
+@pytest.mark.parametrize("context", [16, 2000])  # within a shard, and over the border of the two
+def test_windows_are_consecutive_tokens_and_shift_with_the_epoch(packed: tuple[TextData, str, str], context: int) -> None:
+    tokens = text.Tokens(fetch(packed[2]), "train", context)
     order = Order(len(tokens), seed=1)
-    whole = [shard.astype(np.int64) for shard in tokens.shards]
+    stream = np.concatenate(tokens.shards).astype(np.int64)
 
-    def starts(epoch: int) -> set[tuple[int, int]]:
+    def starts(epoch: int) -> set[int]:
         windows = tokens.batch(order, np.arange(epoch * len(tokens), (epoch + 1) * len(tokens)))
-        assert windows.shape == (len(tokens), 17)
-        places = set()
-        for window in windows:
-            hits = [
-                (number, start)
-                for number, shard in enumerate(whole)
-                for start in range(len(shard) - 16)
-                if np.array_equal(shard[start : start + 17], window)
-            ]
-            assert hits
-            places.add(hits[0])
-        return places
+        assert windows.shape == (len(tokens), context + 1)
+        return {
+            next(at for at in range(len(stream) - context) if np.array_equal(stream[at : at + context + 1], window)) for window in windows
+        }
 
     assert starts(0) != starts(1)
 

@@ -126,17 +126,27 @@ class Checkpointer:
             found = [Manifest(**values) for values in box[0]]
         for manifest in found:
             with tempfile.TemporaryDirectory(prefix="raykiln-checkpoint-") as folder:
+                problem = None
                 try:
                     fetch(self.run_uri, manifest, folder)
-                except ValueError as problem:
-                    log.warning("checkpoint %s is skipped: %s", manifest.folder, problem)
-                    continue
-                return manifest.step, read(folder, manifest)
+                except ValueError as found_problem:
+                    problem = found_problem
+                if self._all(problem is None):
+                    return manifest.step, read(folder, manifest)
+                log.warning("checkpoint %s is skipped: %s", manifest.folder, problem or "another worker could not read it")
         if found:
             raise ValueError(
                 f"every checkpoint below {self.run_uri}/checkpoints is damaged: restore one, or start a new run with another --run.name"
             )
         return None
+
+    def _all(self, good: bool) -> bool:
+        """Whether it is good on every worker: all go on from the same checkpoint."""
+        if self.world_size == 1:
+            return good
+        verdicts: list[bool] = [False] * self.world_size
+        dist.all_gather_object(verdicts, good)
+        return all(verdicts)
 
     def save(self, step: int, state: State) -> None:
         """Takes a copy of `state` now and writes it in the background, after the one in flight.

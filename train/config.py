@@ -122,7 +122,7 @@ class TextData(Section):
     heldout: Paths | None = None
     """Files judged on and never trained on; by default those that the data itself marks, or a share of the documents."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """The share of documents (of each, where there are few) held out when nothing else says which."""
+    """What is held out where nothing says which: of .jsonl and .parquet this share of the documents, of .txt and .md the end of each."""
     tokenizer: str = "bpe"
     """bpe: trained on the corpus; gpt2: GPT-2's (shipped); or a pretrained tokenizer's folder or tokenizer.json."""
     vocab_size: Annotated[int, Field(ge=257, le=2**31)] = 2048
@@ -154,7 +154,7 @@ class GptModel(Section):
 class GptOptim(Section):
     lr: Annotated[float, Field(gt=0)] = 5e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """On matrices only: biases, norms and embeddings of positions are left alone."""
+    """On matrices only: biases and norms are left alone."""
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     clip: Annotated[float, Field(ge=0)] = 1.0

@@ -228,7 +228,9 @@ def golden_answer(model: GPT2LMHeadModel, graph: TextGraph, tokenizer: Tokenizer
 
 
 def _save_for_transformers(model: GPT2LMHeadModel, tokenizer_file: Path, eos_token: str | None, folder: Path) -> None:
-    model.config.use_cache = True  # training switches it off; whoever loads the folder wants to generate
+    model.config.use_cache = model.generation_config.use_cache = (
+        True  # training switches it off; whoever loads the folder wants to generate
+    )
     showed_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)

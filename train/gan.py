@@ -17,7 +17,7 @@ from train.checkpoint import State
 from train.config import GanConfig
 from train.dataset import fetch
 from train.launch import Worker
-from train.metrics import Meter
+from train.metrics import Meter, finite
 from train.order import Order, positions, rng
 from train.strategy import Ddp, unwrap
 
@@ -49,7 +49,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
 
         last = step == config.steps
         if step % config.log.every == 0 or last:
-            recorder.scalars(step, {**strategy.mean({tag: float(value) for tag, value in figures.items()}), **meter.read()})
+            recorder.scalars(step, {**finite(strategy.mean({tag: float(value) for tag, value in figures.items()}), step), **meter.read()})
         with meter.paused():
             if step % config.log.eval_every == 0 or last:
                 judged = quality.judge(partial(gan.like, pictures), pictures, heldout)
@@ -59,10 +59,12 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
             if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
                 recorder.image(step, "pictures", gan.grid())
             if step % config.checkpoint.every == 0 or last:
+                recorder.flush()  # a run resumed from here has its curves up to here
                 worker.checkpoints.save(step, gan.state())
     worker.checkpoints.join()
     strategy.barrier()
-    return final
+    # Interrupted between its last checkpoint and its end: nothing is left to train, and still to be judged.
+    return final or quality.judge(partial(gan.like, heldout), pictures, heldout)
 
 
 def shape(config: GanConfig, dataset: dict[str, Any]) -> DcganConfig:

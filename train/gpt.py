@@ -1,5 +1,6 @@
 """Trains a GPT on packed text with Ray Train: `python -m train gpt --config gpt-tiny`."""
 
+import itertools
 import math
 from typing import Any
 
@@ -13,9 +14,9 @@ from train.checkpoint import State
 from train.config import GptConfig
 from train.dataset import fetch
 from train.launch import Worker
-from train.metrics import Meter
+from train.metrics import Meter, finite
 from train.order import Order, positions, rng
-from train.strategy import Ddp, unwrap
+from train.strategy import Ddp
 
 
 def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
@@ -23,15 +24,11 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     config, strategy, recorder = worker.config, worker.strategy, worker.recorder
     folder = fetch(worker.dataset)
     tokens = text.Tokens(folder, "train", config.model.context)
-    if len(tokens) == 0:
-        raise ValueError(
-            f"{folder} has fewer tokens than one sample of model.context {config.model.context}: use a smaller context, or more text"
-        )
     heldout = text.Tokens(folder, "heldout", config.model.context)
     order = Order(len(tokens), config.run.seed)
 
     torch.manual_seed(config.run.seed)
-    model = build(config, tokens.meta)
+    model = build(config, tokens.meta).to(strategy.device)  # before the optimizer: its state goes where the parameters are
     optimizer = torch.optim.AdamW(
         gpt.parameter_groups(model, config.optim.weight_decay),
         lr=config.optim.lr,
@@ -57,8 +54,9 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
             # Dropout's noise: a function of where we are, not of what was drawn before.
             torch.manual_seed(int(rng(config.run.seed, step, number, strategy.rank, 2).integers(2**63)))
             batch = torch.from_numpy(tokens.batch(order, places)).to(strategy.device)
-            with strategy.accumulating(parallel, last=number == len(share) - 1), strategy.autocast():
-                part = gpt.loss(parallel, batch[:, :-1], batch[:, 1:]) / len(share)
+            with strategy.accumulating(parallel, last=number == len(share) - 1):
+                with strategy.autocast():
+                    part = gpt.loss(parallel, batch[:, :-1], batch[:, 1:]) / len(share)
                 strategy.backward(part)
             loss += part.detach()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
@@ -69,45 +67,56 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
 
         last = step == config.steps
         if step % config.log.every == 0 or last:
-            figures = strategy.mean({"loss": float(loss), "grad_norm": float(norm)})
+            figures = finite(strategy.mean({"loss": float(loss), "grad_norm": float(norm)}), step)
             recorder.scalars(step, {**figures, "lr": learning_rate(config, step - 1), **meter.read()})
         with meter.paused():
             if step % config.log.eval_every == 0 or last:
-                judged = evaluate(parallel, heldout, strategy, config.batch.micro_size)
+                judged = evaluate(model, heldout, strategy, config.batch.micro_size)
                 recorder.scalars(step, judged)
                 final = {**judged, **strategy.mean({"loss": float(loss)}), **meter.total()}
                 worker.report({"step": step, **final})
             if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
                 recorder.text(step, "text", sample(config, model, folder))
             if step % config.checkpoint.every == 0 or last:
+                recorder.flush()  # a run resumed from here has its curves up to here
                 worker.checkpoints.save(step, {"model": gpt.weights(model), "optimizer": optimizer.state_dict()})
     worker.checkpoints.join()
     strategy.barrier()
-    return final
+    # Interrupted between its last checkpoint and its end: nothing is left to train, and still to be judged.
+    return final or evaluate(model, heldout, strategy, config.batch.micro_size)
+
+
+def check(config: GptConfig, dataset: dict[str, Any]) -> None:
+    """Whether the config fits a data set (its dataset.json), without loading anything.
+
+    Raises:
+        ValueError: fewer tokens than one sample, or a pretrained model of other sizes.
+    """
+    sizes, tokens = config.model, dataset["splits"]["train"]["tokens"]
+    if tokens < 2 * sizes.context + 1:
+        raise ValueError(
+            f"the data have {tokens} tokens to train on, and model.context is {sizes.context}: use a smaller context, or more text"
+        )
+    if sizes.pretrained is None:
+        return
+    given = gpt.read_config(sizes.pretrained)
+    if given.vocab_size != dataset["vocab_size"]:
+        raise ValueError(
+            f"model.pretrained {sizes.pretrained} has {given.vocab_size} tokens and the tokenizer {dataset['vocab_size']}: "
+            f"use the tokenizer it was trained with, e.g. --data.tokenizer {sizes.pretrained}"
+        )
+    if given.n_positions < sizes.context:
+        raise ValueError(
+            f"model.context is {sizes.context}, and model.pretrained {sizes.pretrained} sees {given.n_positions} tokens at most"
+        )
 
 
 def build(config: GptConfig, dataset: dict[str, Any]) -> Any:
-    """The model of a config over a data set's vocabulary, from fresh or pretrained weights.
-
-    Raises:
-        ValueError: the pretrained model's sizes don't fit the tokenizer or model.context.
-    """
+    """The model of a config over a data set's vocabulary, from fresh or pretrained weights; see `check` for what must fit."""
     sizes = config.model
-    if sizes.pretrained is None:
-        return gpt.build(
-            dataset["vocab_size"], sizes.context, sizes.width, sizes.layers, sizes.heads, sizes.dropout, dataset["eos_token_id"]
-        )
-    model = gpt.load(sizes.pretrained)
-    if model.config.vocab_size != dataset["vocab_size"]:
-        raise ValueError(
-            f"model.pretrained {sizes.pretrained} has {model.config.vocab_size} tokens and the tokenizer {dataset['vocab_size']}: "
-            f"use the tokenizer it was trained with, e.g. --data.tokenizer {sizes.pretrained}"
-        )
-    if model.config.n_positions < sizes.context:
-        raise ValueError(
-            f"model.context is {sizes.context}, and model.pretrained {sizes.pretrained} sees {model.config.n_positions} tokens at most"
-        )
-    return model
+    if sizes.pretrained is not None:
+        return gpt.load(sizes.pretrained, sizes.dropout)
+    return gpt.build(dataset["vocab_size"], sizes.context, sizes.width, sizes.layers, sizes.heads, sizes.dropout, dataset["eos_token_id"])
 
 
 def learning_rate(config: GptConfig, step: int) -> float:
@@ -129,18 +138,15 @@ def evaluate(model: nn.Module, heldout: text.Tokens, strategy: Ddp, batch_size: 
     Returns:
         heldout_loss: nats a token; heldout_bits_per_byte: bits a byte of UTF-8 text (comparable over tokenizers).
     """
-    network = unwrap(model)
-    network.eval()
+    model.eval()
     nats, judged = 0.0, 0
-    windows = list(heldout.every_window(strategy.rank, strategy.world_size))
-    for first in range(0, len(windows), batch_size):
-        inputs, targets = (
-            torch.from_numpy(np.stack(part)).to(strategy.device) for part in zip(*windows[first : first + batch_size], strict=True)
-        )
+    windows = heldout.every_window(strategy.rank, strategy.world_size)
+    while batch := list(itertools.islice(windows, batch_size)):
+        inputs, targets = (torch.from_numpy(np.stack(part)).to(strategy.device) for part in zip(*batch, strict=True))
         with strategy.autocast():
-            nats += float(gpt.loss(network, inputs, targets, reduction="sum"))
+            nats += float(gpt.loss(model, inputs, targets, reduction="sum"))
         judged += int((targets >= 0).sum())
-    network.train()
+    model.train()
     total_nats, total_judged = strategy.sum([nats, judged])
     return {"heldout_loss": total_nats / total_judged, "heldout_bits_per_byte": total_nats / math.log(2) / heldout.split["text_bytes"]}
 

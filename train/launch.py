@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -33,7 +34,6 @@ class Worker:
     checkpoints: Checkpointer
     recorder: metrics.Silent
     dataset: str
-    steps: int
 
     def report(self, values: dict[str, float]) -> None:
         """Tells Ray Train (and a search behind it) how the run is doing. Every worker calls it: it is a barrier."""
@@ -58,20 +58,20 @@ def fit(config: Config, root: str, stem: str | None = None, callbacks: list[Any]
         ValueError: the run, the data or the plan is wrong; nothing was started.
         TrainingFailed: the workers died; the run goes on from its last checkpoint when it is started again.
     """
+    root = storage.absolute(root)  # workers run in other folders, on other machines
     with open_run(config, root, stem or config.kind) as run:
         say = (lambda *_: None) if quiet else print
         say(f"run {run.name}: " + (f"goes on from step {run.start}" if run.start else "starts") + f", in {run.uri}")
-        done = storage.join(run.uri, "summary.json")
-        if run.start == config.steps and storage.exists(done):
+        if summary := _complete(config, run):
             say(f"it has all its {config.steps} steps: nothing to do (more --steps, or another --run.name)")
-            return storage.read_json(done)
-        private = connect(num_cpus=_logical_cpus(config))
+            return summary
+        private = connect()
         _refuse_impossible(config, private)
         begun = time.monotonic()
         dataset = prepare(config, root)
         say(f"data: {dataset} ({time.monotonic() - begun:.1f} s)")
-        if not run.start:
-            _describe(run, dataset)
+        _describe(run, dataset)
+        _refuse_misfit(config, dataset)
         begun = time.monotonic()
         with metrics.watch(run.name, config.steps, _SPEED[config.kind], quiet) as feed:
             final = _train(config, run, dataset, feed, callbacks or [])
@@ -90,6 +90,15 @@ def fit(config: Config, root: str, stem: str | None = None, callbacks: list[Any]
         return summary
 
 
+def _complete(config: Config, run: Run) -> dict[str, Any] | None:
+    """The summary of a run that is at its end with its data still there, so that nothing is left to do."""
+    if run.start < config.steps or not storage.exists(storage.join(run.uri, "summary.json")):
+        return None
+    summary = storage.read_json(storage.join(run.uri, "summary.json"))
+    dataset = storage.read_json(storage.join(run.uri, "lineage.json"))["dataset"]["uri"]
+    return summary if summary["steps"] == config.steps and storage.exists(storage.join(dataset, "dataset.json")) else None
+
+
 _SPEED = {"gpt": "tokens_per_s", "gan": "images_per_s"}
 
 
@@ -102,11 +111,6 @@ def prepare(config: Config, root: str) -> str:
     from train import images
 
     return images.prepare(config.data, root, config.model.conditional)
-
-
-def _logical_cpus(config: Config) -> int:
-    """CPUs of a private cluster: the machine's."""
-    return os.cpu_count() or 1
 
 
 def _refuse_impossible(config: Config, private: bool) -> None:
@@ -127,15 +131,41 @@ def _refuse_impossible(config: Config, private: bool) -> None:
 
 
 def _describe(run: Run, dataset: str) -> None:
-    """Lineage that a bundle will carry: the data set and the commit."""
+    """Writes down the lineage that a bundle will carry: the data set and the commit.
+
+    Raises:
+        ValueError: the run goes on, and its data are not those that it was begun with.
+    """
+    place = storage.join(run.uri, "lineage.json")
     facts = storage.read_json(storage.join(dataset, "dataset.json"))
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    ).stdout.strip()
+    if run.start and storage.exists(place):
+        before = storage.read_json(place)["dataset"]["fingerprint"]
+        if before != facts["fingerprint"]:
+            raise ValueError(
+                f"run {run.name} was begun on data {before}, and data.source now gives {facts['fingerprint']}: "
+                "its files, or how they are prepared, have changed; restore them, or use another --run.name"
+            )
+        return
     storage.write_json(
-        storage.join(run.uri, "lineage.json"),
-        {"dataset": {"name": facts["name"], "fingerprint": facts["fingerprint"], "uri": dataset}, "commit": commit or None},
+        place, {"dataset": {"name": facts["name"], "fingerprint": facts["fingerprint"], "uri": dataset}, "commit": _commit()}
     )
+
+
+def _commit() -> str | None:
+    """The checkout's commit; None where this is no checkout, as in a submitted job's copy."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    done = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return done.stdout.strip() or None
+
+
+def _refuse_misfit(config: Config, dataset: str) -> None:
+    """What a worker would stumble over, said here: on a worker it would cost its start, and the start of those that replace it."""
+    if isinstance(config, GptConfig):
+        from train import gpt
+
+        gpt.check(config, storage.read_json(storage.join(dataset, "dataset.json")))
 
 
 def _train(config: Config, run: Run, dataset: str, feed: Any, callbacks: list[Any]) -> dict[str, Any]:
@@ -161,12 +191,14 @@ def _train(config: Config, run: Run, dataset: str, feed: Any, callbacks: list[An
             callbacks=callbacks,
         ),
     )
+    go_on = f"--run.name {run.name} goes on from its newest checkpoint"
     try:
         return trainer.fit().return_value  # type: ignore[attr-defined]  # new in Ray 2.60, not in its annotations yet
     except TrainingFailedError as error:
-        raise TrainingFailed(
-            f"run {run.name} failed: {_cause(error)}; what it has saved is in {run.uri}, and --run.name {run.name} goes on from its newest checkpoint"
-        ) from error
+        raise TrainingFailed(f"run {run.name} failed: {_cause(error)}; what it has saved is in {run.uri}, and {go_on}") from error
+    except (KeyboardInterrupt, SystemExit) as stop:  # Ray makes sys.exit(0) of Ctrl-C, as if the run were complete
+        print(f"stopped: {go_on}", flush=True)
+        raise KeyboardInterrupt from stop
 
 
 def _cause(error: Exception) -> str:
@@ -192,7 +224,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     recorder: metrics.Silent = (
         metrics.Recorder(payload["run"], start[0] if start else 0, payload["feed"]) if rank == 0 else metrics.Silent()
     )
-    worker = Worker(config, strategy, checkpoints, recorder, payload["dataset"], config.steps)
+    worker = Worker(config, strategy, checkpoints, recorder, payload["dataset"])
     try:
         return loop(worker, start)
     finally:

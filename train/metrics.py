@@ -6,6 +6,8 @@ nothing is parsed out of log lines and the workers' own output stays free for wa
 
 import json
 import logging
+import math
+import shutil
 import sys
 import tempfile
 import threading
@@ -57,7 +59,7 @@ class Recorder(Silent):
             (self.folder / "metrics.jsonl").write_bytes(storage.read_bytes(storage.join(self._remote, "metrics.jsonl")))
         self._log = self.folder / "metrics.jsonl"
         _drop_after(self._log, start)
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line in metrics.jsonl, one point a tag in TensorBoard, one row for the progress bar."""
@@ -90,6 +92,22 @@ class Recorder(Silent):
     def close(self) -> None:
         self._board.close()
         self.flush()
+        if self._remote:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def finite(figures: dict[str, float], step: int) -> dict[str, float]:
+    """The figures as they are.
+
+    Raises:
+        ValueError: one is NaN or infinite: every later checkpoint would be worthless.
+    """
+    for tag, value in figures.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{tag} is {value} at step {step}: training has diverged; use a lower optim.lr, or go on from an older checkpoint"
+            )
+    return figures
 
 
 class Meter:
@@ -201,7 +219,9 @@ def _rows(feed: Any, done: threading.Event) -> Iterator[list[Row]]:
     while True:
         try:
             yield ray.get(feed.drain.remote(), timeout=10)
-        except Exception:
+        except ray.exceptions.GetTimeoutError:
+            continue  # a busy machine; the rows are kept
+        except ray.exceptions.RayError:
             return
         if last:
             return

@@ -5,7 +5,9 @@
 A run never silently starts over, and has one driver at a time.
 """
 
+import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -22,10 +24,13 @@ from models import storage
 from train import checkpoint
 from train.config import Config, dump
 
+log = logging.getLogger(__name__)
+
 HEARTBEAT_S = 10
 STALE_S = 60  # a driver on another machine that has not been heard of for this long is dead
 # What may differ between the parts of one run: it changes neither the samples nor the mathematics.
-FREE = ("run.", "parallel.", "checkpoint.", "log.", "sample.", "batch.micro_size", "steps")
+FREE: tuple[str, ...] = ("run.name", "run.resume", "run.max_failures", "parallel.workers", "parallel.gpu", "parallel.cpus_per_worker", "parallel.strategy")
+FREE += ("checkpoint.", "log.", "sample.", "batch.micro_size", "steps")
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ def open_run(config: Config, root: str, stem: str) -> Iterator[Run]:
         ValueError: run.resume and what is on storage do not agree, the config is another than the run's, or
             another driver lives.
     """
-    name = config.run.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = config.run.name or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem)}-{time.strftime('%Y%m%d-%H%M%S')}"
     uri = storage.join(root, "runs", name)
+    _start(config, name, uri)  # what is refused leaves no trace
     with _driver(name, uri) as token:
         start = _start(config, name, uri)
         storage.write_bytes(storage.join(uri, "run.yaml"), dump(config).encode())
@@ -104,13 +110,19 @@ def _driver(name: str, uri: str) -> Iterator[str]:
     token = secrets.token_hex(8)
     me = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
     storage.write_json(place, {**me, "heartbeat": time.time()})
+    time.sleep(0.05)
+    if storage.read_json(place)["token"] != token:
+        raise ValueError(f"run {name} was started by another process at the same moment: one of the two is enough")
     over = threading.Event()
 
     def beat() -> None:
         while not over.wait(HEARTBEAT_S):
-            if storage.read_json(place)["token"] != token:
-                return  # taken over: the other driver's file is not ours to touch
-            storage.write_json(place, {**me, "heartbeat": time.time()})
+            try:
+                if storage.read_json(place)["token"] != token:
+                    return  # taken over: the other driver's file is not ours to touch
+                storage.write_json(place, {**me, "heartbeat": time.time()})
+            except OSError as error:
+                log.warning("the heartbeat of run %s could not be written (%s): it is tried again", name, error)
 
     heart = threading.Thread(target=beat, name="driver-heartbeat", daemon=True)
     heart.start()

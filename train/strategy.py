@@ -26,7 +26,7 @@ class Ddp:
         self.device = device or torch.device("cpu")
         self.precision = precision
 
-    def prepare(self, module: nn.Module, **options: Any) -> nn.Module:
+    def prepare(self, module: nn.Module) -> nn.Module:
         """The module on this worker's device, wrapped where there is more than one worker.
 
         Buffers are not broadcast at each forward by default: two forwards before one backward (a GAN's
@@ -35,9 +35,8 @@ class Ddp:
         module = module.to(self.device)
         if self.world_size == 1:
             return module
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, **options}
         device_ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=device_ids, **options)
+        return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 for the operations that bear it when the run's precision is bf16."""

@@ -3,8 +3,8 @@
     dataset = prepare(config.data, storage)      # <storage>/data/<name>-<fingerprint>/: dataset.json, tokenizer.json, shards
     tokens = Tokens(fetch(dataset), "train", context=128)
 
-A shard is one file (or one parquet row group) of the source: <|endoftext|> before each document and after
-the last, as uint16 or uint32. `dataset.json` is written last: a data set without it does not exist.
+A shard is one file (or one parquet row group) of the source: <|endoftext|> before each document, as uint16
+or uint32; a split is its shards one after the other. `dataset.json` is written last: a data set without it does not exist.
 """
 
 import fnmatch
@@ -32,7 +32,7 @@ from train.shipped import gpt2_tokenizer, hub_parquet, shipped
 
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-HELDOUT_NAMES = {"heldout", "test", "validation", "valid", "dev"}
+HELDOUT_NAMES = {"heldout", "test", "validation", "valid", "val", "dev"}
 FORMAT = 1  # part of the fingerprint: raise it when cleaning, splitting or packing changes
 TOKENIZER_SAMPLE_CHARS = 64_000_000  # more text does not change the merges of a small vocabulary noticeably
 
@@ -64,7 +64,7 @@ def find(patterns: list[str], label: str) -> list[str]:
         filesystem, path = storage.locate(uri)
         if filesystem.get_file_info(path).size == 0:
             raise ValueError(f"{label}: {uri} is empty: remove it, or name the files without it")
-    return sorted(set(found))
+    return sorted({storage.absolute(uri) for uri in found})  # tasks run in other folders
 
 
 def _matches(pattern: str, label: str) -> list[str]:
@@ -113,6 +113,8 @@ def _source_files(data: TextData) -> list[str]:
 
 
 def _pieces_of(uri: str, column: str, heldout: bool | None) -> list[Piece]:
+    if heldout is None and Path(uri).parent.name in HELDOUT_NAMES:
+        heldout = True  # the hub's data sets lie as CONFIG/SPLIT/NNNN.parquet
     if not uri.endswith(".parquet"):
         return [Piece(uri, None, heldout)]
     filesystem, path = storage.locate(uri)
@@ -141,15 +143,24 @@ def documents(piece: Piece, data: TextData) -> Iterator[tuple[str, bool]]:
         if heldout is not None:
             yield text, heldout
         elif piece.uri.endswith((".txt", ".md")):
-            # A file is one document, often the only one: its end is held out, from the start of a line.
-            cut = text.rfind("\n", 0, int(len(text) * (1 - data.heldout_fraction))) + 1
-            if cut:
-                yield text[:cut], False
+            # A file is one document, often the only one: its end is held out.
+            cut = _cut(text, data.heldout_fraction)
+            yield text[:cut], False
             yield text[cut:], True
         else:
             # By content, so that neither order nor other documents move one from side to side.
             place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
             yield text, place < data.heldout_fraction
+
+
+def _cut(text: str, share: float) -> int:
+    """Where the last `share` of a text begins: at a line, or a word, if one begins near there."""
+    target, reach = int(len(text) * (1 - share)), int(len(text) * share / 2)
+    for mark in ("\n", " "):
+        place = text.rfind(mark, target - reach, target + reach)
+        if place > 0:
+            return place + 1
+    return target
 
 
 def _raw_documents(piece: Piece, data: TextData) -> Iterator[tuple[str, bool | None]]:
@@ -328,6 +339,8 @@ def _pack_all(found: list[Piece], data: TextData, uri: str, tokenizer: str) -> l
 def _pack(task: dict[str, Any], data: dict[str, Any], uri: str, tokenizer: str) -> dict[str, str]:
     """Tokenises one piece into its shards. What is wrong comes back as a row: a traceback would hide the sentence."""
     encoder = Tokenizer.from_str(tokenizer)
+    encoder.no_truncation()  # a pretrained tokenizer may bring its model's limits along
+    encoder.no_padding()
     end = end_of_text(encoder)
     place = task["place"]
     piece = Piece(task["uri"], None if task["row_group"] is None else int(task["row_group"]), task["heldout"])
@@ -337,7 +350,7 @@ def _pack(task: dict[str, Any], data: dict[str, Any], uri: str, tokenizer: str) 
     try:
         for text, heldout in documents(piece, TextData.model_validate(data)):
             split = "heldout" if heldout else "train"
-            arrays[split].append(np.array([end, *encoder.encode(text).ids], _dtype(encoder)))
+            arrays[split].append(np.array([end, *encoder.encode(text, add_special_tokens=False).ids], _dtype(encoder)))
             sizes[split][0] += 1
             sizes[split][1] += len(text.encode())
     except ValueError as error:
@@ -345,7 +358,7 @@ def _pack(task: dict[str, Any], data: dict[str, Any], uri: str, tokenizer: str) 
     for split, parts in arrays.items():
         if not parts:
             continue
-        content = np.concatenate([*parts, np.array([end], _dtype(encoder))]).tobytes()
+        content = np.concatenate(parts).tobytes()
         file = f"{split}-{place:05d}.bin"
         storage.write_bytes(storage.join(uri, file), content)
         shards[split] = {
@@ -371,7 +384,7 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 class Tokens:
-    """Windows of `context` + 1 tokens of one split, memory-mapped.
+    """Windows of `context` + 1 tokens of one split, whose shards are read as one stream, memory-mapped.
 
     Args:
         folder: a prepared data set on this machine (see `train.dataset.fetch`).
@@ -379,7 +392,7 @@ class Tokens:
         context: tokens that the model sees at once (T).
 
     Raises:
-        ValueError: a shard is missing or of the wrong size, or the split is shorter than one window.
+        ValueError: a shard is missing or of the wrong size.
     """
 
     def __init__(self, folder: Path, split: str, context: int) -> None:
@@ -393,34 +406,35 @@ class Tokens:
             if not file.is_file() or file.stat().st_size != shard["tokens"] * dtype.itemsize:
                 raise ValueError(f"{file} is missing or truncated: delete {folder} and it will be prepared again")
             self.shards.append(np.memmap(file, dtype, "r"))
-        # One window less than fits: each epoch shifts all windows by an offset below `context`.
-        self._ends = np.cumsum([max((len(shard) - 1) // context - 1, 0) for shard in self.shards])
+        self._starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        # One window less than fits: each epoch shifts all windows by an offset below `context`.
+        return max((int(self._starts[-1]) - 1) // self.context - 1, 0)
 
     def batch(self, order: Order, positions: np.ndarray) -> np.ndarray:
         """The windows at the global `positions`, (B, T + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
-        offsets = {epoch: int(rng(order.seed, int(epoch), 1).integers(self.context)) for epoch in np.unique(positions // order.num_samples)}
-        rows = []
-        for position, sample in zip(positions, order.samples(positions), strict=True):
-            shard = int(np.searchsorted(self._ends, sample, side="right"))
-            place = int(sample) - (int(self._ends[shard - 1]) if shard else 0)
-            start = place * self.context + offsets[position // order.num_samples]
-            rows.append(self.shards[shard][start : start + self.context + 1])
-        return np.stack(rows).astype(np.int64)
+        epochs = positions // order.num_samples
+        offsets = {epoch: int(rng(order.seed, int(epoch), 1).integers(self.context)) for epoch in np.unique(epochs)}
+        samples = order.samples(positions)
+        return np.stack([self._read(int(sample) * self.context + offsets[epoch]) for sample, epoch in zip(samples, epochs, strict=True)])
 
     def every_window(self, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """This worker's share of windows that together predict every token once: inputs and targets, (T) int64 each.
+        """This worker's share of windows that together predict every token but the first once: inputs and targets, (T) int64 each.
 
-        A shard's last window is short: it is padded, and its targets beyond the end are -100 (not judged).
+        The last window is short: it is padded, and its targets beyond the end are -100 (not judged).
         """
-        number = 0
-        for shard in self.shards:
-            for start in range(0, len(shard) - 1, self.context):
-                if number % world_size == rank:
-                    window = shard[start : start + self.context + 1].astype(np.int64)
-                    inputs, targets = np.zeros(self.context, np.int64), np.full(self.context, -100, np.int64)
-                    inputs[: len(window) - 1], targets[: len(window) - 1] = window[:-1], window[1:]
-                    yield inputs, targets
-                number += 1
+        for start in range(rank * self.context, int(self._starts[-1]) - 1, world_size * self.context):
+            window = self._read(start)
+            inputs, targets = np.zeros(self.context, np.int64), np.full(self.context, -100, np.int64)
+            inputs[: len(window) - 1], targets[: len(window) - 1] = window[:-1], window[1:]
+            yield inputs, targets
+
+    def _read(self, start: int) -> np.ndarray:
+        """Up to T + 1 tokens from place `start` of the stream, int64."""
+        parts, left = [], self.context + 1
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while left and shard < len(self.shards):
+            parts.append(self.shards[shard][start - int(self._starts[shard]) :][:left])
+            start, left, shard = start + len(parts[-1]), left - len(parts[-1]), shard + 1
+        return np.concatenate(parts).astype(np.int64)
