@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from models import storage
@@ -87,6 +89,14 @@ def test_folders_of_splits(tmp_path: Path) -> None:
     assert splits["train"].meta["classes"] == ["a", "b"]
 
 
+@pytest.mark.parametrize("folders", [["train"], ["test", "dev"]])
+def test_folders_that_mark_one_side_only_leave_the_share_to_decide(folders: list[str], tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "source", {f"{folder}/{name}/{i}.png": png(i) for folder in folders for name in "ab" for i in range(10)})
+    splits = both_splits(prepare(data_of(source, heldout_fraction=0.2), str(tmp_path)))
+    assert len(splits["heldout"]) == 4 * len(folders)
+    assert splits["train"].meta["classes"] == ["a", "b"]
+
+
 def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "source", {"a.png": png(), "b.PNG": png(), "c.jpg": png(kind="JPEG"), ".DS_Store": b"hidden"})
     splits = both_splits(prepare(data_of(source), str(tmp_path)))
@@ -98,7 +108,8 @@ def test_globs_and_lists(tmp_path: Path) -> None:
     folder_of(tmp_path / "source", {**{f"{name}/{i}.png": png(i) for name in "ab" for i in range(3)}, "a/notes.txt": b"not a picture"})
     assert find(data_of(f"{tmp_path}/source/*/*.png")).classes == ["a", "b"]
     assert find(data_of(f"{tmp_path}/source/a/[01].png", f"{tmp_path}/source/b")).count == 5
-    assert find(data_of(f"{tmp_path}/**.png")).count == 6
+    assert find(data_of(f"{tmp_path}/**/*.png")).count == 6
+    assert find(data_of(f"{tmp_path}/source/*/*.png", f"{tmp_path}/source/*/0.png")).count == 6, "a picture named twice is one picture"
     with pytest.raises(ValueError, match=r"there are no pictures at .*source/\*\.png"):
         find(data_of(f"{tmp_path}/source/*.png"))  # * does not cross folders
 
@@ -112,6 +123,31 @@ def test_parquet_with_numbered_labels(tmp_path: Path, as_struct: bool) -> None:
     assert splits["train"].meta["classes"] == ["zero", "one", "two"]
     assert splits["train"].labels is not None
     assert [level % 3 for level in levels(splits["train"])] == splits["train"].labels.tolist()
+
+
+@pytest.mark.parametrize(("side", "fraction"), [("train", 0.1), ("train", 0.3), ("test", 0.3)])
+def test_a_column_that_marks_one_side_only_leaves_the_share_to_decide(side: str, fraction: float, tmp_path: Path) -> None:
+    source = parquet_of(tmp_path / "x.parquet", {"image": [png(i) for i in range(10)], "split": [side] * 10})
+    splits = both_splits(prepare(data_of(source, heldout_fraction=fraction), str(tmp_path)))
+    assert len(splits["heldout"]) == 10 * fraction
+    assert sorted(levels(splits["train"]) + levels(splits["heldout"])) == list(range(10))
+
+
+def test_class_names_are_those_of_the_label_column(tmp_path: Path) -> None:
+    features = {"fine_label": {"names": ["oak", "pike", "carp"]}, "coarse_label": {"names": ["tree", "fish"]}}
+    source = parquet_of(
+        tmp_path / "x.parquet",
+        {"image": [png()] * 3, "fine_label": [0, 1, 2], "coarse_label": [0, 1, 1]},
+        {b"huggingface": json.dumps({"info": {"features": features}}).encode()},
+    )
+    assert find(data_of(source, label_column="fine_label")).classes == ["oak", "pike", "carp"]
+    assert find(data_of(source, label_column="coarse_label")).classes == ["tree", "fish"]
+
+
+@pytest.mark.parametrize("metadata", ["null", '{"info": null}', '{"info": {"features": null}}', '{"info": {"features": {"label": []}}}'])
+def test_labels_without_names_name_themselves(metadata: str, tmp_path: Path) -> None:
+    source = parquet_of(tmp_path / "x.parquet", {"image": [png()] * 2, "label": [3, 5]}, {b"huggingface": metadata.encode()})
+    assert find(data_of(source)).classes == ["3", "5"]
 
 
 def test_parquet_with_named_labels_and_splits_in_file_names(tmp_path: Path) -> None:
@@ -141,8 +177,21 @@ def test_a_set_of_torchvision_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert splits["train"].labels is not None
     assert splits["train"].labels.tolist() == [0, 1, 2, 3]
     assert splits["train"].meta["classes"][1] == "Trouser"
-    with pytest.raises(ValueError, match="torchvision:NoSuchSet: torchvision downloads no data set of that name"):
-        find(data_of("torchvision:NoSuchSet"))
+
+
+@pytest.mark.parametrize("name", ["NoSuchSet", "mnist", "utils", "vision", "VisionDataset", "PhotoTour"])
+def test_what_is_no_set_of_torchvision_s(name: str) -> None:
+    with pytest.raises(ValueError, match=f"torchvision:{name}: torchvision downloads no data set of that name"):
+        find(data_of(f"torchvision:{name}"))
+
+
+def test_a_package_that_torchvision_misses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)  # as if it were not installed
+    monkeypatch.setattr(torchvision.datasets.SVHN, "download", lambda self: None)  # no network: it asks for scipy after it
+    monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
+    with pytest.raises(ValueError, match=r"torchvision:SVHN needs a package that is not installed .*scipy.*: install it") as caught:
+        find(data_of("torchvision:SVHN"))
+    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- what is wrong is said before anything is decoded for nothing
@@ -151,8 +200,11 @@ def test_a_set_of_torchvision_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 WRONG: dict[str, tuple[Callable[[Path], str], str]] = {
     "nothing there": (lambda path: str(path / "nowhere"), "no pictures at .*nowhere"),
     "an empty folder": (lambda path: folder_of(path, {}), "no pictures at"),
-    "one picture only": (lambda path: folder_of(path, {"a.png": png()}), "has 1 picture, 1 of them held out"),
-    "a text file among pictures": (lambda path: folder_of(path, {"a.png": png(), "notes.txt": b"x"}), "notes.txt is no picture"),
+    "one picture only": (lambda path: folder_of(path, {"a.png": png()}), "has 1 picture, 1 of them held out.*data.heldout_fraction"),
+    "a text file among pictures": (
+        lambda path: folder_of(path, {"a.png": png(), "notes.txt": b"x"}),
+        "notes.txt is not one of the files expected here .*.png",
+    ),
     "text called png": (
         lambda path: folder_of(path, {"a.png": png(), "b.png": b"hello"}),
         "b.png is no picture .its bytes are of no known format",
@@ -161,6 +213,14 @@ WRONG: dict[str, tuple[Callable[[Path], str], str]] = {
     "a truncated picture": (
         lambda path: folder_of(path, {"a.png": png(), "b.jpg": png(128, (64, 64), kind="JPEG")[:-100]}),
         "b.jpg is a damaged picture",
+    ),
+    "a PNG whose header is cut short": (
+        lambda path: folder_of(path, {"a.png": png(), "b.png": png()[:11] + b"\x05" + png()[12:]}),
+        r"b.png is a damaged picture .Truncated IHDR chunk",
+    ),
+    "a BMP whose palette is too long": (
+        lambda path: folder_of(path, {"a.png": png(), "b.bmp": png(kind="BMP")[:46] + b"\x00\x08" + png(kind="BMP")[48:]}),
+        "b.bmp is a damaged picture .invalid palette size",
     ),
     "colour among grey": (
         lambda path: folder_of(path, {"a.png": png(), "b.png": png(mode="RGB")}),
@@ -192,7 +252,15 @@ WRONG: dict[str, tuple[Callable[[Path], str], str]] = {
     ),
     "labels that are no classes": (
         lambda path: parquet_of(path / "x.parquet", {"image": [png()] * 2, "label": [0.5, 1.5]}),
-        "holds 0.5 in column 'label'",
+        "x.parquet holds double in column 'label'.*name another in data.label_column",
+    ),
+    "labels that are lists": (
+        lambda path: parquet_of(path / "x.parquet", {"image": [png()] * 2, "label": [[1], [0, 2]]}),
+        "x.parquet holds list<.*> in column 'label'.*name another in data.label_column",
+    ),
+    "splits that are lists": (
+        lambda path: parquet_of(path / "x.parquet", {"image": [png()] * 2, "split": [["train"], ["test"]]}),
+        "x.parquet holds list<.*> in column 'split'",
     ),
 }
 
@@ -330,6 +398,17 @@ def test_crops_and_mirrors_are_cuts_of_the_stored_picture(tmp_path: Path) -> Non
     assert seen <= cuts
     assert len(seen) > 40, "300 draws should meet nearly all 50 cuts"
     assert np.array_equal(np.round((pictures.centred(slice(0, 1))[0, 0] + 1) * 127.5), stored[2:34, 2:34])
+
+
+def test_relative_places_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers run in folders of their own: a relative place would be another one there."""
+    folder_of(tmp_path / "source", {f"{name}/{i}.png": png(i) for name in "ab" for i in range(2)})
+    monkeypatch.chdir(tmp_path)
+    data = data_of("source/*/*.png")
+    assert find(data).files == [f"{tmp_path}/source/{name}/{i}.png" for name in "ab" for i in range(2)]
+    dataset = prepare(data, "kiln")
+    assert Path(dataset).parent == tmp_path / "kiln" / "data"
+    assert prepare(data_of(f"{tmp_path}/source/*/*.png"), f"{tmp_path}/kiln") == dataset
 
 
 def test_uris_and_object_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ itself marks (folders or files named test, validation, ...; a column "split"), o
 pictures alone decides. `dataset.json` is written last: a data set without it does not exist.
 """
 
-import fnmatch
 import hashlib
 import inspect
 import io
@@ -34,11 +33,11 @@ from rich.progress import track
 
 from models import storage
 from train.config import ImageData
+from train.dataset import HELDOUT_NAMES, find_files, identity
 from train.order import Order, rng
 from train.shipped import hub_parquet, shipped
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-HELDOUT_NAMES = {"heldout", "test", "validation", "valid", "val", "dev"}
 FORMAT = 1  # part of the fingerprint: raise it when decoding, resizing or splitting changes
 AUGMENTATION, HELDOUT = 1, 2  # purposes of random draws: what sets their keys apart
 READ_AT_ONCE = 512  # pictures between a look at the progress bar
@@ -57,7 +56,7 @@ class Source:
     """(N) int64 in [0, len(classes)), None without classes."""
     classes: list[str]
     heldout: np.ndarray | None
-    """(N) bool, None where the data does not say which."""
+    """(N) bool as the data marks them, None where it marks none."""
 
 
 # ---------------------------------------------------------------- finding and checking
@@ -75,51 +74,37 @@ def find(data: ImageData) -> Source:
     if first.startswith("torchvision:") and len(data.source) == 1:
         return _from_torchvision(first.removeprefix("torchvision:"))
     places = [str(hub_parquet(first.removeprefix("hf:")))] if first.startswith("hf:") and len(data.source) == 1 else data.source
-    found = [(uri, inside) for place in places for uri, inside in _listing(place)]
-    parquet = sorted({uri for uri, _ in found if uri.endswith(".parquet")})
-    for uri, _ in found:
-        if parquet and not uri.endswith(".parquet"):
-            raise ValueError(
-                f"data.source mixes parquet and other files: {uri} beside {parquet[0]}; give one kind, e.g. by a glob 'folder/*.parquet'"
-            )
-        if not uri.lower().endswith((*SUFFIXES, ".parquet")):
-            raise ValueError(
-                f"{uri} is no picture (expected {', '.join(SUFFIXES)}): move it away, or name the pictures by a glob such as 'folder/*/*.png'"
-            )
+    found: dict[str, str] = {}
+    for place in places:
+        matching = find_files(place, (*SUFFIXES, ".parquet"))
+        if not matching:
+            expected = "a folder of class folders or of pictures, parquet files, 'fashion-mnist', torchvision:NAME or hf:NAME"
+            raise ValueError(f"data.source: there are no pictures at {place}: expected {expected}")
+        found |= matching
+    parquet = sorted(uri for uri in found if uri.lower().endswith(".parquet"))
+    if parquet and len(parquet) < len(found):
+        other = next(uri for uri in found if uri not in parquet)
+        raise ValueError(
+            f"data.source mixes parquet and other files: {other} beside {parquet[0]}; give one kind, e.g. by a glob 'folder/*.parquet'"
+        )
     return _from_parquet(parquet, data) if parquet else _from_files(found)
 
 
-def _listing(place: str) -> list[tuple[str, str]]:
-    """(URI, path below the folder that `place` names or the fixed part of its glob) of each file, sorted; no hidden ones."""
-    fixed = re.split(r"[*?\[]", place, maxsplit=1)[0]
-    filesystem, path = storage.locate(fixed)
-    if fixed == place and filesystem.get_file_info(path).is_file:
-        return [(place, place.rsplit("/", 1)[-1])]
-    folder, wanted = (place, "**") if fixed == place else (fixed.rpartition("/")[0], place[fixed.rfind("/") + 1 :])
-    found = [inside for inside in sorted(storage.files(folder or ".")) if not inside.startswith(".") and "/." not in inside]
-    # fnmatch's * crosses folders; in a glob only ** does.
-    found = [inside for inside in found if fnmatch.fnmatch(inside, wanted) and ("**" in wanted or inside.count("/") == wanted.count("/"))]
-    if not found:
-        expected = "a folder of class folders or of pictures, parquet files, 'fashion-mnist', torchvision:NAME or hf:NAME"
-        raise ValueError(f"data.source: there are no pictures at {place}: expected {expected}")
-    return [(storage.join(folder or ".", inside), inside) for inside in found]
-
-
-def _from_files(found: list[tuple[str, str]]) -> Source:
-    """Pictures one a file: [split/][class/]name."""
-    parts = [inside.split("/")[:-1] for _, inside in found]
+def _from_files(found: dict[str, str]) -> Source:
+    """Pictures one a file, as {URI: [split/][class/]name}."""
+    parts = [inside.split("/")[:-1] for inside in found.values()]
     heldout = None
-    if all(folders and folders[0] in {"train", *HELDOUT_NAMES} for folders in parts) and len({folders[0] for folders in parts}) > 1:
+    if all(folders and folders[0] in {"train", *HELDOUT_NAMES} for folders in parts):
         heldout = np.array([folders[0] in HELDOUT_NAMES for folders in parts])
         parts = [folders[1:] for folders in parts]
     classes = sorted({folders[0] for folders in parts if folders})
     place = {name: index for index, name in enumerate(classes)}
     if classes and not all(parts):
-        stray = next(uri for (uri, _), folders in zip(found, parts, strict=True) if not folders)
+        stray = next(uri for uri, folders in zip(found, parts, strict=True) if not folders)
         raise ValueError(f"{stray} lies beside the class folders {', '.join(classes[:5])}: move it into one of them")
     return Source(
-        files=[uri for uri, _ in found],
-        contents=lambda: ((uri, partial(storage.read_bytes, uri)) for uri, _ in found),
+        files=list(found),
+        contents=lambda: ((uri, partial(storage.read_bytes, uri)) for uri in found),
         count=len(found),
         labels=np.array([place[folders[0]] for folders in parts]) if classes else None,
         classes=classes,
@@ -136,14 +121,12 @@ def _from_parquet(files: list[str], data: ImageData) -> Source:
         with _open_parquet(uri, data) as file:
             count = file.metadata.num_rows
             own = _column(file, uri, data.label_column) or [None] * count
-            class_names |= _class_names(file.schema_arrow) | dict(zip(own, _column(file, uri, "class_name") or [], strict=False))
+            class_names |= _class_names(file.schema_arrow, data.label_column) | dict(
+                zip(own, _column(file, uri, "class_name") or [], strict=False)
+            )
             labels += own
             splits += _column(file, uri, "split") or [_split_in_name(uri)] * count
     values = sorted(set(labels) - {None}, key=lambda value: (str(type(value)), value))
-    if not all(isinstance(value, int | str) for value in values):
-        raise ValueError(
-            f"{files[0]} holds {values[0]!r} in column {data.label_column!r}: expected class numbers or names (see data.label_column)"
-        )
     labelled = None not in labels
     place = {value: index for index, value in enumerate(values)}
     return Source(
@@ -178,21 +161,29 @@ def _open_parquet(uri: str, data: ImageData) -> pq.ParquetFile:
 
 
 def _column(file: pq.ParquetFile, uri: str, name: str) -> list[Any] | None:
-    """A column's values, None where the file has no such column."""
+    """A column's numbers or names, None where the file has no such column."""
     if name not in file.schema_arrow.names:
         return None
+    kind = file.schema_arrow.field(name).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not any(
+        fits(kind) for fits in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+    ):
+        raise ValueError(
+            f"{uri} holds {kind} in column {name!r}: expected a whole number or a name in each row: change it, or name another in data.label_column"
+        )
     try:
         return file.read(columns=[name])[name].to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{uri}: column {name!r} can't be read, the file is damaged: {str(error).splitlines()[0]}") from None
 
 
-def _class_names(schema: pa.Schema) -> dict[Any, str]:
-    """The names that Hugging Face's datasets keep beside numbered labels, in the schema's metadata."""
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return {
-        number: name for feature in features.values() if isinstance(feature, dict) for number, name in enumerate(feature.get("names", []))
-    }
+def _class_names(schema: pa.Schema, column: str) -> dict[Any, str]:
+    """The names that Hugging Face's datasets keep beside numbered labels, in the schema's metadata: each level may be missing or null."""
+    found = json.loads((schema.metadata or {}).get(b"huggingface", b"null"))
+    for key in ("info", "features", column, "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return dict(enumerate(found or []))
 
 
 def _split_in_name(uri: str) -> str | None:
@@ -221,8 +212,9 @@ def _from_torchvision(name: str) -> Source:
 
     root = Path(torch.hub.get_dir()).parent / "datasets" / name
     build = getattr(torchvision.datasets, name, None)
-    parameters = inspect.signature(build).parameters if build is not None else {}
-    if "download" not in parameters or not {"train", "split"} & set(parameters):
+    parameters = inspect.signature(build).parameters if inspect.isclass(build) else {}
+    needed = {parameter.name for parameter in parameters.values() if parameter.default is parameter.empty}
+    if "download" not in parameters or not {"train", "split"} & set(parameters) or needed - {"root"}:
         raise ValueError(
             f"data.source torchvision:{name}: torchvision downloads no data set of that name with a test split (e.g. torchvision:CIFAR10)"
         )
@@ -232,6 +224,10 @@ def _from_torchvision(name: str) -> Source:
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"data.source torchvision:{name} could not be downloaded into {root} ({error}): check the network, or give local files"
+        ) from None
+    except ImportError as error:
+        raise ValueError(
+            f"data.source torchvision:{name} needs a package that is not installed ({error}): install it, or give local files"
         ) from None
     targets = [getattr(part, "targets", getattr(part, "labels", None)) for part in sets]
     labels = (
@@ -272,24 +268,24 @@ def decode(content: bytes | Image.Image, where: str, size: int, channels: int) -
     """
     try:
         image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
-        image = ImageOps.exif_transpose(image)
-        grey = image.mode in ("1", "L", "LA")
-        if not grey and image.mode not in ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-            raise ValueError(f"{where} has pixels of kind {image.mode}: save it with 8 bits a channel")
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = ImageOps.fit(image.convert("L" if grey else "RGB"), (size, size), Image.Resampling.BICUBIC)
+        image = ImageOps.exif_transpose(image)  # reads all of it
     except UnidentifiedImageError:
         raise ValueError(
             f"{where} is no picture ({'it is empty' if not content else 'its bytes are of no known format'}): remove it"
         ) from None
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises half a dozen unrelated types for damaged bytes
         raise ValueError(f"{where} is a damaged picture ({error}): remove or restore it") from None
+    grey = image.mode in ("1", "L", "LA")
+    if not grey and image.mode not in ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise ValueError(f"{where} has pixels of kind {image.mode}: save it with 8 bits a channel")
     if grey != (channels == 1):
         kind, other = ("grey", 1) if grey else ("in colour", 3)
         raise ValueError(
             f"{where} is {kind} while data.channels is {channels}: convert it, or set data.channels to {other} if all pictures are {kind}"
         )
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = ImageOps.fit(image.convert("L" if grey else "RGB"), (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(size, size, channels)
 
 
@@ -298,30 +294,27 @@ def fingerprint(source: Source, data: ImageData) -> str:
     rules = {"size": stored_size(data), "channels": data.channels, "column": data.image_column, "classes": source.classes}
     digest = hashlib.sha256(f"images {FORMAT} {json.dumps(rules, sort_keys=True)}".encode())
     for uri in source.files:
-        local = storage.local_path(uri)
-        filesystem, path = storage.locate(uri)
-        info = filesystem.get_file_info(path)
-        digest.update((storage.sha256(local) if local is not None else f"{uri} {info.size} {info.mtime_ns}").encode())
+        digest.update(identity(uri).encode())
     for array in (source.labels, heldout_of(source, data)):
         digest.update(b"" if array is None else array.tobytes())
     return digest.hexdigest()[:12]
 
 
 def heldout_of(source: Source, data: ImageData) -> np.ndarray:
-    """(N) bool: as the data says, or else a share drawn from the number of pictures alone, the same in every run.
+    """(N) bool: as the data marks both sides, or else a share drawn from the number of pictures alone, the same in every run.
 
     Raises:
         ValueError: there are too few pictures to train on some and hold out others.
     """
     heldout = source.heldout
-    if heldout is None:
+    if heldout is None or heldout.all() or not heldout.any():
         heldout = np.zeros(source.count, bool)
         share = max(1, round(source.count * data.heldout_fraction))
         heldout[rng(HELDOUT, source.count).permutation(source.count)[:share]] = True
     if heldout.all() or not heldout.any():
         raise ValueError(
             f"data.source {', '.join(data.source)} has {source.count} picture{'s' * (source.count > 1)}, "
-            f"{int(heldout.sum())} of them held out: some are needed on both sides"
+            f"{int(heldout.sum())} of them held out: some are needed on both sides, so give more or another data.heldout_fraction"
         )
     return heldout
 
@@ -331,7 +324,7 @@ def prepare(data: ImageData, root: str, conditional: bool = False) -> str:
 
     Args:
         data: what to prepare.
-        root: the storage, e.g. "kiln".
+        root: the storage, e.g. "kiln"; the URI that comes back is absolute.
         conditional: the model is told the classes, so there must be some.
 
     Raises:
@@ -345,7 +338,7 @@ def prepare(data: ImageData, root: str, conditional: bool = False) -> str:
         )
     mark = fingerprint(source, data)
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(data.source[0].rstrip("/*")).stem).strip("-").lower() or "pictures"
-    uri = storage.join(root, "data", f"{name}-{mark}")
+    uri = storage.join(storage.absolute(root), "data", f"{name}-{mark}")
     if not storage.exists(storage.join(uri, "dataset.json")):
         target = storage.local_path(uri)
         if target is not None:
