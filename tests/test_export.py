@@ -71,6 +71,7 @@ def test_the_graph_is_the_contract(gpt_folder: Path) -> None:
 
 def test_transformers_loads_the_same_model(gpt_folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(gpt_folder / "transformers")
+    assert model.generation_config.use_cache, "whoever loads the folder generates with a cache"
     tokenizer = AutoTokenizer.from_pretrained(gpt_folder / "transformers")
     ours = Tokenizer.from_file(str(gpt_folder / "tokenizer.json"))
     assert tokenizer(TEXT).input_ids == ours.encode(TEXT).ids
