@@ -56,6 +56,12 @@ def is_file(uri: str | os.PathLike[str]) -> bool:
     return filesystem.get_file_info(path).type == fs.FileType.File
 
 
+def is_empty(uri: str | os.PathLike[str]) -> bool:
+    """Whether the file at `uri` has no bytes."""
+    filesystem, path = locate(uri)
+    return bool(filesystem.get_file_info(path).size == 0)
+
+
 def names(uri: str | os.PathLike[str]) -> list[str]:
     """The sorted names of what lies directly below `uri`; empty where there is no such folder."""
     return sorted(info.base_name for info in _below(uri, recursive=False)[1])

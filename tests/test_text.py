@@ -118,10 +118,10 @@ def test_splits_that_folders_name_are_kept(tmp_path: Path) -> None:
 
 def test_folders_globs_and_heldout_files(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name in ("a.txt", "b.txt", "sub/c.md"):
+    for name in ("a.txt", "b.txt", "sub/c.txt", ".hidden.txt"):
         (tmp_path / name).write_text(VERSE)
     assert len(text.find([str(tmp_path)], "data.source")) == 3
-    assert len(text.find([str(tmp_path / "*.txt")], "data.source")) == 2
+    assert len(text.find([str(tmp_path / "*.txt"), str(tmp_path / "a.txt")], "data.source")) == 2
     train, heldout = held(data(tmp_path / "a.txt", heldout=[str(tmp_path / "b.txt")]))
     assert (train, heldout) == ([VERSE], [VERSE])
     with pytest.raises(ValueError, match=r"a\.txt is in data.source too"):
@@ -142,7 +142,7 @@ def test_a_tokenizer_that_truncates_loses_nothing_here(ray_address: str, tmp_pat
     ("name", "content", "sentence"),
     [
         ("empty.txt", b"", r"empty\.txt is empty"),
-        ("picture.png", b"\x89PNG", r"picture\.png is no text: expected \.txt"),
+        ("picture.png", b"\x89PNG", r"picture\.png is not one of the files expected here \(\.txt, \.md"),
         ("latin.txt", "caf\xe9".encode("latin1"), r"latin\.txt is not UTF-8 text \(byte 3\)"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', r"broken\.jsonl: line 2 is not JSON"),
         ("other.jsonl", b'{"body": "a"}\n', r"other\.jsonl: line 1 has no text under 'text'"),

@@ -7,7 +7,6 @@ A shard is one file (or one parquet row group) of the source: <|endoftext|> befo
 or uint32; a split is its shards one after the other. `dataset.json` is written last: a data set without it does not exist.
 """
 
-import fnmatch
 import hashlib
 import json
 import logging
@@ -26,13 +25,12 @@ from tokenizers import models as tokenizer_models
 
 from models import storage
 from train.config import TextData
-from train.dataset import identity
+from train.dataset import HELDOUT_NAMES, find_files, identity
 from train.order import Order, rng
 from train.shipped import gpt2_tokenizer, hub_parquet, shipped
 
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-HELDOUT_NAMES = {"heldout", "test", "validation", "valid", "val", "dev"}
 FORMAT = 1  # part of the fingerprint: raise it when cleaning, splitting or packing changes
 TOKENIZER_SAMPLE_CHARS = 64_000_000  # more text does not change the merges of a small vocabulary noticeably
 
@@ -50,41 +48,26 @@ class Piece:
 
 
 def find(patterns: list[str], label: str) -> list[str]:
-    """The files that names, folders, globs or URIs stand for, sorted.
+    """The files that names, folders, globs or URIs stand for, sorted, each once.
 
     Raises:
         ValueError: nothing matches, a folder holds something that is no text, or a file is empty.
     """
-    found: list[str] = []
+    found: set[str] = set()
     for pattern in patterns:
-        found += _matches(pattern, label)
+        try:
+            matches = find_files(pattern, SUFFIXES)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
+        if not matches:
+            raise ValueError(
+                f"{label}: nothing is there at {pattern}: expected a file, a folder or a glob of {', '.join(SUFFIXES)}, or 'shakespeare'"
+            )
+        found |= matches.keys()
     for uri in found:
-        if not uri.endswith(SUFFIXES):
-            raise ValueError(f"{label}: {uri} is no text: expected {', '.join(SUFFIXES)}; name the files by a glob such as 'folder/*.txt'")
-        filesystem, path = storage.locate(uri)
-        if filesystem.get_file_info(path).size == 0:
+        if storage.is_empty(uri):
             raise ValueError(f"{label}: {uri} is empty: remove it, or name the files without it")
-    return sorted({storage.absolute(uri) for uri in found})  # tasks run in other folders
-
-
-def _matches(pattern: str, label: str) -> list[str]:
-    fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
-    if fixed != pattern:
-        folder = fixed.rsplit("/", 1)[0] if "/" in fixed else "."
-        found = [storage.join(folder, name) for name in storage.files(folder)]
-        wanted = pattern if "/" in fixed else f"./{pattern}"
-        found = [uri for uri in found if fnmatch.fnmatch(uri, wanted)]
-    elif storage.names(pattern):
-        found = [
-            storage.join(pattern, name) for name in storage.files(pattern) if not any(part.startswith(".") for part in name.split("/"))
-        ]
-    else:
-        found = [pattern] if storage.is_file(pattern) else []
-    if not found:
-        raise ValueError(
-            f"{label}: nothing is there at {pattern}: expected a file, a folder or a glob of {', '.join(SUFFIXES)}, or 'shakespeare'"
-        )
-    return found
+    return sorted(found)
 
 
 def pieces(data: TextData) -> list[Piece]:
@@ -115,7 +98,7 @@ def _source_files(data: TextData) -> list[str]:
 def _pieces_of(uri: str, column: str, heldout: bool | None) -> list[Piece]:
     if heldout is None and Path(uri).parent.name in HELDOUT_NAMES:
         heldout = True  # the hub's data sets lie as CONFIG/SPLIT/NNNN.parquet
-    if not uri.endswith(".parquet"):
+    if not uri.lower().endswith(".parquet"):
         return [Piece(uri, None, heldout)]
     filesystem, path = storage.locate(uri)
     try:
@@ -142,7 +125,7 @@ def documents(piece: Piece, data: TextData) -> Iterator[tuple[str, bool]]:
             continue
         if heldout is not None:
             yield text, heldout
-        elif piece.uri.endswith((".txt", ".md")):
+        elif piece.uri.lower().endswith((".txt", ".md")):
             # A file is one document, often the only one: its end is held out.
             cut = _cut(text, data.heldout_fraction)
             yield text[:cut], False
@@ -165,7 +148,7 @@ def _cut(text: str, share: float) -> int:
 
 def _raw_documents(piece: Piece, data: TextData) -> Iterator[tuple[str, bool | None]]:
     filesystem, path = storage.locate(piece.uri)
-    if piece.uri.endswith(".parquet"):
+    if piece.uri.lower().endswith(".parquet"):
         file = pq.ParquetFile(path, filesystem=filesystem)
         columns = [data.text_column, *(["split"] if "split" in file.schema_arrow.names and data.text_column != "split" else [])]
         try:
@@ -184,7 +167,7 @@ def _raw_documents(piece: Piece, data: TextData) -> Iterator[tuple[str, bool | N
         text = storage.read_bytes(piece.uri).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{piece.uri} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv -f latin1 -t utf-8") from None
-    if not piece.uri.endswith(".jsonl"):
+    if not piece.uri.lower().endswith(".jsonl"):
         yield text, piece.heldout
         return
     for number, line in enumerate(text.splitlines(), 1):
