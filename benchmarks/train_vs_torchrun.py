@@ -104,7 +104,7 @@ def main() -> None:
         bare(given.bare, given.steps)
         return
     with tempfile.TemporaryDirectory() as storage:
-        by_us(storage, "prepares", 20)
+        by_us(storage, "prepares", WARM_UP + 20)
         folder = str(next(Path(storage, "data").iterdir()))
         pairs = []
         for number in range(given.rounds):
