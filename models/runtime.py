@@ -64,7 +64,7 @@ class TextGraph:
         names = [name.removeprefix("past_") for name in shapes if name.startswith("past_")]
         _, self._heads, _, self._head_dim = shapes[f"past_{names[0]}"]
         self._device = "cpu" if self.providers[0] == "CPUExecutionProvider" else "cuda"
-        self._tokens = min(FIRST_TOKENS, context)  # what a slot has room for so far
+        self.room = self._first_room = min(FIRST_TOKENS, context)  # tokens that fit into each slot: so far, and at first
         self._caches = {name: self._cache() for name in names}
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
 
@@ -74,16 +74,23 @@ class TextGraph:
         Attention looks through all the room that there is, so the room doubles when it must instead of being the context from
         the start (4 layers, width 128, 8 rows: 0.4 ms of CPU a step with room for 128 tokens, 2.9 ms with room for 1024).
         """
-        if tokens <= self._tokens:
+        if tokens <= self.room:
             return
-        self._tokens = min(max(2 * self._tokens, tokens), self.context)
+        self.room = min(max(2 * self.room, tokens), self.context)
         self._caches = {name: self._cache(cache.numpy()) for name, cache in self._caches.items()}
         self._bindings.clear()
+
+    def release(self) -> None:
+        """Forgets what the slots hold, and gives back the room that one long text has made for all."""
+        if self.room > self._first_room:
+            self.room = self._first_room
+            self._caches = {name: self._cache() for name in self._caches}
+            self._bindings.clear()
 
     def _cache(self, content: np.ndarray | None = None) -> ort.OrtValue:
         # One position more than tokens: the rows of a decode that have no token write there, where no token ever looks.
         # Zeros, not whatever was there: a masked position has weight 0, and 0 x NaN is NaN.
-        values = np.zeros((self.slots, self._heads, self._tokens + 1, self._head_dim), np.float32)
+        values = np.zeros((self.slots, self._heads, self.room + 1, self._head_dim), np.float32)
         if content is not None:
             values[:, :, : content.shape[2]] = content
         return ort.OrtValue.ortvalue_from_numpy(values, self._device, 0)
@@ -112,7 +119,7 @@ class TextGraph:
         """The caches of `count` slots from `first` on, bound in place; kept, since binding takes a third of a tiny model's step."""
         if (first, count) not in self._bindings:
             binding = self.session.io_binding()
-            shape = (count, self._heads, self._tokens + 1, self._head_dim)
+            shape = (count, self._heads, self.room + 1, self._head_dim)
             offset = first * int(np.prod(shape[1:])) * 4
             for name, cache in self._caches.items():
                 pointer = cache.data_ptr() + offset
@@ -160,7 +167,7 @@ class TextGraph:
         first, rows = min(slots), np.asarray(slots) - min(slots)
         count = int(rows.max()) + 1
         tokens, positions = np.zeros((2, count, 1), np.int64)
-        last, write = np.zeros(count, np.int64), np.full(count, self._tokens)
+        last, write = np.zeros(count, np.int64), np.full(count, self.room)
         tokens[rows, 0], positions[rows, 0], write[rows] = ids, lengths, lengths
         return self.run(first, tokens, positions, last, write)[rows]
 

@@ -43,6 +43,8 @@ class Session(Protocol):
 
     def decode(self, slots: list[int], ids: list[int], lengths: list[int]) -> np.ndarray: ...
 
+    def release(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -71,7 +73,7 @@ class Stream:
         Leaving early (a break with `aclosing`, a cancelled task) frees the request's slot.
 
         Raises:
-            Overloaded: the queue was full.
+            Overloaded: the queue was full, and no client had more in it than this one.
             DeadlineExceeded: the engine's `timeout_s` ran out.
             Unavailable: the engine has ended.
         """
@@ -115,7 +117,7 @@ class Engine:
 
     Args:
         session: used by the engine's thread alone from now on.
-        queue_limit: requests that may wait for a slot; one more is refused.
+        queue_limit: requests that may wait for a slot; where one more comes, the client with the most of them loses its newest.
         chunk_size: most prompt tokens of one prefill.
         timeout_s: the longest that a request may take, its waiting included.
         interval_s: the shortest time between two chunks of a stream. A message to a client costs more than a token of a
@@ -205,6 +207,8 @@ class Engine:
     def _take_in(self) -> bool:
         """Lets requests join and leave, and waits for one where there is nothing to do. False: the engine is to end."""
         while not (self._closing and self._scheduler.idle):
+            if self._scheduler.idle:
+                self.session.release()
             try:
                 item = self._inbox.get(block=self._scheduler.idle and not self._outbox)
             except queue.Empty:
@@ -219,11 +223,11 @@ class Engine:
         return not (self._closing and self._scheduler.idle)
 
     def _join(self, stream: Stream) -> None:
-        try:
-            self._scheduler.add(stream.sequence)
-            self._streams[stream.sequence] = stream
-        except Overloaded as error:
-            self._outbox.append((stream, error))
+        self._streams[stream.sequence] = stream
+        refused = self._scheduler.add(stream.sequence)
+        if refused is not None:
+            slots, waiting = self._scheduler.slots, self._scheduler.queue_limit
+            self._finish(refused, Overloaded(f"the {slots} slots are taken and {waiting} more requests wait: try again in a moment"))
 
     def _drop(self, stream: Stream) -> None:
         self._scheduler.remove(stream.sequence)

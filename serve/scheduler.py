@@ -8,8 +8,6 @@ import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from serve.errors import Overloaded
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -50,7 +48,7 @@ class Scheduler:
 
     Args:
         slots: sequences that can run at once.
-        queue_limit: sequences that may wait; one more is refused.
+        queue_limit: sequences that may wait; where one more comes, the client with the most of them loses its newest.
         chunk_size: most prompt tokens of one prefill. A prompt is cut at multiples of it, whatever else runs, so that
             its keys and values are computed the same way alone and in company.
     """
@@ -73,15 +71,18 @@ class Scheduler:
     def idle(self) -> bool:
         return not self._running and not self._queues
 
-    def add(self, sequence: Sequence) -> None:
-        """Puts a new sequence into the queue.
+    def add(self, sequence: Sequence) -> Sequence | None:
+        """Puts a new sequence into the queue, and returns the one that had to leave for it, if any: it may be itself.
 
-        Raises:
-            Overloaded: all slots are taken and the queue is full.
+        In a full queue the newest of the client with the most there has to leave, so that nobody can shut the others out.
         """
-        if self.waiting >= self.queue_limit + len(self._free):
-            raise Overloaded(f"the {self.slots} slots are taken and {self.queue_limit} more requests wait: try again in a moment")
         self._queues.setdefault(sequence.client, deque()).append(sequence)
+        if self.waiting <= self.queue_limit + len(self._free):
+            return None
+        longest = max(self._queues.values(), key=lambda queue: (len(queue), queue[-1] is sequence))
+        newest = longest[-1]
+        self.remove(newest)
+        return newest
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is; its slot is free at once. Nothing happens where it has left already."""

@@ -47,7 +47,7 @@ class HashSession:
         self.slots, self.context, self.eos_token_id, self.step_s = slots, context, EOS, step_s
         self.tokenizer = byte_tokenizer()
         self.cache: list[list[int]] = [[] for _ in range(slots)]
-        self.largest_batch = 0
+        self.largest_batch = self.released = 0
         self.prefill_sizes: list[int] = []
 
     def prefill(self, slot: int, ids: list[int], start: int = 0) -> np.ndarray:
@@ -64,6 +64,10 @@ class HashSession:
             assert len(self.cache[slot]) == length
             self.cache[slot].append(token)
         return np.stack([logits_after(self.cache[slot]) for slot in slots])
+
+    def release(self) -> None:
+        self.cache = [[] for _ in range(self.slots)]
+        self.released += 1
 
 
 def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -122,13 +126,22 @@ def test_clients_are_served_in_turn() -> None:
 
 def test_a_full_queue_refuses_and_takes_again_when_one_leaves() -> None:
     scheduler = Scheduler(slots=1, queue_limit=1, chunk_size=8)
-    first, second = Sequence([1]), Sequence([1])
-    scheduler.add(first)
-    scheduler.add(second)
-    with pytest.raises(Overloaded, match="the 1 slots are taken and 1 more requests wait"):
-        scheduler.add(Sequence([1]))
+    first, second, third = Sequence([1]), Sequence([1]), Sequence([1])
+    assert scheduler.add(first) is scheduler.add(second) is None
+    assert scheduler.add(third) is third
     scheduler.remove(second)
-    scheduler.add(Sequence([1]))
+    assert scheduler.add(third) is None
+
+
+def test_nobody_can_fill_the_queue_for_the_others() -> None:
+    scheduler = Scheduler(slots=1, queue_limit=4, chunk_size=8)
+    greedy = [Sequence([1], client="greedy") for _ in range(6)]
+    assert [scheduler.add(sequence) for sequence in greedy] == [None] * 5 + [greedy[5]]
+    scheduler.prefills()
+    modest = [Sequence([1], client="modest") for _ in range(3)]
+    assert [scheduler.add(sequence) for sequence in modest] == [greedy[4], greedy[3], modest[2]]
+    assert scheduler.add(greedy[5]) is greedy[5]
+    assert scheduler.waiting == 4
 
 
 def test_prompts_are_cut_at_the_same_places_whatever_else_runs() -> None:
@@ -154,9 +167,10 @@ def test_no_slot_leaks_and_no_sequence_is_lost(events: list[tuple[str, int, str]
     for what, number, client in events:
         if what == "add":
             sequence = Sequence(list(range(number % 9 + 1)), Sampling(max_tokens=number % 4 + 1), client)
-            with contextlib.suppress(Overloaded):
-                scheduler.add(sequence)
-                alive.append(sequence)
+            alive.append(sequence)
+            refused = scheduler.add(sequence)
+            if refused is not None:
+                alive.remove(refused)
         elif what == "leave" and alive:
             scheduler.remove(alive.pop(number % len(alive)))
         elif what == "step":
@@ -306,6 +320,32 @@ def test_the_queue_is_bounded_and_a_deadline_holds_for_those_who_wait() -> None:
             errors = [result.exception() for result in results]
             assert [type(error) for error in errors] == [DeadlineExceeded, DeadlineExceeded, Overloaded]
             assert "0.2 s" in str(errors[0])
+
+    run(scenario)
+
+
+def test_a_client_with_few_requests_is_let_in_where_another_fills_the_queue() -> None:
+    async def scenario() -> None:
+        async with engine_of(HashSession(slots=1, step_s=0.002), queue_limit=2) as engine:
+            sampling = Sampling(max_tokens=20, temperature=0)
+            streams = [engine.submit("To be", sampling, client) for client in ("greedy", "greedy", "greedy", "modest")]
+            answers = await asyncio.gather(*(stream.result() for stream in streams), return_exceptions=True)
+            refused = answers.pop(2)
+            assert isinstance(refused, Overloaded)
+            assert "the 1 slots are taken and 2 more requests wait" in str(refused)
+            assert {answer.text for answer in answers if isinstance(answer, Chunk)} == {reference("To be", sampling)}
+            assert all(isinstance(answer, Chunk) for answer in answers)
+
+    run(scenario)
+
+
+def test_an_idle_engine_gives_back_the_room_of_its_cache() -> None:
+    async def scenario() -> None:
+        session = HashSession(slots=1)
+        async with engine_of(session) as engine:
+            await until(lambda: session.released == 1)
+            await asyncio.gather(*(engine.submit("x", Sampling(max_tokens=3)).result() for _ in range(3)))
+            await until(lambda: session.released > 1 and session.cache == [[]])
 
     run(scenario)
 

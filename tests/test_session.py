@@ -133,6 +133,17 @@ def test_a_growing_cache_keeps_what_it_holds_and_changes_no_bit(
     np.testing.assert_array_equal(growing.prefill(1, rows[1][10:20], 10), plain.prefill(1, rows[1][10:20], 10))
 
 
+def test_a_cache_shrinks_again_and_changes_no_bit(gpt_folder: Path, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.runtime.FIRST_TOKENS", 4)
+    session = TextSession(gpt_folder, slots=2)
+    first = [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])]
+    grown = session.room
+    session.release()
+    assert (session.room, grown) == (4, session.context)
+    for before, after in zip(first, [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])], strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
 def test_two_threads_answer_alike(gpt_folder: Path, rows: list[list[int]], expected: np.ndarray) -> None:
     near(TextSession(gpt_folder, slots=1, threads=2).prefill(0, rows[0]), expected[0, -1])
 
