@@ -12,7 +12,8 @@ let writing = null; // the AbortController of the text under way
 async function answer(response) {
   if (response.ok) return response;
   const body = await response.json().catch(() => null);
-  throw new Error(body?.error?.message ?? `the server answered ${response.status}`);
+  const error = new Error(body?.error?.message ?? `the server answered ${response.status}`);
+  throw Object.assign(error, { status: response.status });
 }
 
 async function post(path, body, signal) {
@@ -72,7 +73,12 @@ async function write(event) {
 async function stream(request, signal) {
   const started = performance.now();
   const options = { stream: true, stream_options: { continuous_usage_stats: true } };
-  const response = await post("v1/completions", { ...request, ...options }, signal);
+  const send = (max_tokens) => post("v1/completions", { ...request, max_tokens, ...options }, signal);
+  const sure = surelyFits(request.prompt);
+  const response = await send(request.max_tokens).catch((error) => {
+    if (error.status !== 413 || request.max_tokens <= sure) throw error;
+    return send(sure);
+  });
   let [first, tokensOfFirst, reason] = [null, 0, null];
   for await (const { choices, usage } of messages(response)) {
     const now = performance.now();
@@ -88,11 +94,19 @@ async function stream(request, signal) {
   return { stop: "end of text", length: "token limit" }[reason];
 }
 
-/** The most tokens to ask for after a prompt, whose tokens only the server can count: they are no more than its bytes, and fewer in long prompts. */
+// Only the server can count a prompt's tokens: they are no more than its bytes, and in long English prompts less than half.
+const bytesOf = (text) => new TextEncoder().encode(text).length;
+const context = () => Number($("max_tokens").max) + 1;
+
+/** The tokens to ask for at most after a prompt, which as a rule fit. */
 function room(prompt) {
-  const context = Number($("max_tokens").max) + 1;
-  const bytes = new TextEncoder().encode(prompt).length;
-  return Math.max(1, context - (bytes < context / 4 ? bytes || 1 : Math.ceil(bytes / 2)));
+  const bytes = bytesOf(prompt);
+  return bytes < context() / 4 ? surelyFits(prompt) : Math.max(1, context() - Math.ceil(bytes / 2));
+}
+
+/** The tokens that there is room for after a prompt in any language. */
+function surelyFits(prompt) {
+  return Math.max(1, context() - (bytesOf(prompt) || 1));
 }
 
 function show(text) {
