@@ -6,6 +6,7 @@
 import argparse
 import os
 import sys
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -27,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True)
     address = argparse.ArgumentParser(add_help=False)
     address.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: on all interfaces, without any authentication")
-    address.add_argument("--port", type=int, default=8000)
+    address.add_argument("--port", type=_port, default=8000)
     start = actions.add_parser("up", parents=[address], help="serve, or change what is served", epilog=EPILOG)
     start.add_argument("--storage", default=cli.storage_default(), metavar="URI", help="where models/ lies (KILN_STORAGE; default ./kiln)")
     start.add_argument("--text", metavar="REF", help="the text model; by default the registry's in production, or its newest")
@@ -39,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     actions.add_parser("status", parents=[address], help="what is served")
     actions.add_parser("down", help="take it off the cluster of RAY_ADDRESS")
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: use a number from 1 to 65535")
+    return int(text)
 
 
 def up(arguments: argparse.Namespace) -> int:
@@ -80,18 +87,27 @@ def status(arguments: argparse.Namespace) -> int:
     """Asks the running server; exit code 1 where none answers."""
     url = f"http://{arguments.host}:{arguments.port}"
     try:
-        models = httpx.get(f"{url}/v1/models", timeout=15).raise_for_status().json()["data"]
-    except (httpx.HTTPError, ValueError, KeyError) as error:
+        answer = httpx.get(f"{url}/v1/models", timeout=15, trust_env=False).raise_for_status()  # past any proxy: it may be this machine
+    except httpx.HTTPError as error:
         print(f"nothing serves at {url}: {error}")
         return 1
+    try:
+        table = _table(url, answer.json()["data"])
+    except (ValueError, LookupError, TypeError, AttributeError):
+        print(f"what serves at {url} is no raykiln: its /v1/models lists no bundles")
+        return 1
+    Console().print(table)
+    return 0
+
+
+def _table(url: str, models: list[dict[str, Any]]) -> Table:
     table = Table("model", "kind", "from run", "metrics", title=url)
     for model in models:
         metrics = ", ".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in model["metrics"].items()
         )
         table.add_row(f"{model['id']}/{model['version']}", model["kind"], str(model["run"]["name"]), metrics)
-    Console().print(table)
-    return 0
+    return table
 
 
 def down(arguments: argparse.Namespace) -> int:

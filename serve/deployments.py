@@ -8,11 +8,9 @@ import asyncio
 import contextlib
 import io
 import random
-import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,38 +23,21 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from models import storage
 from serve.engine import Chunk, Engine, Stream
 from serve.errors import Overloaded, Rejected, Unavailable, UnknownModel, WrongValue
 from serve.ingress import Drawing, build_app
 from serve.scheduler import Sampling
 from serve.schemas import CompletionRequest, ImagesRequest, Model
-from serve.session import ImageSession, TextSession
+from serve.session import ImageSession, TextSession, open_bundle
 
-Session = TypeVar("Session", TextSession, ImageSession)
 Answer = TypeVar("Answer")
 
 QUEUE_LIMIT = 64  # requests that may wait at a replica; one more is refused with 429
 DESCRIBE_TIMEOUT_S = 10.0
+HEALTH_CHECK_S = 1.0  # a replica whose engine has died refuses at once and so draws requests, until three checks have failed
 
 
 # ---- a replica's model
-
-
-def _open(session_type: type[Session], uri: str, **options: Any) -> Session:
-    """Loads the bundle at `uri`; hashes verified, golden answers replayed.
-
-    Raises:
-        ValueError: the bundle is damaged, or does not answer as recorded.
-    """
-    with tempfile.TemporaryDirectory(prefix="raykiln-bundle-") as scratch:
-        folder = storage.local_path(uri)
-        if folder is None:
-            storage.download(uri, scratch)
-            folder = Path(scratch)
-        session = session_type(folder, **options)
-        session.replay_golden()
-        return session
 
 
 def _reference(session: TextSession | ImageSession) -> str:
@@ -84,7 +65,7 @@ class Text:
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Serves the bundle at `user_config["uri"]` from now on; what is under way finishes on the one before."""
-        session = await asyncio.to_thread(_open, TextSession, user_config["uri"], slots=self.slots, threads=self.threads)
+        session = await asyncio.to_thread(open_bundle, TextSession, user_config["uri"], slots=self.slots, threads=self.threads)
         before = self.engine
         self.session, self.reference = session, _reference(session)
         self.engine = Engine(session, queue_limit=QUEUE_LIMIT, timeout_s=self.timeout_s)
@@ -140,7 +121,7 @@ class Pictures:
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Serves the bundle at `user_config["uri"]` from now on."""
-        self.session = await asyncio.to_thread(_open, ImageSession, user_config["uri"], threads=self.threads)
+        self.session = await asyncio.to_thread(open_bundle, ImageSession, user_config["uri"], threads=self.threads)
 
     async def describe(self) -> Model:
         return _describe(self.session)
@@ -199,6 +180,8 @@ def _label(session: ImageSession, request: ImagesRequest) -> int | None:
         raise WrongValue(f"{param} is {wanted!r}, and this model has no classes: leave it out", param)
     if isinstance(wanted, int) and 0 <= wanted < len(names):
         return wanted
+    if wanted in names:  # before any that differs in case alone
+        return names.index(str(wanted))
     folded = [name.casefold() for name in names]
     if isinstance(wanted, str) and wanted.casefold() in folded:
         return folded.index(wanted.casefold())
@@ -314,13 +297,14 @@ def _model(replica: type, options: Options, target_ongoing_requests: float) -> s
         # queue, without bound or fairness; and their default back-off of up to half a second halves the throughput at saturation.
         max_ongoing_requests=2 * (options.slots + QUEUE_LIMIT),
         request_router_config={"initial_backoff_s": 0.005, "backoff_multiplier": 1.5, "max_backoff_s": 0.02},
+        health_check_period_s=HEALTH_CHECK_S,
         max_constructor_retry_count=3,  # a bundle that cannot be loaded will not become loadable
         graceful_shutdown_wait_loop_s=0.5,
     )(replica)
 
 
 def _autoscaling(target_ongoing_requests: float, max_replicas: int) -> AutoscalingConfig:
-    """Up within seconds, down after minutes; the delays are no shorter than the look-back, so that the count does not swing."""
+    """Up after 20 s of load, down after 2 minutes without; the delays are no shorter than the look-back, so that the count does not swing."""
     return AutoscalingConfig(
         min_replicas=1,
         max_replicas=max_replicas,

@@ -1,5 +1,6 @@
 """The HTTP routes, over two models that answer asynchronously. No Ray here: tests call it with an in-memory transport."""
 
+import asyncio
 import base64
 import contextlib
 import difflib
@@ -16,6 +17,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,6 +43,8 @@ MAX_BODY_BYTES = 1024 * 1024
 PAGE = Path(__file__).parent / "page"
 # The page loads nothing from elsewhere, and a prompt's text can never become a script.
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"}
+
+CRASHED = "the server failed at this request, and its log says why"
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +117,7 @@ async def page() -> FileResponse:
 
 @router.get("/health")
 async def health(http: Request) -> Health:
-    """200 once every model answers."""
+    """200 while a model answers, with those that do."""
     return Health(models=[f"{model.id}/{model.version}" for model in await _describe(http)])
 
 
@@ -155,7 +159,20 @@ async def generate(body: GenerateRequest, model: Annotated[ImageModel, Depends(_
 
 
 async def _describe(http: Request) -> list[Model]:
-    return [await model.describe() for model in (http.app.state.text, http.app.state.images) if model is not None]
+    """The models that answer; one that is away for a moment does not hide the other.
+
+    Raises:
+        Exception: what the first raised, where none answers.
+    """
+    served = [model for model in (http.app.state.text, http.app.state.images) if model is not None]
+    answers = await asyncio.gather(*(model.describe() for model in served), return_exceptions=True)
+    described = [answer for answer in answers if isinstance(answer, Model)]
+    failures = [answer for answer in answers if isinstance(answer, BaseException)]
+    if failures and not described:
+        raise failures[0]
+    for failure in failures:
+        logger.warning("a model does not describe itself", exc_info=failure)
+    return described
 
 
 # ---- completions on the wire
@@ -199,6 +216,10 @@ async def _events(
         except Rejected as error:
             yield f"data: {json.dumps(_error(error.status, str(error), error.param, error.code))}\n\n"
             return
+        except Exception:
+            logger.exception("a stream broke off")
+            yield f"data: {json.dumps(_error(500, CRASHED))}\n\n"
+            return
         if body.stream_options.include_usage:
             yield f"data: {message.model_copy(update={'choices': []}).model_dump_json()}\n\n"
         yield "data: [DONE]\n\n"
@@ -227,7 +248,7 @@ async def _http_error(http: Request, error: Exception) -> Response:
 
 async def _crashed(http: Request, error: Exception) -> Response:
     logger.error("%s %s crashed", http.method, http.url.path, exc_info=error)
-    return JSONResponse(_error(500, "the server failed at this request, and its log says why"), 500)
+    return JSONResponse(_error(500, CRASHED), 500)
 
 
 async def _invalid(http: Request, error: Exception) -> Response:
@@ -236,14 +257,13 @@ async def _invalid(http: Request, error: Exception) -> Response:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return JSONResponse(_error(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"), 400)
-    field = str(first["loc"][1]) if len(first["loc"]) > 1 else None
+    field, siblings = _field(first["loc"][1:], http.scope["endpoint"].__annotations__["body"])
     reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("missing", "dict_type", "model_type", "model_attributes_type"):
-        message = "the body must be a JSON object, sent with the header Content-Type: application/json"
+    if field is None:
+        is_object = first["type"] not in ("missing", "dict_type", "model_type", "model_attributes_type")
+        message = reason if is_object else "the body must be a JSON object, sent with the header Content-Type: application/json"
     elif first["type"] == "extra_forbidden":
-        message = f"the field {_shown(field)} is unknown{_nearest(str(field), http)}"
-    elif field is None:
-        message = reason
+        message = f"the field {_shown(field)} is unknown{_nearest(str(first['loc'][-1]), siblings)}"
     else:
         message = f"{field} is {_shown(first['input'])}: {reason[0].lower()}{reason[1:]}"
     return JSONResponse(_error(422, message, field and field.encode("ascii", "backslashreplace").decode()), 422)
@@ -254,8 +274,23 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _nearest(field: str, http: Request) -> str:
-    known = http.scope["endpoint"].__annotations__["body"].model_fields
+def _field(loc: tuple[int | str, ...], body: type[BaseModel]) -> tuple[str | None, list[str]]:
+    """The dotted name of the field that an error lies in (None: the body itself), and the fields that are known beside it.
+
+    What follows a field in pydantic's `loc` names one of its nested model's, or else a member of a union, or an index.
+    """
+    names: list[str] = []
+    model: Any = body
+    for name in loc:
+        names.append(str(name))
+        nested = model.model_fields[name].annotation if name in model.model_fields else None
+        if not isinstance(nested, type) or not issubclass(nested, BaseModel):
+            break
+        model = nested
+    return ".".join(names) or None, list(model.model_fields)
+
+
+def _nearest(field: str, known: list[str]) -> str:
     close = difflib.get_close_matches(field, known, n=1)
     return f": did you mean {close[0]}?" if close else f": known are {', '.join(known)}"
 

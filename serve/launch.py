@@ -22,10 +22,13 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 from cluster.connect import connect
 from models import bundle, registry, storage
 from serve.deployments import Options
+from serve.session import ImageSession, TextSession, open_bundle
 
 APPLICATION = "raykiln"
 DEPLOYMENTS = {"gpt": "Text", "gan": "Pictures"}
 START_TIMEOUT_S = 300.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,32 +67,47 @@ def choose(root: str, text: str | None = None, images: str | None = None) -> dic
             set, or else its newest.
 
     Raises:
-        ValueError: nothing to serve, an unknown reference, one of the wrong kind, or a damaged bundle.
+        ValueError: nothing to serve, an unknown reference, one of the wrong kind, or a bundle that is damaged or does not
+            answer as recorded.
     """
     local = storage.local_path(root)
     root = root if local is None else str(local)  # replicas run in other folders
-    wanted = {"gpt": text, "gan": images}
-    references = {kind: wanted[kind] or found for kind, found in _defaults(root).items()} | {k: r for k, r in wanted.items() if r}
+    references = {kind: reference for kind, reference in (("gpt", text), ("gan", images)) if reference is not None}
+    if len(references) < len(DEPLOYMENTS):
+        references = _defaults(root) | references
     if not references:
         raise ValueError(f"{root} holds no model to serve: train one and export it with `python -m train export RUN`")
     return {kind: _verified(root, kind, reference) for kind, reference in references.items()}
 
 
 def _defaults(root: str) -> dict[str, str]:
-    """By kind, the name that is served where none was asked for."""
+    """By kind, the name that is served where none was asked for; a name that stands for nothing is passed over."""
     found: dict[str, list[tuple[bool, str, str]]] = {}
     for name in registry.names(root):
-        manifest = bundle.read(registry.resolve(root, name)[2])
-        found.setdefault(manifest["kind"], []).append((registry.PRODUCTION in registry.aliases(root, name), manifest["created"], name))
+        try:
+            manifest = bundle.read(registry.resolve(root, name)[2])
+            in_production = registry.PRODUCTION in registry.aliases(root, name)
+        except ValueError as error:
+            logger.warning("%s is passed over: %s", name, error)
+            continue
+        found.setdefault(manifest["kind"], []).append((in_production, manifest["created"], name))
     return {kind: max(candidates)[2] for kind, candidates in found.items()}
 
 
 def _verified(root: str, kind: str, reference: str) -> Chosen:
+    """Opened here as a replica will: one that could not would take what is served down with it (`deploy`)."""
     name, version, uri = registry.resolve(root, reference)
-    manifest = bundle.verify(uri)
+    manifest = bundle.read(uri)
     if manifest["kind"] != kind:
         option = {"gpt": "--text", "gan": "--images"}[kind]
         raise ValueError(f"{option} {reference} is a bundle of kind {manifest['kind']}: give it one of kind {kind}")
+    try:
+        if kind == "gpt":
+            open_bundle(TextSession, uri, slots=1)
+        else:
+            open_bundle(ImageSession, uri)
+    except ValueError as error:
+        raise ValueError(f"{name}/{version} cannot be served: {error}") from error
     return Chosen(name, version, uri, manifest)
 
 
@@ -99,7 +117,7 @@ def _verified(root: str, kind: str, reference: str) -> Chosen:
 def deploy(chosen: dict[str, Chosen], address: Address, options: Options) -> None:
     """Serves the bundles on the cluster that this process is connected to, and returns once they answer.
 
-    Where the application runs already, other bundles swap in place.
+    Where the application runs already, other bundles swap in place; where they fail to, what was served before is again.
 
     Raises:
         ValueError: Serve runs at another address already, the port is taken, or the application did not start.
@@ -112,10 +130,31 @@ def deploy(chosen: dict[str, Chosen], address: Address, options: Options) -> Non
         raise ValueError(
             f"Serve runs on this cluster at {running.url} already: use its --host and --port, or end it with `python -m serve down`"
         )
+    before = _deployed()
+    try:
+        _apply(config(chosen, options))
+    except ValueError:
+        # A replica that fails to swap is stopped, and the next one would try the same bundle.
+        if before is not None and is_served():
+            _apply(before)
+        raise
+
+
+def _apply(serve_config: dict[str, Any]) -> None:
     client = _get_global_client()
     assert client is not None
-    client.deploy_apps(ServeDeploySchema.model_validate(config(chosen, options)))
+    client.deploy_apps(ServeDeploySchema.model_validate(serve_config))
     _wait_until_running()
+
+
+def _deployed() -> dict[str, Any] | None:
+    """The Serve config of the application as it runs now; None where it does not."""
+    client = _get_global_client()
+    assert client is not None
+    application = client.get_serve_details()["applications"].get(APPLICATION)
+    if application is None or application["status"] != ApplicationStatus.RUNNING:
+        return None
+    return {"applications": [application["deployed_app_config"]]}
 
 
 def config(chosen: dict[str, Chosen], options: Options) -> dict[str, Any]:
@@ -152,17 +191,20 @@ def running_address() -> Address | None:
 
 def _wait_until_running() -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        application = serve.status().applications[APPLICATION]
+    while True:
+        application = serve.status().applications.get(APPLICATION)
+        if application is None:
+            raise ValueError("the models were taken off the cluster while they started: somebody ran `python -m serve down`")
         if application.status == ApplicationStatus.RUNNING:
             return
         if application.status == ApplicationStatus.DEPLOY_FAILED:
             raise ValueError(f"the models could not be served: {application.message}")
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"the models were not ready after {START_TIMEOUT_S:g} s ({application.message or application.status.value}): "
+                "see `ray status` for whether the cluster has a free CPU for each of them"
+            )
         time.sleep(0.2)
-    raise ValueError(
-        f"the models were not ready after {START_TIMEOUT_S:g} s ({application.message or application.status.value}): "
-        "see `ray status` for whether the cluster has a free CPU for each of them"
-    )
 
 
 @contextlib.contextmanager

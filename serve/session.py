@@ -1,8 +1,10 @@
 """A bundle, loaded and verified: text or pictures out of ONNX Runtime. No Ray, no torch, no HTTP."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -120,6 +122,28 @@ class ImageSession(ImageGraph):
             raise ValueError(
                 f"{self.folder} draws pictures {off:.2g} away from those golden.json recorded at its export: export the run again"
             )
+
+
+Session = TypeVar("Session", TextSession, ImageSession)
+
+
+def open_bundle(session_type: type[Session], uri: str, **options: Any) -> Session:
+    """The session of the bundle at `uri`, wherever that is; hashes verified, golden answers replayed.
+
+    Args:
+        options: of the session: `slots`, `threads`, `providers`.
+
+    Raises:
+        ValueError: the bundle is damaged or of another kind, or does not answer as recorded.
+    """
+    with tempfile.TemporaryDirectory(prefix="raykiln-bundle-") as scratch:
+        folder = storage.local_path(uri)
+        if folder is None:
+            storage.download(uri, scratch)
+            folder = Path(scratch)
+        session = session_type(folder, **options)
+        session.replay_golden()
+        return session
 
 
 def _verified(folder: Path, kind: str) -> bundle.Manifest:

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import functools
 import io
 import json
 import os
@@ -14,6 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ import psutil
 import pytest
 from PIL import Image
 
-from models import bundle, registry
+from models import bundle, registry, storage
 from serve import launch
-from serve.deployments import Options, Text
+from serve.__main__ import main
+from serve.deployments import Options, Pictures, Text
 from serve.engine import Chunk
 from serve.errors import Overloaded, Unavailable
 from serve.ingress import build_app
-from serve.schemas import CompletionRequest
+from serve.schemas import CompletionRequest, ImagesRequest
 from tests import bundles
 from tests.conftest import ROOT, free_port
 
@@ -246,6 +248,11 @@ BAD_TEXT: list[tuple[Any, int, str | None, str]] = [
     ({"prompt": "x" * 900_000}, 413, None, f"exceed the model's context of {CONTEXT} tokens"),
     ({"prompt": "x" * 1_100_000}, 413, None, "the body is larger than 1048576 bytes"),
     ([], 422, None, "the body must be a JSON object"),
+    ({"stream_options": 3}, 422, "stream_options", "stream_options is 3: input should be"),
+    ({"stream_options": {"foo": 1}}, 422, "stream_options.foo", "'stream_options.foo' is unknown: known are include_usage"),
+    ({"stream_options": {"include_usag": True}}, 422, "stream_options.include_usag", "did you mean include_usage?"),
+    ({"stream_options": {"include_usage": 3}}, 422, "stream_options.include_usage", "stream_options.include_usage is 3: input should be"),
+    ({"stop": 3}, 422, "stop", "stop is 3: input should be a valid string"),
 ]
 
 
@@ -347,10 +354,55 @@ def test_failures_are_answers(error: Exception, status: int, kind: str) -> None:
         assert ("retry-after" in response.headers) == (status in (429, 503))
 
 
-def test_a_failure_in_mid_stream_is_the_streams_last_message() -> None:
-    response = ask(build_app(Failing(Unavailable("away: try again")), None), "POST", "/v1/completions", json={"stream": True})
-    *_, last = events(response)
-    assert last["error"]["message"] == "away: try again"
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (Unavailable("away: try again"), "away: try again"),
+        (RuntimeError("secret"), "the server failed at this request, and its log says why"),
+    ],
+)
+def test_a_failure_in_mid_stream_is_the_streams_last_message(error: Exception, message: str) -> None:
+    response = ask(build_app(Failing(error), None), "POST", "/v1/completions", json={"stream": True})
+    first, last = events(response)
+    assert first["choices"][0]["text"] == "To be"
+    assert (last["error"]["message"], last["error"]["type"]) == (message, "server_error")
+
+
+@pytest.mark.parametrize("error", [Unavailable("away: try again"), RuntimeError("secret")])
+def test_a_model_that_is_away_does_not_hide_the_other(root: str, error: Exception) -> None:
+    pictures = Pictures(threads=1)
+    asyncio.run(pictures.reconfigure({"uri": f"{root}/dcgan/1"}))
+    app = build_app(Failing(error), pictures)  # type: ignore[arg-type]  # which returns its refusals: none are asked for
+    assert ask(app, "GET", "/health").json() == {"status": "ok", "models": ["dcgan/1"]}
+    assert [model["id"] for model in ask(app, "GET", "/v1/models").json()["data"]] == ["dcgan"]
+
+
+def test_a_replica_whose_engine_died_is_not_healthy(root: str) -> None:
+    async def scenario() -> None:
+        replica = Text(slots=1, threads=1, timeout_s=60)
+        await replica.reconfigure({"uri": f"{root}/gpt/2"})
+        replica.check_health()
+        replica.session.decode = None  # type: ignore[assignment,method-assign]
+        assert isinstance(await replica.complete(CompletionRequest(max_tokens=9), ""), Unavailable)
+        with pytest.raises(RuntimeError, match="the engine's thread has ended"):
+            replica.check_health()
+
+    asyncio.run(scenario())
+
+
+def test_a_class_is_taken_by_its_very_name_first(tmp_path: Path, root: str) -> None:
+    folder = Path(shutil.copytree(Path(root) / "dcgan/1", tmp_path / "gan"))
+    manifest = bundle.read(folder)
+    manifest["model"]["class_names"] = ["bag", "Bag", "shoe"]
+    bundle.write(folder, manifest)
+
+    async def labels() -> list[str | None]:
+        pictures = Pictures(threads=1)
+        await pictures.reconfigure({"uri": str(folder)})
+        answers = [await pictures.draw(ImagesRequest(label=label)) for label in ("Bag", "bag", "SHOE")]
+        return [answer[1].labels[0] for answer in answers if isinstance(answer, tuple)]
+
+    assert asyncio.run(labels()) == ["Bag", "bag", "shoe"]
 
 
 def test_a_kind_that_is_not_served_is_not_found() -> None:
@@ -375,31 +427,87 @@ def test_the_openapi_document_tells_the_errors_that_come() -> None:
 # ---- which bundles, and their life on the cluster
 
 
+class Load:
+    """Requests that follow one another in threads of their own until `with` ends; what went wrong in them is raised there."""
+
+    def __init__(self, client: httpx.Client, *requests: Callable[[httpx.Client], None]) -> None:
+        self.base_url, self.requests = client.base_url, requests
+        self.ended = threading.Event()
+
+    def __enter__(self) -> None:
+        self.pool = ThreadPoolExecutor(len(self.requests))
+        self.futures = [self.pool.submit(self._repeat, request) for request in self.requests]
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.pool.shutdown()
+        for future in self.futures:
+            future.result()
+
+    def _repeat(self, request: Callable[[httpx.Client], None]) -> None:
+        with httpx.Client(base_url=self.base_url, timeout=60) as client:
+            while not self.ended.is_set():
+                request(client)
+
+
 def test_a_version_swaps_in_place_and_no_request_is_lost(client: httpx.Client, root: str, address: launch.Address) -> None:
     texts = {version: golden(root, version)["text"] for version in (1, 2)}
-    request = {"prompt": golden(root, 1)["prompt"], "max_tokens": golden(root, 1)["max_tokens"], "temperature": 0}
-    assert golden(root, 2)["prompt"] == request["prompt"]
+    short = {"prompt": golden(root, 1)["prompt"], "max_tokens": golden(root, 1)["max_tokens"], "temperature": 0}
+    assert golden(root, 2)["prompt"] == short["prompt"]
+    long = {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0}
+    whole = complete(client, **long)["choices"][0]["text"]
     answers: list[tuple[int, str, str]] = []
-    stop = threading.Event()
+    streamed: list[tuple[int, str]] = []
 
-    def load() -> None:
-        with httpx.Client(base_url=client.base_url, timeout=60) as other:
-            while not stop.is_set():
-                response = other.post("/v1/completions", json=request)
-                body = response.json()
-                answers.append((response.status_code, body.get("system_fingerprint", ""), body["choices"][0]["text"]))
+    def ask_short(client: httpx.Client) -> None:
+        response = client.post("/v1/completions", json=short)
+        if response.status_code != 200:
+            answers.append((response.status_code, "", response.text))
+            return
+        body = response.json()
+        answers.append((200, body["system_fingerprint"], body["choices"][0]["text"]))
 
-    thread = threading.Thread(target=load)
-    thread.start()
-    try:
-        for version in (2, 1):
-            launch.deploy(launch.choose(root, text=f"gpt/{version}"), address, Options(max_replicas=1))
-            until(functools.partial(serves, client, f"gpt/{version}"))
-    finally:
-        stop.set()
-        thread.join()
-    assert {status for status, *_ in answers} == {200}
-    assert {(fingerprint, text) for _, fingerprint, text in answers} == {(f"gpt/{version}", text) for version, text in texts.items()}
+    def ask_long(client: httpx.Client) -> None:
+        """One stream after the other, so that one is under way when the version with the short context takes over."""
+        with client.stream("POST", "/v1/completions", json={**long, "stream": True}) as response:
+            if response.status_code != 200:
+                streamed.append((response.status_code, ""))
+                return
+            *messages, done = events(response)
+        assert done == "[DONE]", done
+        assert {message["system_fingerprint"] for message in messages} == {"gpt/1"}
+        streamed.append((200, "".join(message["choices"][0]["text"] for message in messages)))
+
+    def swap(version: int) -> None:
+        launch.deploy(launch.choose(root, text=f"gpt/{version}"), address, Options(max_replicas=1))
+        until(lambda: serves(client, f"gpt/{version}"))
+
+    with Load(client, ask_short, ask_short, ask_short, ask_long):
+        swap(2)
+        until(lambda: (413, "") in streamed)
+        swap(1)
+    assert set(answers) == {(200, f"gpt/{version}", text) for version, text in texts.items()}
+    assert set(streamed) == {(200, whole), (413, "")}
+
+
+def test_a_bundle_that_answers_wrongly_does_not_take_down_what_is_served(
+    client: httpx.Client, root: str, address: launch.Address, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(Path(root) / "gpt/2", tmp_path / "wrong"))
+    (folder / "golden.json").write_text(json.dumps(golden(root, 2) | {"text": "something else"}))
+    bundle.write(folder, bundle.read(folder))
+    bad = str(tmp_path / "models")
+    registry.publish(bad, "gpt", folder)
+    with pytest.raises(ValueError, match=r"gpt/1 cannot be served: .* gives other text than golden\.json"):
+        launch.choose(bad)
+
+    (_, _, uri), good = registry.resolve(bad, "gpt"), launch.choose(root)
+    chosen = good | {"gpt": launch.Chosen("gpt", 1, uri, bundle.read(uri))}  # as where replicas' machines are not like this one
+    with pytest.raises(ValueError, match=r"the models could not be served"):
+        launch.deploy(chosen, address, Options(max_replicas=1))
+    recorded = golden(root, 1)
+    answer = complete(client, prompt=recorded["prompt"], max_tokens=recorded["max_tokens"], temperature=0)
+    assert (answer["system_fingerprint"], answer["choices"][0]["text"]) == ("gpt/1", recorded["text"])
 
 
 def test_commands_change_and_show_what_a_cluster_serves(
@@ -442,6 +550,17 @@ def test_the_default_is_production_or_else_the_newest(root: str, tmp_path: Path)
     assert {kind: chosen.reference for kind, chosen in launch.choose(str(tmp_path)).items()} == {"gpt": "gpt/2"}
 
 
+def test_a_name_that_stands_for_nothing_is_passed_over(root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = Path(shutil.copytree(root, tmp_path / "models"))
+    shutil.copytree(copy / "gpt/2", copy / "other/1")
+    storage.write_json(str(copy / "other/aliases.json"), {"production": 7})
+    assert {kind: chosen.reference for kind, chosen in launch.choose(str(copy)).items()} == {"gpt": "gpt/1", "gan": "dcgan/1"}
+    assert "other is passed over: model 'other' has no version 7" in caplog.text
+    caplog.clear()
+    assert launch.choose(str(copy), text="gpt/2", images="dcgan")["gpt"].reference == "gpt/2"
+    assert caplog.text == ""
+
+
 def test_what_cannot_be_served_is_refused_with_a_sentence(root: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no model to serve: train one and export it"):
         launch.choose(str(tmp_path / "nothing"))
@@ -466,8 +585,26 @@ def test_up_says_what_is_wrong_and_ends(command: Callable[..., Any], root: str, 
         taken = command("serve", "up", "--storage", str(Path(root).parent), "--port", port, RAY_ADDRESS="")
     assert (taken.returncode, "Traceback" in taken.stderr) == (2, False)
     assert f"127.0.0.1:{port} cannot be used" in taken.stderr
+    no_port = command("serve", "up", "--port", "70000", RAY_ADDRESS="")
+    assert (no_port.returncode, "'70000' is no port: use a number from 1 to 65535" in no_port.stderr) == (2, True)
     detached = command("serve", "up", "--detach", "--storage", str(tmp_path), RAY_ADDRESS="")
     assert "--detach needs a cluster to stay on" in detached.stderr
+
+
+def test_status_of_another_openai_server_is_a_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"object": "list", "data": [{"id": "gpt-2", "object": "model"}]}')
+
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # where nothing listens
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert main(["status", "--port", str(server.server_port)]) == 1
+        thread.join(20)
+    assert "is no raykiln: its /v1/models lists no bundles" in capsys.readouterr().out
 
 
 def test_a_private_server_ends_with_ctrl_c_and_leaves_no_process(root: str, tmp_path: Path) -> None:
