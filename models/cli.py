@@ -1,5 +1,6 @@
 """How every command of ours ends: a result, or one sentence on stderr and exit code 2."""
 
+import argparse
 import os
 import sys
 import traceback
@@ -13,13 +14,24 @@ def storage_default() -> str:
     return os.environ.get("KILN_STORAGE") or DEFAULT_STORAGE
 
 
+def port(text: str) -> int:
+    """A TCP port, as argparse's `type`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none that one can ask for.
+    """
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: use a number from 1 to 65535")
+    return int(text)
+
+
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Runs a command; a `ValueError` (bad input, by our convention) or an `OSError` becomes one sentence and exit code 2.
 
-    `--debug` anywhere on the command line shows the traceback instead.
+    `--debug` anywhere on the command line shows the traceback instead; after `--` it belongs to the command named there.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
+    debug = "--debug" in (argv[: argv.index("--")] if "--" in argv else argv)
     if debug:
         argv.remove("--debug")
     try:

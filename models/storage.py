@@ -101,7 +101,7 @@ def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError:
+    except BaseException:  # Ctrl-C too: nobody else would know what the file beside is
         Path(beside).unlink(missing_ok=True)
         raise
 
