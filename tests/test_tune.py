@@ -2,10 +2,12 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from cluster import local
 from train import config as configs
 from tune import launch, results, space
 from tune.launch import Plan
+from tune.table import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -120,6 +123,39 @@ def test_as_many_trials_as_whole_runs_fit(parallel: dict[str, Any], nodes: list[
     assert launch.fitting(config, nodes) == trials
 
 
+@pytest.mark.parametrize(
+    ("nodes", "private", "asked", "trials"),
+    [
+        ([node(4)], True, None, 4),
+        ([node(4)], True, 2, 2),
+        ([node(4)], True, 9, 4),
+        ([node(4)], False, None, 4),
+        ([node(4)], False, 9, 9),  # the cluster may grow
+        ([node(0)], False, None, 1),  # as in the cloud: the head offers nothing, and workers come when asked for
+        ([node(0)], False, 3, 3),
+    ],
+)
+def test_a_search_asks_a_cluster_to_grow_and_a_machine_for_what_it_has(
+    nodes: list[dict[str, Any]], private: bool, asked: int | None, trials: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    searched = replace(plan({"optim.lr": {"uniform": [0.1, 0.2]}}, tmp_path), max_concurrent=asked)
+    assert launch.at_once(searched, nodes, private) == trials
+    assert ("the cluster has 0 CPUs and 0 GPUs: waiting for nodes to join" in capsys.readouterr().out) == (nodes == [node(0)])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"name": "a b"}, "run.name is 'a b-00000'"),
+        ({"name": "../x"}, "run.name is '../x-00000'"),
+        ({"max_concurrent": 0}, "--max-concurrent is 0: a search runs at least one trial at a time"),
+    ],
+)
+def test_a_plan_that_no_run_could_follow_is_refused(given: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        replace(plan({"optim.lr": {"uniform": [0.1, 0.2]}}, tmp_path), **given)
+
+
 def test_a_trial_is_a_named_run_judged_often_and_the_best_config_is_not(tmp_path: Path) -> None:
     searched = plan({"optim.lr": {"uniform": [0.1, 0.2]}}, tmp_path, base={"steps": 80, "log": {"eval_every": 80}})
     trial = searched.config({"optim.lr": 0.15}, run="search-00001")
@@ -181,6 +217,21 @@ def test_a_trial_s_folder_names_its_run() -> None:
     assert results.run_of("/kiln/searches/s/s-00001_6697") == "s-00001"
 
 
+# The terminal
+
+
+def test_an_interrupted_search_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    Progress("heldout_bits_per_byte", ["optim.lr"], 20).on_step_end(0, [])
+    Progress.stop()
+    Progress.stop()
+    said = capsys.readouterr().out
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    assert said.count(hidden) == said.count(shown) == 1
+    assert said.index(hidden) < said.index(shown)
+
+
 # Searches
 
 
@@ -229,9 +280,10 @@ def test_a_killed_search_goes_on_and_stopped_trials_free_their_workers(command: 
     done = (tmp_path / "runs" / "s-00000" / "summary.json").stat()
     assert (tmp_path / "runs" / "s-00000" / "checkpoints" / "step_000004" / "manifest.json").exists()
 
-    answer = command("tune", *arguments, **one_cpu)
+    answer = command("tune", *arguments, "--max-concurrent", "2", **one_cpu)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert "search s goes on" in answer.stdout
+    assert "--max-concurrent counts only where a search begins" in answer.stdout
     trials = {row["run"]: row["status"] for row in rows(tmp_path / "searches" / "s")}
     assert trials == {"s-00000": "finished", "s-00001": "finished", "s-00002": "stopped", "s-00003": "finished"}
     assert (tmp_path / "runs" / "s-00000" / "summary.json").stat().st_mtime_ns == done.st_mtime_ns, "a finished trial ran again"

@@ -31,14 +31,14 @@ def main(argv: list[str]) -> int:
     base = configs.merge(base, configs.parse(kind, keys))
     stem = Path(given.config).stem if given.config else kind
     name = given.name or f"{stem}-search-{time.strftime('%Y%m%d-%H%M%S')}"
-    plan = launch.Plan(kind, base, space.read(given.space), given.num_samples, name)
+    plan = launch.Plan(kind, base, space.read(given.space), given.num_samples, name, given.max_concurrent)
     if given.dry_run:
         print(f"search {name}: {space.size(plan.space, plan.num_samples)} trials of at most {plan.steps} steps for the least {plan.metric}")
         for key, distribution in plan.space.items():
             print(f"  {key}: {distribution.name} {list(distribution.values)}")
         return 0
     try:
-        _report(launch.search(plan, given.storage, given.max_concurrent), kind)
+        _report(launch.search(plan, given.storage), kind)
     except launch.SearchFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1

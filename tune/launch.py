@@ -47,6 +47,7 @@ class Plan:
         space: what is drawn.
         num_samples: draws (of each combination of grids).
         name: the search's folder below searches/; its trials are runs <name>-00000, ...
+        max_concurrent: trials at once; by default as many as the cluster's nodes hold.
     """
 
     kind: str
@@ -54,12 +55,16 @@ class Plan:
     space: spaces.Space
     num_samples: int
     name: str
+    max_concurrent: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise ValueError(f"--num-samples is {self.num_samples}: a search takes at least one")
+        if self.max_concurrent is not None and self.max_concurrent < 1:
+            raise ValueError(f"--max-concurrent is {self.max_concurrent}: a search runs at least one trial at a time")
         if self.steps < 2:
             raise ValueError(f"steps is {self.steps}: a search takes at least two, the first to tell which trials go on")
+        self.config({}, run=f"{self.name}-00000")
         spaces.check(self.space, self.kind, self.base)
 
     def config(self, values: dict[str, Any], run: str | None = None) -> configs.Config:
@@ -88,32 +93,49 @@ class Plan:
         return {"kind": self.kind, "config": self.config({}).model_dump(mode="json"), "space": space, "num_samples": self.num_samples}
 
 
-def search(plan: Plan, root: str, max_concurrent: int | None = None) -> dict[str, Any]:
+def search(plan: Plan, root: str) -> dict[str, Any]:
     """Runs (or goes on with) a search; its summary. Writes trials.csv and best.yaml into <root>/searches/<name>.
 
     Args:
         root: the storage, a folder or URI.
-        max_concurrent: trials at once; by default as many as the cluster's free resources take.
 
     Raises:
-        ValueError: the search was begun with another plan, or no trial fits into the cluster. Nothing was started.
+        ValueError: the search was begun with another plan, or no trial fits into this machine. Nothing was started.
         SearchFailed: every trial failed.
     """
-    local = storage.local_path(root)
-    root = str(local) if local else root  # trials run in other processes' working directories
+    root = storage.absolute(root)  # trials run in other processes' working directories
     uri = storage.join(root, "searches", plan.name)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C interrupts; Tune's handler would call what it has a result
     _refuse_another_plan(plan, uri)
-    with _cluster():
-        fit = fitting(plan.config({}), ray.nodes())
-        if fit == 0:
-            raise ValueError(_misfit(plan.config({})))
+    with _cluster() as private:
+        num_trials = at_once(plan, ray.nodes(), private)
         # Once, before trials would race for it.
         launch.prepare(plan.config({}), root)
         storage.write_json(storage.join(uri, "search.json"), plan.record())
-        at_once = min(max_concurrent or fit, fit)
-        print(f"search {plan.name}: {spaces.size(plan.space, plan.num_samples)} trials, {at_once} at once, in {uri}", flush=True)
-        return _conclude(plan, _tuner(plan, root, uri, at_once).fit(), root, uri)
+        tuner = _tuner(plan, root, uri, num_trials)
+        try:
+            grid = tuner.fit()
+        finally:
+            Progress.stop()
+        return _conclude(plan, grid, root, uri)
+
+
+def at_once(plan: Plan, nodes: list[dict[str, Any]], private: bool) -> int:
+    """How many of the plan's trials run side by side on `nodes` (`ray.nodes()`).
+
+    Only a machine is what it is: a cluster may still grow, so there a trial that does not fit yet waits, aloud.
+
+    Raises:
+        ValueError: not one fits into a private cluster.
+    """
+    fit = fitting(plan.config({}), nodes)
+    if private and fit == 0:
+        raise ValueError(f"{_misfit(plan.config({}), nodes)}: use fewer workers, or a larger cluster")
+    if private:
+        return min(plan.max_concurrent or fit, fit)
+    if fit == 0:
+        print(f"{_misfit(plan.config({}), nodes)}: waiting for nodes to join", flush=True)
+    return plan.max_concurrent or max(fit, 1)
 
 
 def fitting(config: configs.Config, nodes: list[dict[str, Any]]) -> int:
@@ -136,13 +158,13 @@ def run_trial(values: dict[str, Any], plan: Plan, root: str) -> None:
     launch.fit(plan.config(values, run=name), root, callbacks=[TuneReportCallback()], quiet=True)
 
 
-def _misfit(config: configs.Config) -> str:
+def _misfit(config: configs.Config, nodes: list[dict[str, Any]]) -> str:
     parallel = config.parallel
-    have = ray.cluster_resources()
+    have = {kind: sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"]) for kind in ("CPU", "GPU")}
     gpus = f" and {parallel.workers} GPUs" if parallel.gpu else ""
     return (
         f"one trial needs {parallel.workers * parallel.cpus_per_worker:g} CPUs{gpus} (parallel.workers {parallel.workers}), and the cluster has "
-        f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs: use fewer workers, or a larger cluster"
+        f"{have['CPU']:g} CPUs and {have['GPU']:g} GPUs"
     )
 
 
@@ -160,8 +182,8 @@ def _refuse_another_plan(plan: Plan, uri: str) -> None:
 
 
 @contextmanager
-def _cluster() -> Iterator[None]:
-    """A cluster in which Train can free the workers of a trial that was stopped.
+def _cluster() -> Iterator[bool]:
+    """A cluster in which Train can free the workers of a trial that was stopped; True where it is this search's own.
 
     Its cleaner asks the dashboard whether the trial still lives, and finds the dashboard through the address file below
     RAY_TMPDIR, without which it would give up on a machine with two Ray clusters; the search would then hang on workers
@@ -173,7 +195,7 @@ def _cluster() -> Iterator[None]:
             raise ValueError(
                 "the cluster at RAY_ADDRESS has no dashboard, which frees the workers of stopped trials: start one with `python -m cluster up`, or unset RAY_ADDRESS"
             )
-        yield
+        yield False
         return
     # Not below TMPDIR: Ray's sockets lie here and a socket's path is limited to 107 bytes.
     folder = tempfile.mkdtemp(prefix="kiln-", dir="/tmp")
@@ -181,7 +203,7 @@ def _cluster() -> Iterator[None]:
     try:
         connect(include_dashboard=True, _temp_dir=f"{folder}/ray")
         Path(folder, "ray", "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
-        yield
+        yield True
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
@@ -190,11 +212,13 @@ def _cluster() -> Iterator[None]:
 # ---------------------------------------------------------------- Ray Tune
 
 
-def _tuner(plan: Plan, root: str, uri: str, at_once: int) -> ray.tune.Tuner:
+def _tuner(plan: Plan, root: str, uri: str, num_trials: int) -> ray.tune.Tuner:
     trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, plan=plan, root=root), DRIVER)
     if ray.tune.Tuner.can_restore(uri):
-        print(f"search {plan.name} goes on", flush=True)
+        ignored = "" if plan.max_concurrent is None else " (--max-concurrent counts only where a search begins)"
+        print(f"search {plan.name} goes on in {uri}, as many trials at once as when it began{ignored}", flush=True)
         return ray.tune.Tuner.restore(uri, trainable, resume_unfinished=True, resume_errored=True)
+    print(f"search {plan.name}: {spaces.size(plan.space, plan.num_samples)} trials, {num_trials} at once, in {uri}", flush=True)
     return ray.tune.Tuner(
         trainable,
         param_space=spaces.domains(plan.space),
@@ -202,7 +226,7 @@ def _tuner(plan: Plan, root: str, uri: str, at_once: int) -> ray.tune.Tuner:
             metric=plan.metric,
             mode="min",
             num_samples=plan.num_samples,
-            search_alg=BasicVariantGenerator(max_concurrent=at_once, random_state=plan.config({}).run.seed),
+            search_alg=BasicVariantGenerator(max_concurrent=num_trials, random_state=plan.config({}).run.seed),
             scheduler=_halving(plan),
             trial_name_creator=run_name,
             trial_dirname_creator=run_name,

@@ -1,7 +1,7 @@
 """A search as it runs: on a terminal one live table, elsewhere a line for each result."""
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
@@ -18,12 +18,11 @@ class Progress(Callback):
         steps: how many a trial runs unless it is stopped early.
     """
 
+    # Of the class: Tune makes its callbacks anew from what it stored with a search, and there is one terminal.
+    _live: ClassVar[Live | None] = None
+
     def __init__(self, metric: str, keys: list[str], steps: int) -> None:
         self._metric, self._keys, self._steps = metric, keys, steps
-        self._live: Live | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_live": None}  # Tune stores its callbacks with the search; a terminal can't be
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
         if not sys.stdout.isatty():
@@ -37,15 +36,21 @@ class Progress(Callback):
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if not sys.stdout.isatty():
             return
-        if self._live is None:
-            self._live = Live(refresh_per_second=2)
-            self._live.start()
-        self._live.update(self.table(trials))
+        if Progress._live is None:
+            Progress._live = Live(refresh_per_second=2)
+            Progress._live.start()
+        Progress._live.update(self.table(trials))
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        if self._live is not None:
-            self._live.update(self.table(trials), refresh=True)
-            self._live.stop()
+        if Progress._live is not None:
+            Progress._live.update(self.table(trials), refresh=True)
+
+    @classmethod
+    def stop(cls) -> None:
+        """Gives the terminal back, cursor and all; after Ctrl-C Tune tells its callbacks nothing more."""
+        if cls._live is not None:
+            cls._live.stop()
+            cls._live = None
 
     def table(self, trials: list[Trial]) -> Table:
         """All trials that have begun, the best so far marked."""
