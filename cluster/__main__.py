@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from cluster import dashboard, local, status
-from models import cli
+from models import cli, storage
 
 
 def main(argv: list[str]) -> int:
@@ -21,14 +21,12 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
-        command.add_argument(
-            "--storage", default=cli.storage_default(), help="where the cluster's jobs keep their files (default: %(default)s)"
-        )
+        command.add_argument("--storage", metavar="URI", help="where the cluster's jobs keep their files (KILN_STORAGE; default ./kiln)")
         return command
 
     command = add("up", _up, "start a Ray head on this machine, in the background")
-    command.add_argument("--port", type=int, help=f"of Ray's control service (default: {local.GCS_PORT}, or a free one)")
-    command.add_argument("--dashboard-port", type=int, help=f"on 127.0.0.1 (default: {local.DASHBOARD_PORT}, or a free one)")
+    command.add_argument("--port", type=cli.port, help=f"of Ray's control service (default: {local.GCS_PORT}, or a free one)")
+    command.add_argument("--dashboard-port", type=cli.port, help=f"on 127.0.0.1 (default: {local.DASHBOARD_PORT}, or a free one)")
     command.add_argument("--num-cpus", type=int, help="logical CPUs (default: the machine's)")
     add("down", _down, "end this machine's head, its jobs and nothing else")
     add("status", _status, "show nodes, resources and jobs")
@@ -36,15 +34,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("entrypoint", nargs="+", metavar="COMMAND", help="after --, as in: -- python -m train gpt")
     add("doctor", _doctor, "check versions, disks, accelerators and storage on every node")
     command = add("demo", _demo, "the whole road on this machine: train, export, serve and ask a GPT and a GAN")
-    command.set_defaults(storage=f"{cli.storage_default()}/demo")
     command.add_argument("--stay", action=argparse.BooleanOptionalAction, help="keep the page up until Ctrl-C (default: at a terminal)")
     command.add_argument("--preset", choices=["demo", "tiny"], default="demo", help="tiny: in seconds, and not worth looking at")
     return parser
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    head, started = local.up(arguments.storage, arguments.port, arguments.dashboard_port, arguments.num_cpus)
-    flag = "" if arguments.storage == cli.storage_default() else f" --storage {arguments.storage}"
+    head, started = local.up(_storage(arguments), arguments.port, arguments.dashboard_port, arguments.num_cpus)
+    flag = "" if arguments.storage is None else f" --storage {arguments.storage}"
     print(f"{'Ray is up' if started else 'Ray runs already'} at {head.address}; jobs keep their files in {head.storage}")
     print(f"  dashboard  {head.dashboard.url} (asks for the token in {_short(head.home / 'token')})")
     print(f"  join it    source {_short(head.home / 'env')}")
@@ -54,39 +51,61 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _down(arguments: argparse.Namespace) -> int:
-    ended = local.down(arguments.storage)
-    print(f"Ray is down: {ended} processes ended" if ended else f"nothing to end: no cluster was up for storage {arguments.storage}")
+    ended = local.down(_storage(arguments))
+    print(f"Ray is down: {ended} processes ended" if ended else f"nothing to end: no cluster was up for storage {_storage(arguments)}")
     return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    status.show(_dashboard(arguments.storage))
+    status.show(_dashboard(arguments))
     return 0
 
 
 def _submit(arguments: argparse.Namespace) -> int:
     from cluster import jobs  # imports ray, which the other commands need not wait for
 
-    return jobs.submit(_dashboard(arguments.storage), arguments.entrypoint)
+    return jobs.submit(_dashboard(arguments), arguments.entrypoint)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    examined = storage.absolute(_storage(arguments))  # before the cluster's own KILN_STORAGE is here
     if not os.environ.get("RAY_ADDRESS"):
-        os.environ.update(_running_head(arguments.storage).variables)
+        _running_head(examined).join(os.environ)
+    elif arguments.storage and (head := local.find(examined)):  # else it is what the nodes of the joined cluster should see
+        head.join(os.environ)
     from cluster import doctor  # imports ray, which reads the environment as it is imported
 
-    return doctor.examine(os.environ.get("KILN_STORAGE", arguments.storage))
+    return doctor.examine(examined)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from cluster import demo
 
-    return demo.run(arguments.storage, arguments.stay, arguments.preset)
+    return demo.run(_demo_folder(arguments.storage), arguments.stay, arguments.preset)
 
 
-def _dashboard(storage_uri: str) -> dashboard.Dashboard:
-    """That of the cluster this shell has joined, else of the one that runs here for `storage_uri`."""
-    return dashboard.from_environment() or _running_head(storage_uri).dashboard
+def _storage(arguments: argparse.Namespace) -> str:
+    return str(arguments.storage or cli.storage_default())
+
+
+def _demo_folder(given: str | None) -> Path:
+    """Beside the user's runs, or in ./kiln where those are remote: the demo's pictures are to be looked at here.
+
+    Raises:
+        ValueError: `given` is remote.
+    """
+    if given is None:
+        return (storage.local_path(cli.storage_default()) or Path(cli.DEFAULT_STORAGE)) / "demo"
+    local_path = storage.local_path(given)
+    if local_path is None:
+        raise ValueError(f"--storage {given} is not on this machine, where the demo leaves its text and pictures: name a folder")
+    return local_path
+
+
+def _dashboard(arguments: argparse.Namespace) -> dashboard.Dashboard:
+    """That of the cluster which --storage names, else of the one this shell has joined, else of the one that runs here."""
+    joined = None if arguments.storage else dashboard.from_environment()
+    return joined or _running_head(_storage(arguments)).dashboard
 
 
 def _running_head(storage_uri: str) -> local.Head:

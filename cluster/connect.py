@@ -11,7 +11,7 @@ import socket
 from typing import Any
 
 import ray
-from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, without annotations
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without annotations
 
 
 def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
@@ -36,7 +36,7 @@ def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _refuse_unreachable(address)
-        Config.initialize("")  # importing ray read the environment, perhaps before its token was set there
+        _read_token_again()
         try:
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
@@ -44,17 +44,23 @@ def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
                 f"the Ray cluster at RAY_ADDRESS={address!r} refuses this process ({str(error).splitlines()[0]}): {_WAY_OUT}"
             ) from error
         return False
-    # A token of its own: what Ray decides by itself depends on what an earlier command left in ~/.ray.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    Config.initialize("")
+    # A token of its own: what Ray decides by itself depends on what an earlier command left in ~/.ray, and this shell may
+    # still name the token of a cluster that is gone.
+    os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    _read_token_again()
     private_options.setdefault("include_dashboard", False)
     ray.init(address="local", num_cpus=num_cpus, logging_level=logging.WARNING, log_to_driver=log_to_driver, **private_options)
     return True
 
 
 _WAY_OUT = "start one with `python -m cluster up` and source its env file, or unset RAY_ADDRESS"
+
+
+def _read_token_again() -> None:
+    """Importing ray read the environment, perhaps before its token was set there; a connection before this one did."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _refuse_unreachable(address: str) -> None:

@@ -2,7 +2,7 @@
 
 Starts a Ray cluster of its own, and on it runs the very commands that the README names: trains a GPT and a
 WGAN-GP, exports both, serves both, asks both over HTTP. Text, pictures, curves and summary.json are left in
-the demo's folder. Whatever was started is ended, after Ctrl-C too.
+the demo's folder. Whatever was started is ended, after Ctrl-C or a closed terminal too.
 """
 
 import base64
@@ -32,6 +32,7 @@ from models import storage
 
 PROMPT = "**HAMLET**  \nTo be, or "
 PICTURES_PER_CLASS = 8
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, `kill`, a terminal that closes
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -48,7 +49,7 @@ class Demo:
         self.screen = Console(highlight=False)
         self.legs: dict[str, float] = {}
         self.stamp = time.strftime("%Y%m%d-%H%M%S")
-        self.variables: dict[str, str] = {}
+        self.environment = dict(os.environ)
 
     # ---------------------------------------------------------------- the story
 
@@ -60,7 +61,7 @@ class Demo:
             with self.leg("start a Ray cluster"):
                 # Two workers train at once, and later two models and their gateway are served: two logical CPUs at least.
                 head, _ = local.up(str(self.folder), num_cpus=max(2, os.cpu_count() or 1))
-                self.variables = head.variables
+                head.join(self.environment)
                 self.say(f"its dashboard: {head.dashboard.url} (token in {head.home / 'token'})")
             for kind, what in (("gpt", "a GPT on Shakespeare's plays"), ("gan", "a WGAN-GP on Fashion-MNIST")):
                 with self.leg(f"train {what}"):
@@ -86,7 +87,8 @@ class Demo:
 
     def ask(self, url: str) -> dict[str, Any]:
         """Text as it streams, a sheet with a row of pictures a class, the page; all left in the folder."""
-        with httpx.Client(base_url=url, timeout=60) as client:
+        # The proxy that a company's environment names is not the way to one's own machine.
+        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
             models = {model["kind"]: model for model in client.get("/v1/models").raise_for_status().json()["data"]}
             # A token is a byte at least: this many fit into the context whatever the tokenizer makes of the prompt.
             room = models["gpt"]["model"]["context"] - len(PROMPT.encode())
@@ -123,6 +125,8 @@ class Demo:
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 message = json.loads(line.removeprefix("data: "))
+                if "error" in message:
+                    raise ValueError(f"the demo stopped: the endpoint broke off its text ({message['error']['message']})")
                 tokens = (message.get("usage") or {}).get("completion_tokens", tokens)
                 for choice in message["choices"]:
                     text += choice["text"]
@@ -228,23 +232,26 @@ class Demo:
         """
         words = (*words, "--storage", str(self.folder))
         self.screen.print(f"$ python -m {' '.join(_short(word) for word in words)}", style="dim", markup=False)
-        code = subprocess.run([sys.executable, "-m", *words], env={**os.environ, **self.variables}, check=False).returncode
+        code = subprocess.run([sys.executable, "-m", *words], env=self.environment, check=False).returncode
         if code:
             raise ValueError(f"the demo stopped: `python -m {words[0]} {words[1]}` ended with exit code {code}, see above")
 
     def end(self) -> None:
         """Ends the demo's cluster; a second Ctrl-C must not leave half of it."""
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
         try:
             local.down(str(self.folder))
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def run(folder: str, stay: bool | None = None, preset: str = "demo") -> int:
+def run(folder: Path, stay: bool | None = None, preset: str = "demo") -> int:
     """The demo; it stays up at its end when it was started from a terminal, unless `stay` says otherwise."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    demo = Demo(Path(folder), preset)
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` leaves SIGHUP
+            signal.signal(number, _interrupt)
+    demo = Demo(folder, preset)
     demo.folder.mkdir(parents=True, exist_ok=True)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     try:

@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import os
 import shlex
 import time
 
@@ -27,6 +28,7 @@ def submit(dashboard: Dashboard, command: list[str], working_dir: str = ".") -> 
     if not command:
         raise ValueError("nothing to submit: give the command after --, as in `python -m cluster submit -- python -m train gpt`")
     dashboard.jobs()  # one sentence now if the cluster does not answer
+    os.environ["RAY_API_SERVER_ADDRESS"] = dashboard.url  # Ray prefers what it finds there to the argument
     client = JobSubmissionClient(dashboard.url, headers=dashboard.headers)
     try:
         job = client.submit_job(entrypoint=shlex.join(command), runtime_env={"working_dir": working_dir})
@@ -44,8 +46,11 @@ def submit(dashboard: Dashboard, command: list[str], working_dir: str = ".") -> 
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+    try:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+    except RuntimeError as error:  # the connection broke; the job did not
+        print(f"the log of job {job} broke off ({error}): waiting for the job's end", flush=True)
 
 
 def _end(client: JobSubmissionClient, job: str) -> JobStatus:

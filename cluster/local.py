@@ -11,6 +11,7 @@ processes that carry it and no others, so neither a recycled process id nor anot
 
 import contextlib
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -19,10 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, MutableMapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 from cluster import machine
 from cluster.dashboard import Dashboard
@@ -42,7 +45,7 @@ class Head:
 
     id: str
     host: str  # the machine, since storage may be shared between several
-    pid: int
+    pid: int  # 0 until it runs
     started: float  # the process's start, in seconds since the epoch: with `pid` it names one process for ever
     port: int
     dashboard_port: int
@@ -77,6 +80,11 @@ class Head:
             "KILN_STORAGE": self.storage,
         }
 
+    def join(self, environment: MutableMapping[str, str]) -> None:
+        """Puts `variables` into an environment, and takes a token of the user's own out: Ray would prefer it to the file."""
+        environment.pop("RAY_AUTH_TOKEN", None)
+        environment.update(self.variables)
+
     def alive(self) -> bool:
         try:
             process = psutil.Process(self.pid)
@@ -108,31 +116,53 @@ def up(storage_uri: str, port: int | None = None, dashboard_port: int | None = N
     Raises:
         ValueError: a port that was asked for is taken, or Ray did not come up (with the end of its log).
     """
-    head = find(storage_uri)
-    if head:
-        _wait_until_ready(head)
-        return head, False
-    down(storage_uri)  # what a crash left
-    port, dashboard_port = (
-        machine.free_port(port, GCS_PORT, "--port"),
-        machine.free_port(dashboard_port, DASHBOARD_PORT, "--dashboard-port"),
-    )
-    head = _launch(storage_uri, port, dashboard_port, num_cpus)
-    try:
-        _wait_until_ready(head)
-    except BaseException:
-        down(storage_uri)
-        raise
-    _write_private(head.home / "env", _exports(head))
-    return head, True
+    with _alone(storage_uri):
+        head = find(storage_uri)
+        if head:
+            _wait_until_ready(head)
+            return head, False
+        _clear(storage_uri)  # what a crash left
+        port = machine.free_port(port, GCS_PORT, "--port")
+        dashboard_port = machine.free_port(dashboard_port, DASHBOARD_PORT, "--dashboard-port")
+        planned = _plan(storage_uri, port, dashboard_port)
+        try:
+            head = _launch(planned, num_cpus)
+            _wait_until_ready(head)
+            _write_private(head.home / "env", _exports(head))
+        except BaseException:
+            _clear(storage_uri)
+            raise
+        return head, True
 
 
 def down(storage_uri: str) -> int:
-    """Ends the cluster of `storage_uri` with all its jobs; the number of processes that ran."""
+    """Ends the cluster of `storage_uri` with all its jobs; the number of processes that ran.
+
+    Raises:
+        ValueError: the state file is not ours to believe, or a process survived SIGKILL.
+    """
+    if not folder(storage_uri).is_dir():
+        return 0
+    with _alone(storage_uri):
+        return _clear(storage_uri)
+
+
+@contextlib.contextmanager
+def _alone(storage_uri: str) -> Iterator[None]:
+    """One `up` or `down` at a time: of two heads, the state file could name only one."""
+    home = folder(storage_uri)
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / "lock"):
+        yield
+
+
+def _clear(storage_uri: str) -> int:
     head = _recorded(storage_uri)
     if head is None:
         return 0
     ended = machine.end(MARK, head.id, STOP_GRACE_S)
+    if left := [process.pid for process in machine.marked(MARK, head.id)]:
+        raise ValueError(f"processes {left} of the cluster in {head.home} do not end: end them yourself, then run `python -m cluster down`")
     shutil.rmtree(head.temp_dir, ignore_errors=True)
     for name in ("env", "token", "state.json"):  # the state last: until then a second `down` can finish the work
         (head.home / name).unlink(missing_ok=True)
@@ -147,32 +177,44 @@ def _recorded(storage_uri: str) -> Head | None:
         head = Head(**storage.read_json(path))
     except TypeError as error:
         raise ValueError(f"{path} was not written by this version ({error}): end process ids it names yourself, then delete it") from error
+    # An empty mark would be every process's, and the folder is going to be removed.
+    for field, form in (("id", r"[0-9a-f]{32}"), ("temp_dir", r"/tmp/kiln-\w+")):
+        if not re.fullmatch(form, str(value := getattr(head, field))):
+            raise ValueError(
+                f"{path}: {field} is {value!r}, which `up` never writes: end process {head.pid} yourself, then delete the file"
+            )
     if head.host != socket.gethostname():
-        raise ValueError(f"{path} belongs to a head on machine {head.host!r}: go there, or give this machine a --storage of its own")
+        raise ValueError(
+            f"{path} belongs to a head on machine {head.host!r}: go there, or give this machine a --storage of its own; "
+            "where that machine is gone or has another name now, delete the file"
+        )
     return head
 
 
-def _launch(storage_uri: str, port: int, dashboard_port: int, num_cpus: int | None) -> Head:
+def _plan(storage_uri: str, port: int, dashboard_port: int) -> Head:
+    """Writes down what is about to be started: whatever interrupts the start, `down` knows the mark to look for."""
     home = folder(storage_uri)
-    home.mkdir(parents=True, exist_ok=True)
     _write_private(home / "token", secrets.token_hex(32))
-    mark = secrets.token_hex(16)
     # Ray's sockets live below its temp dir and a socket's path is limited to 107 bytes: storage may lie too deep.
     temp_dir = tempfile.mkdtemp(prefix="kiln-", dir="/tmp")
-    local = storage.local_path(storage_uri)
-    absolute = str(local) if local else storage_uri
-    with open(home / "head.log", "wb") as log:
+    mark, host = secrets.token_hex(16), socket.gethostname()
+    head = Head(mark, host, 0, 0.0, port, dashboard_port, temp_dir, storage.absolute(storage_uri))
+    storage.write_json(home / "state.json", asdict(head))
+    return head
+
+
+def _launch(planned: Head, num_cpus: int | None) -> Head:
+    with open(planned.home / "head.log", "wb") as log:
         process = subprocess.Popen(
-            _start_command(port, dashboard_port, temp_dir, num_cpus),
-            env=_environment(mark, temp_dir, absolute, home / "token"),
+            _start_command(planned.port, planned.dashboard_port, planned.temp_dir, num_cpus),
+            env=_environment(planned.id, planned.temp_dir, planned.storage, planned.home / "token"),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in the terminal that ran `up` is not for the cluster
         )
-    started = psutil.Process(process.pid).create_time()
-    head = Head(mark, socket.gethostname(), process.pid, started, port, dashboard_port, temp_dir, absolute)
-    storage.write_json(home / "state.json", asdict(head))
+    head = replace(planned, pid=process.pid, started=psutil.Process(process.pid).create_time())
+    storage.write_json(head.home / "state.json", asdict(head))
     return head
 
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import httpx
 import psutil
 import pytest
 import yaml
+from ray.job_submission import JobSubmissionClient
 
-from cluster import doctor, local, machine
+from cluster import doctor, jobs, local, machine
 from cluster.dashboard import Dashboard
+from models import storage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +60,11 @@ def bystander() -> Iterator[subprocess.Popen[bytes]]:
     yield process
     process.kill()
     process.wait()
+
+
+def kept(storage: Path) -> set[str]:
+    """What lies in the folder of a cluster's state, but for the lock of `up` and `down`."""
+    return {file.name for file in (storage / "cluster").iterdir()} - {"lock"}
 
 
 def head_of(storage: Path) -> local.Head:
@@ -114,7 +121,55 @@ def test_a_head_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path, mo
     monkeypatch.setattr(local, "_start_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no such luck')"])
     with pytest.raises(ValueError, match=r"ended at its start.*no such luck"):
         local.up(str(tmp_path))
-    assert sorted(file.name for file in (tmp_path / "cluster").iterdir()) == ["head.log"]
+    assert kept(tmp_path) == {"head.log"}
+
+
+def test_a_start_that_is_interrupted_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, begun = local._launch, []
+
+    def interrupted(planned: local.Head, num_cpus: int | None) -> local.Head:
+        begun.append(launch(planned, num_cpus))
+        storage.write_json(planned.home / "state.json", planned.__dict__)  # as before its process id was known
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local, "_start_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(local, "_launch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        local.up(str(tmp_path))
+    assert not begun[0].alive()
+    assert not Path(begun[0].temp_dir).exists()
+    assert kept(tmp_path) == {"head.log"}
+
+
+def test_two_ups_at_once_start_one_head(tmp_path: Path) -> None:
+    up = f"python -m cluster up --storage {tmp_path} --num-cpus 1"
+    both = shell(f"{up} & {up}; wait")
+    try:
+        assert both.stdout.count("Ray is up at") == both.stdout.count("Ray runs already at") == 1, both.stderr
+    finally:
+        ended = shell(f"python -m cluster down --storage {tmp_path}").stdout
+    assert "Ray is down" in ended
+    assert not [process for process in psutil.process_iter() if str(tmp_path) in " ".join(environment(process).values())]
+
+
+def environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return dict(process.environ())
+    except psutil.Error:
+        return {}
+
+
+def test_a_port_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    answer = shell(f"python -m cluster up --storage {tmp_path} --port 70000")
+    assert answer.returncode == 2
+    assert answer.stderr.endswith("error: argument --port: '70000' is not a port: use a number from 1 to 65535\n")
+
+
+def test_a_private_cluster_needs_nothing_that_an_earlier_one_left() -> None:
+    twice = "import ray; from cluster.connect import connect; print([(connect(num_cpus=1), ray.shutdown()) for _ in range(2)])"
+    gone = "RAY_AUTH_MODE=disabled RAY_AUTH_TOKEN_PATH=/nowhere/token"
+    answer = shell(f'{gone} python -c "{twice}"')
+    assert answer.stdout == "[(True, None), (True, None)]\n", answer.stderr[-3000:]
 
 
 # Jobs
@@ -131,10 +186,10 @@ def test_the_readmes_submission_trains_and_keeps_its_files_in_the_cluster_s_stor
 
 
 def test_submit_runs_the_same_python_in_a_copy_of_the_working_directory_and_exits_as_the_job_did(up: Path) -> None:
-    script = "import os, sys; print([sys.executable, os.path.exists('cluster.yaml'), os.path.exists('.venv')]); sys.exit(3)"
-    answer = shell(f'python -m cluster submit --storage {up} -- python -c "{script}"')
+    script = "import os, sys; print([sys.executable, os.path.exists('cluster.yaml'), os.path.exists('.venv'), *sys.argv[1:]]); sys.exit(3)"
+    answer = shell(f'python -m cluster submit --storage {up} -- python -c "{script}" --debug')
     assert answer.returncode == 1
-    assert str([sys.executable, True, False]) in answer.stdout
+    assert str([sys.executable, True, False, "--debug"]) in answer.stdout
     assert answer.stdout.splitlines()[-1].endswith(": FAILED")
 
 
@@ -148,11 +203,32 @@ def test_a_job_that_was_stopped_is_not_a_success(up: Path) -> None:
     assert answer.stdout.splitlines()[-1].endswith(": STOPPED")
 
 
+def test_a_log_that_breaks_off_is_not_the_job_s_end(
+    up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def broken(self: JobSubmissionClient, job: str) -> AsyncIterator[str]:
+        yield "begun\n"
+        raise RuntimeError("WebSocket connection closed")
+
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")  # of another cluster that this process has joined
+    monkeypatch.setattr(JobSubmissionClient, "tail_job_logs", broken)
+    assert jobs.submit(head_of(up).dashboard, ["sleep", "1"], str(tmp_path)) == 0
+    assert "broke off (WebSocket connection closed)" in capsys.readouterr().out
+
+
+def test_a_storage_that_is_named_wins_over_the_cluster_that_was_joined(up: Path, tmp_path: Path) -> None:
+    answer = shell(f"source {up}/cluster/env; python -m cluster status --storage {tmp_path}")
+    assert answer.returncode == 2
+    assert f"no cluster is up for storage {tmp_path}" in answer.stderr
+    examined = shell(f"export KILN_STORAGE=/nowhere; python -m cluster doctor --storage {up}")
+    assert "4 CPUs" in examined.stdout, examined.stderr
+
+
 def test_status_and_doctor_describe_the_cluster(up: Path) -> None:
     status = shell(f"python -m cluster status --storage {up}")
     assert status.returncode == 0, status.stderr
     assert "ALIVE" in status.stdout
-    examined = shell(f"python -m cluster doctor --storage {up}")
+    examined = shell(f"RAY_AUTH_TOKEN=another python -m cluster doctor --storage {up}")
     assert "4 CPUs" in examined.stdout, examined.stderr
     assert "is not visible" not in examined.stdout
     assert not list((up / "cluster").glob("probe-*"))
@@ -218,7 +294,7 @@ def test_down_ends_a_running_job_and_its_children_and_nobody_else(
     assert "Ray is down" in answer.stdout, answer.stderr
     assert not any(machine.running(process) for process in ours)
     assert not Path(head.temp_dir).exists()
-    assert sorted(file.name for file in (fresh / "cluster").iterdir()) == ["head.log"]
+    assert kept(fresh) == {"head.log"}
     # Another Ray cluster on this machine, and a stranger's process, never noticed.
     assert ray.get(ray.remote(lambda: "alive").remote()) == "alive"
     assert bystander.poll() is None
@@ -236,7 +312,7 @@ def test_up_after_a_crash_clears_what_is_left_and_starts_anew(fresh: Path) -> No
 
 
 def record(storage: Path, **fields: Any) -> local.Head:
-    head = local.Head("0" * 32, socket.gethostname(), 1, 0.0, 6379, 8265, str(storage / "temp"), str(storage))
+    head = local.Head("0" * 32, socket.gethostname(), 1, 0.0, 6379, 8265, "/tmp/kiln-gone", str(storage))
     head = replace(head, **fields)
     (storage / "cluster").mkdir()
     (storage / "cluster" / "state.json").write_text(json.dumps(head.__dict__))
@@ -254,8 +330,28 @@ def test_a_recorded_process_id_is_never_enough_to_end_a_process(tmp_path: Path, 
 
 def test_a_head_on_another_machine_is_left_alone(tmp_path: Path) -> None:
     record(tmp_path, host="elsewhere")
-    with pytest.raises(ValueError, match=r"'elsewhere'.*--storage of its own"):
+    with pytest.raises(ValueError, match=r"'elsewhere'.*--storage of its own.*delete the file"):
         local.down(str(tmp_path))
+
+
+@pytest.mark.parametrize("fields", [{"temp_dir": "/tmp/kiln-x/../../home"}, {"temp_dir": "/home"}, {"id": None}, {"id": ""}])
+def test_a_state_file_that_up_never_wrote_harms_nothing(tmp_path: Path, fields: dict[str, Any]) -> None:
+    record(tmp_path, **fields)
+    with pytest.raises(ValueError, match=rf"state\.json: {next(iter(fields))} is .*delete the file"):
+        local.down(str(tmp_path))
+
+
+def test_down_forgets_nothing_while_a_process_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = record(tmp_path)
+    survivor = subprocess.Popen(["sleep", "600"], env={local.MARK: head.id, "PATH": os.defpath})
+    monkeypatch.setattr(machine, "end", lambda *_: 0)
+    with pytest.raises(ValueError, match=rf"processes \[{survivor.pid}\] .* do not end"):
+        local.down(str(tmp_path))
+    assert "state.json" in kept(tmp_path)
+    monkeypatch.undo()
+    assert local.down(str(tmp_path)) == 1
+    assert kept(tmp_path) == set()
+    survivor.wait()
 
 
 @pytest.mark.parametrize("content", ["{", '{"pid": 1}'])
@@ -305,7 +401,18 @@ def test_a_cloud_cluster_s_nodes_require_the_token_and_hide_the_dashboard(cloud:
 def test_a_cloud_cluster_installs_the_locked_versions_only(cloud: dict[str, Any]) -> None:
     prepared = validated(cloud)
     assert prepared["file_mounts"]["~/requirements.lock"] == "requirements.lock"
-    assert not [command for command in prepared["head_setup_commands"] if command.startswith("pip install")]
+    locked = {line.split("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line}
+    installs = [command.split("pip install --quiet ")[1] for command in every_setup(prepared) if "pip install" in command]
+    assert installs
+    for install in installs:
+        source, lock, *packages = install.split()
+        assert (source, lock) in {("-r", "~/requirements.lock"), ("-c", "~/requirements.lock")}
+        assert all("==" in package or package in locked for package in packages)
+
+
+def every_setup(prepared: dict[str, Any]) -> list[str]:
+    parts = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
+    return [command for part in parts for command in prepared[part]]
 
 
 @pytest.mark.parametrize("typo", [("max_worker",), ("available_node_types", "gpu_spot", "min_worker"), ("idle_timeout_minute",)])
