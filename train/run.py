@@ -29,7 +29,15 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 10
 STALE_S = 60  # a driver on another machine that has not been heard of for this long is dead
 # What may differ between the parts of one run: it changes neither the samples nor the mathematics.
-FREE: tuple[str, ...] = ("run.name", "run.resume", "run.max_failures", "parallel.workers", "parallel.gpu", "parallel.cpus_per_worker", "parallel.strategy")
+FREE: tuple[str, ...] = (
+    "run.name",
+    "run.resume",
+    "run.max_failures",
+    "parallel.workers",
+    "parallel.gpu",
+    "parallel.cpus_per_worker",
+    "parallel.strategy",
+)
 FREE += ("checkpoint.", "log.", "sample.", "batch.micro_size", "steps")
 
 
