@@ -286,9 +286,11 @@ def test_down_ends_a_running_job_and_its_children_and_nobody_else(
     while "begun" not in (logs := shell(f"source {fresh}/cluster/env; ray job logs long").stdout) and time.monotonic() < deadline:
         time.sleep(0.5)
     grandchild = psutil.Process(int(logs.split("begun ")[1].split()[0]))
+    children = psutil.Process(head.pid).children(recursive=True)
     ours = machine.marked(local.MARK, head.id)
     assert grandchild in ours
-    assert {*psutil.Process(head.pid).children(recursive=True)} <= {*ours}
+    # Ray starts short-lived helpers all the time: those that came or went between the two looks say nothing.
+    assert {process for process in children if machine.running(process)} <= {*ours}
 
     answer = shell(f"python -m cluster down --storage {fresh}")
     assert "Ray is down" in answer.stdout, answer.stderr

