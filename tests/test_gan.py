@@ -181,6 +181,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(source: Path, t
     assert {tag: value for tag, value in straight.items() if tag != "images_per_s"} == {
         tag: value for tag, value in resumed.items() if tag != "images_per_s"
     }
+    # Interrupted after its last checkpoint: nothing is left to train, and it is judged as it would have been.
+    judged = run_alone(config, dataset, tmp_path / "straight")
+    assert judged == {tag: straight[tag] for tag in ("heldout_sliced_wasserstein", "heldout_sliced_wasserstein_floor", "heldout_samples")}
 
 
 def test_final_metrics_have_the_distance_and_its_floor(source: Path, tmp_path: Path) -> None:

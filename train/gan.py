@@ -32,6 +32,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     pictures = images.Pictures(folder, "train", config.data.size, config.data.horizontal_flip)
     heldout = images.Pictures(folder, "heldout", config.data.size)
     gan = Gan(config, shape(config, pictures.meta), strategy)
+    judge = partial(quality.judge, partial(gan.like, pictures), pictures, heldout)
     step = 0
     if start is not None:
         step, state = start
@@ -52,7 +53,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
             recorder.scalars(step, {**finite(strategy.mean({tag: float(value) for tag, value in figures.items()}), step), **meter.read()})
         with meter.paused():
             if step % config.log.eval_every == 0 or last:
-                judged = quality.judge(partial(gan.like, pictures), pictures, heldout)
+                judged = judge()
                 recorder.scalars(step, judged)
                 final = {**judged, **strategy.mean({tag: float(value) for tag, value in figures.items()}), **meter.total()}
                 worker.report({"step": step, **final})
@@ -64,7 +65,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     worker.checkpoints.join()
     strategy.barrier()
     # Interrupted between its last checkpoint and its end: nothing is left to train, and still to be judged.
-    return final or quality.judge(partial(gan.like, heldout), pictures, heldout)
+    return final or judge()
 
 
 def shape(config: GanConfig, dataset: dict[str, Any]) -> DcganConfig:
