@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True)
     address = argparse.ArgumentParser(add_help=False)
     address.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: on all interfaces, without any authentication")
-    address.add_argument("--port", type=_port, default=8000)
+    address.add_argument("--port", type=cli.port, default=8000)
     start = actions.add_parser("up", parents=[address], help="serve, or change what is served", epilog=EPILOG)
     start.add_argument("--storage", default=cli.storage_default(), metavar="URI", help="where models/ lies (KILN_STORAGE; default ./kiln)")
     start.add_argument("--text", metavar="REF", help="the text model; by default the registry's in production, or its newest")
@@ -40,12 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     actions.add_parser("status", parents=[address], help="what is served")
     actions.add_parser("down", help="take it off the cluster of RAY_ADDRESS")
     return parser
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port: use a number from 1 to 65535")
-    return int(text)
 
 
 def up(arguments: argparse.Namespace) -> int:

@@ -70,8 +70,7 @@ def choose(root: str, text: str | None = None, images: str | None = None) -> dic
         ValueError: nothing to serve, an unknown reference, one of the wrong kind, or a bundle that is damaged or does not
             answer as recorded.
     """
-    local = storage.local_path(root)
-    root = root if local is None else str(local)  # replicas run in other folders
+    root = storage.absolute(root)  # replicas run in other folders
     references = {kind: reference for kind, reference in (("gpt", text), ("gan", images)) if reference is not None}
     if len(references) < len(DEPLOYMENTS):
         references = _defaults(root) | references

@@ -586,7 +586,7 @@ def test_up_says_what_is_wrong_and_ends(command: Callable[..., Any], root: str, 
     assert (taken.returncode, "Traceback" in taken.stderr) == (2, False)
     assert f"127.0.0.1:{port} cannot be used" in taken.stderr
     no_port = command("serve", "up", "--port", "70000", RAY_ADDRESS="")
-    assert (no_port.returncode, "'70000' is no port: use a number from 1 to 65535" in no_port.stderr) == (2, True)
+    assert (no_port.returncode, "'70000' is not a port: use a number from 1 to 65535" in no_port.stderr) == (2, True)
     detached = command("serve", "up", "--detach", "--storage", str(tmp_path), RAY_ADDRESS="")
     assert "--detach needs a cluster to stay on" in detached.stderr
 

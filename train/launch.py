@@ -186,7 +186,7 @@ def _train(config: Config, run: Run, dataset: str, feed: Any, callbacks: list[An
         ),
         run_config=ray.train.RunConfig(
             name="ray",  # Ray Train's own state; checkpoints are ours (train/checkpoint.py)
-            storage_path=run.uri if storage.local_path(run.uri) is None else str(storage.local_path(run.uri)),
+            storage_path=run.uri,
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             callbacks=callbacks,
         ),
