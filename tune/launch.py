@@ -23,7 +23,7 @@ from ray.tune.search import BasicVariantGenerator
 from cluster.connect import connect
 from models import storage
 from train import config as configs
-from train import launch
+from train import launch, metrics
 from tune import results
 from tune import space as spaces
 from tune.table import Progress
@@ -152,8 +152,11 @@ def fitting(config: configs.Config, nodes: list[dict[str, Any]]) -> int:
 def run_trial(values: dict[str, Any], plan: Plan, root: str) -> None:
     """What Tune calls for each trial: a run of Ray Train that tells Tune its results."""
     name = ray.tune.get_context().get_trial_name()
-    if complete := results.summary(root, name):  # of a search that was killed before it heard of it
-        ray.tune.report({"step": complete["steps"], **complete["metrics"]})
+    if results.summary(root, name):  # complete in a search that was killed before Tune wrote that down
+        # Each judgement at its own step: the last one alone would be held against other trials' early ones.
+        for row in metrics.read(storage.join(root, "runs", name)):
+            if plan.metric in row:
+                ray.tune.report(row)
         return
     launch.fit(plan.config(values, run=name), root, callbacks=[TuneReportCallback()], quiet=True)
 
