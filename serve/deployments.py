@@ -149,8 +149,8 @@ def _draw(session: ImageSession, seed: int, count: int, label: int | None) -> Dr
     """`session.pictures`, and the class of each: of no particular class, the classes in turn."""
     images = session.pictures(seed, count, label)
     names = session.manifest["model"]["class_names"]
-    labels = [names[(seed + index) % len(names) if label is None else label] if names else None for index in range(count)]
-    return Drawing([_png(image) for image in images], labels, seed)
+    labels = session.labels(seed, count, label)
+    return Drawing([_png(image) for image in images], [None] * count if labels is None else [names[label] for label in labels], seed)
 
 
 def _png(image: np.ndarray) -> bytes:

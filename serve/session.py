@@ -101,12 +101,13 @@ class ImageSession(ImageGraph):
             raise ValueError(f"seed is {seed}: use a number from 0 to 2**64 - 1")
         if count < 1:
             raise ValueError(f"count is {count}: ask for one picture or more")
-        labels: list[int] | None = None
+        return self.generate(seeded_latents(seed, count, self.latent_dim), self.labels(seed, count, label))
+
+    def labels(self, seed: int, count: int, label: int | None = None) -> list[int] | None:
+        """The class of each of the pictures that `pictures` draws, None where the model has no classes."""
         if label is not None:
-            labels = [label] * count
-        elif self.num_classes:
-            labels = [(seed + index) % self.num_classes for index in range(count)]
-        return self.generate(seeded_latents(seed, count, self.latent_dim), labels)
+            return [label] * count
+        return [(seed + index) % self.num_classes for index in range(count)] if self.num_classes else None
 
     def replay_golden(self) -> None:
         """Draws the pictures recorded at export again.

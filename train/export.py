@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from models import bundle, gpt, registry
 from models.dcgan import Generator
-from models.storage import exists, join, local_path, names, read_json
+from models.storage import absolute, exists, join, names, read_json
 from train import checkpoint, config, text
 from train.dataset import fetch
 from train.export_gan import export_gan
@@ -120,7 +120,7 @@ def _lineage(storage: str, run: str, step: int, lineage: dict[str, Any]) -> dict
     summary = read_json(place) if exists(place) else {}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "run": {"name": run, "step": step, "storage": str(local_path(storage) or storage)},
+        "run": {"name": run, "step": step, "storage": absolute(storage)},
         "commit": lineage["commit"],
         "dataset": {key: lineage["dataset"][key] for key in ("name", "fingerprint")},
         # The summary of a run that has since gone on, and not yet ended, judges other weights.
