@@ -52,14 +52,32 @@ class Batch(Section):
 class Parallel(Section):
     workers: Positive = 1
     """Processes that train together, one GPU each where GPUs are used."""
-    strategy: Literal["ddp"] = "ddp"
-    """How the work is spread: ddp replicates the model."""
+    strategy: Literal["ddp", "deepspeed"] = "ddp"
+    """How the work is spread: ddp replicates the model and its optimizer; deepspeed spreads over the workers what zero_stage says."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_integer)] = 1
+    """DeepSpeed: 0 replicates all, 1 spreads the optimizer's state, 2 the gradients too, 3 the parameters too."""
+    offload: bool = False
+    """DeepSpeed: keeps the optimizer's state in the CPU's memory and updates there; for GPUs."""
     gpu: bool = False
     """One GPU a worker (NCCL); otherwise CPU (gloo)."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """Logical CPUs that a worker reserves, and its threads."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: bfloat16 autocast; parameters, optimizer and the GAN's penalty stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16, fp16: autocast, fp16 with a gradient scaler; parameters, optimizer and the GAN's penalty stay fp32."""
+
+    @model_validator(mode="after")
+    def _deepspeed_can(self) -> "Parallel":
+        if self.offload and (self.strategy != "deepspeed" or self.zero_stage == 0):
+            raise ValueError(
+                "parallel.offload moves DeepSpeed's spread optimizer: use --parallel.strategy deepspeed and a zero_stage of 1 to 3"
+            )
+        if self.offload and not self.gpu:
+            raise ValueError(
+                "parallel.offload moves the optimizer from a GPU to the CPU's memory: without parallel.gpu it is there already"
+            )
+        if self.precision == "fp16" and self.strategy == "deepspeed" and not self.gpu:
+            raise ValueError("parallel.precision fp16: DeepSpeed has no fp16 on the CPU; use bf16, or --parallel.strategy ddp")
+        return self
 
 
 class Checkpoint(Section):
@@ -67,6 +85,8 @@ class Checkpoint(Section):
     """Steps between checkpoints; the last step always has one."""
     keep_last: Positive = 2
     """How many are kept; older ones are deleted when a newer one is complete."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """How many of the best on held-out data are kept beside those; each judgement (log.eval_every) then makes a checkpoint too."""
 
 
 class Log(Section):
@@ -76,6 +96,9 @@ class Log(Section):
     """Steps between judgements on held-out data; the last step always has one."""
     sample_every: Positive = 200
     """Steps between samples of text or pictures; the last step always has one."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases: online sends as it goes, offline writes wandb/ into the run's folder for `wandb sync`."""
+    wandb_project: str = "raykiln"
 
 
 class Base(Section):
@@ -86,6 +109,8 @@ class Base(Section):
     log: Log = Log()
     steps: Positive = 1000
     """Optimizer steps (GAN: generator steps) of the whole run."""
+    compile: bool = False
+    """torch.compile for the model: slower to start, faster to go; for the GPT."""
 
     @property
     def kind(self) -> str:
@@ -165,6 +190,8 @@ class GptOptim(Section):
     """What follows the warm-up: held, or decayed to zero at the last step."""
     hold: Fraction = 0.0
     """The share of the steps for which the learning rate is held before it decays."""
+    ema_decay: Fraction = 0.0
+    """The averaged model, which is then sampled, judged and exported, keeps this share of itself at each step; 0: no average."""
 
 
 class Sample(Section):
@@ -242,6 +269,14 @@ class GanConfig(Base):
     @property
     def kind(self) -> str:
         return "gan"
+
+    @model_validator(mode="after")
+    def _what_a_gan_bears(self) -> "GanConfig":
+        if self.compile:
+            raise ValueError("compile: torch.compile can't differentiate the critic's penalty twice; leave it false for a GAN")
+        if self.parallel.strategy != "ddp":
+            raise ValueError("parallel.strategy is deepspeed, and the GAN trains with ddp: its nets are small enough to be replicated")
+        return self
 
 
 Config = GptConfig | GanConfig

@@ -37,8 +37,10 @@ FREE: tuple[str, ...] = (
     "parallel.gpu",
     "parallel.cpus_per_worker",
     "parallel.strategy",
+    "parallel.zero_stage",
+    "parallel.offload",
 )
-FREE += ("checkpoint.", "log.", "sample.", "batch.micro_size", "steps")
+FREE += ("checkpoint.", "log.", "sample.", "batch.micro_size", "steps", "compile")
 
 
 @dataclass(frozen=True)
