@@ -1,9 +1,10 @@
-"""What people watch: metrics.jsonl, TensorBoard, samples, and the progress bar of the driver.
+"""What people watch: metrics.jsonl, TensorBoard, samples, Weights & Biases, and the progress bar of the driver.
 
 Rank 0's `Recorder` writes into the run's folder and feeds the driver through a small actor, so that
 nothing is parsed out of log lines and the workers' own output stays free for warnings.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from models import storage
+from train.mirror import Mirror
 
 Row = dict[str, float] | str  # measurements of a step, or a sentence to show
 
@@ -45,9 +47,10 @@ class Recorder(Silent):
         run_uri: the run's folder; a remote one is written to at each `flush`.
         start: the step resumed from: what an interrupted run recorded beyond it is dropped.
         feed: the driver's `Feed` actor, or None.
+        wandb: for a copy in Weights & Biases: mode ("online" or "offline"), project, name and config of the run.
     """
 
-    def __init__(self, run_uri: str, start: int = 0, feed: Any = None) -> None:
+    def __init__(self, run_uri: str, start: int = 0, feed: Any = None, wandb: dict[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         local = storage.local_path(run_uri)
@@ -55,32 +58,49 @@ class Recorder(Silent):
         self.folder = local or Path(tempfile.mkdtemp(prefix="raykiln-run-"))
         self._feed = feed
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        if self._remote and storage.exists(storage.join(self._remote, "metrics.jsonl")):
-            (self.folder / "metrics.jsonl").write_bytes(storage.read_bytes(storage.join(self._remote, "metrics.jsonl")))
+        if self._remote:
+            for name in {"metrics.jsonl", "starts.jsonl"} & set(storage.names(self._remote)):
+                (self.folder / name).write_bytes(storage.read_bytes(storage.join(self._remote, name)))
         self._log = self.folder / "metrics.jsonl"
-        _drop_after(self._log, start)
+        kept = [row for row in read(str(self.folder)) if row["step"] <= start] if self._log.exists() else []
+        _write_jsonl(self._log, kept)
+        begun = [*starts(str(self.folder)), {"time": round(time.time(), 3), "step": start}]
+        _write_jsonl(self.folder / "starts.jsonl", begun)
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start + 1)
+        self._mirror = None
+        if wandb:
+            # The time tells it from a run that had this name before: W&B would take the one's steps for the other's.
+            run_id = f"{wandb['name'][:48]}-{int(begun[0]['time'] * 1000):x}"
+            self._mirror = Mirror(run_uri, {**wandb, "id": run_id})
+            self._mirror.write_again(kept, start)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line in metrics.jsonl, one point a tag in TensorBoard, one row for the progress bar."""
-        values = {tag: float(value) for tag, value in values.items()}
+        values, now = {tag: float(value) for tag, value in values.items()}, round(time.time(), 3)
         with self._log.open("a") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+            file.write(json.dumps({"step": step, "time": now, **values}) + "\n")
         for tag, value in values.items():
             self._board.add_scalar(tag, value, step)
+        if self._mirror is not None:
+            self._mirror.scalars(step, now, values)
         if self._feed is not None:
             self._feed.push.remote({"step": step, **values})
 
     def image(self, step: int, tag: str, picture: np.ndarray) -> None:
         """A picture (H, W, C) uint8 as samples/<tag>_<step>.png and in TensorBoard."""
-        Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(self.folder / "samples" / f"{tag}_{step:06d}.png")
+        drawn = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+        drawn.save(self.folder / "samples" / f"{tag}_{step:06d}.png")
         self._board.add_image(tag, picture, step, dataformats="HWC")
+        if self._mirror is not None:
+            self._mirror.image(step, tag, drawn)
         self.flush()
 
     def text(self, step: int, tag: str, content: str) -> None:
         """Text as samples/<tag>_<step>.txt and in TensorBoard."""
         (self.folder / "samples" / f"{tag}_{step:06d}.txt").write_text(content, encoding="utf-8")
         self._board.add_text(tag, f"```\n{content}\n```", step)
+        if self._mirror is not None:
+            self._mirror.text(step, tag, content)
         self.flush()
 
     def flush(self) -> None:
@@ -91,6 +111,8 @@ class Recorder(Silent):
 
     def close(self) -> None:
         self._board.close()
+        if self._mirror is not None:
+            self._mirror.close()
         self.flush()
         if self._remote:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -111,28 +133,35 @@ def finite(figures: dict[str, float], step: int) -> dict[str, float]:
 
 
 class Meter:
-    """Speed over training alone.
+    """Speed over training alone, and what training waited for.
 
     Args:
         tag: what it is called, e.g. "tokens_per_s".
         per_step: how many of them a step takes.
+        flop_per_step: the model's floating-point operations in a step, over all workers (see `train.flops`); 0: unknown.
+        peak_flops: what all workers' devices together do a second at best; 0: unknown.
     """
 
-    def __init__(self, tag: str, per_step: int) -> None:
+    def __init__(self, tag: str, per_step: int, flop_per_step: float = 0, peak_flops: float = 0) -> None:
         self._tag, self._per_step = tag, per_step
+        self._best_s = flop_per_step / peak_flops if peak_flops else 0.0  # what a step would take at the peak
         self._since = time.perf_counter()
         self._seconds, self._steps, self._all_steps = 0.0, 0, 0
+        self._waited: dict[str, float] = {}
+        self._all_waited: dict[str, float] = {}
 
     def count(self) -> None:
         """One step is done."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Speed since the last reading."""
-        seconds, steps = time.perf_counter() - self._since, self._steps
-        self._since, self._steps = time.perf_counter(), 0
+        """Since the last reading: speed, mfu (0 to 1) where both halves are known, <name>_s for what was waited for."""
+        now = time.perf_counter()
+        seconds, steps, waited = now - self._since, self._steps, self._waited
+        self._since, self._steps, self._waited = now, 0, {}
         self._seconds, self._all_steps = self._seconds + seconds, self._all_steps + steps
-        return {self._tag: steps * self._per_step / seconds}
+        self._all_waited = _sums(self._all_waited, waited)
+        return {**self._speed(steps, seconds), **_in_seconds(waited)}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -141,28 +170,52 @@ class Meter:
         yield
         self._since += time.perf_counter() - begun
 
+    @contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """What happens inside is waited for: counted by its name, in training's time or, where `paused`, beside it."""
+        begun = time.perf_counter()
+        yield
+        self._waited = _sums(self._waited, {name: time.perf_counter() - begun})
+
     def total(self) -> dict[str, float]:
-        """The run's speed over all readings."""
-        return {self._tag: self._all_steps * self._per_step / self._seconds} if self._seconds else {}
+        """The run's speed and mfu over all readings and their seconds as train_s; <name>_s for all that was waited for till now."""
+        speed = {**self._speed(self._all_steps, self._seconds), "train_s": self._seconds} if self._seconds else {}
+        return {**speed, **_in_seconds(_sums(self._all_waited, self._waited))}
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
+        mfu = {"mfu": steps * self._best_s / seconds} if self._best_s else {}
+        return {self._tag: steps * self._per_step / seconds, **mfu}
 
 
-def _drop_after(log: Path, start: int) -> None:
-    if not log.is_file():
-        return
-    kept = []
-    for line in log.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a killed process was writing
-        if row["step"] <= start:
-            kept.append(line)
-    storage.write_bytes(log, "".join(line + "\n" for line in kept).encode())
+def _sums(seconds: dict[str, float], more: dict[str, float]) -> dict[str, float]:
+    return seconds | {name: seconds.get(name, 0.0) + value for name, value in more.items()}
+
+
+def _in_seconds(waited: dict[str, float]) -> dict[str, float]:
+    return {f"{name}_s": value for name, value in waited.items()}
 
 
 def read(run_uri: str) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in storage.read_bytes(storage.join(run_uri, "metrics.jsonl")).decode().splitlines()]
+    return _jsonl(storage.join(run_uri, "metrics.jsonl"))
+
+
+def starts(run_uri: str) -> list[dict[str, float]]:
+    """When a run was started and from which step, {"time" (Unix, seconds), "step"}: the first is its beginning."""
+    place = storage.join(run_uri, "starts.jsonl")
+    return _jsonl(place) if storage.exists(place) else []
+
+
+def _jsonl(place: str) -> list[dict[str, float]]:
+    rows = []
+    for line in storage.read_bytes(place).decode().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the line that a killed process was writing
+            rows.append(json.loads(line))
+    return rows
+
+
+def _write_jsonl(place: Path, rows: list[dict[str, float]]) -> None:
+    storage.write_bytes(place, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 class _Feed:
@@ -233,6 +286,11 @@ def _summary(row: dict[str, float], speed: str) -> str:
     return "  ".join(shown)
 
 
+def _rate(row: dict[str, float], speed: str) -> str:
+    mfu = f", {row['mfu']:.0%} of the peak" if "mfu" in row else ""
+    return f"  {row[speed]:,.0f} {speed.replace('_per_s', '/s').replace('_', ' ')}{mfu}" if speed in row else ""
+
+
 def _bar(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]  # fmt: skip
     with Progress(*columns, console=Console()) as progress:
@@ -242,9 +300,8 @@ def _bar(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -
                 if isinstance(row, str):
                     progress.console.print(row, markup=False)
                     continue
-                rate = f"  {row[speed]:,.0f} {speed.replace('_per_s', '/s').replace('_', ' ')}" if speed in row else ""
                 if "loss" in " ".join(row):
-                    progress.update(task, completed=row["step"], figures=_summary(row, speed) + rate)
+                    progress.update(task, completed=row["step"], figures=_summary(row, speed) + _rate(row, speed))
 
 
 def _lines(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
@@ -259,10 +316,12 @@ def _lines(feed: Any, done: threading.Event, title: str, steps: int, speed: str)
             if time.monotonic() - shown < 10 and row["step"] < steps:
                 continue
             shown = time.monotonic()
-            rate = f"  {row[speed]:,.0f} {speed.replace('_per_s', '/s').replace('_', ' ')}" if speed in row else ""
             pace = (shown - first[0]) / max(row["step"] - first[1], 1)
             left = f"  {pace * (steps - row['step']):.0f} s left" if row["step"] > first[1] else ""
-            print(f"{title}: step {row['step']:.0f}/{steps}  {_summary(row, speed)}{rate}  {shown - begun:.0f} s{left}", flush=True)
+            print(
+                f"{title}: step {row['step']:.0f}/{steps}  {_summary(row, speed)}{_rate(row, speed)}  {shown - begun:.0f} s{left}",
+                flush=True,
+            )
 
 
 def _silence(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:

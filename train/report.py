@@ -1,6 +1,8 @@
-"""A run on one page: `report.md` with its figures, its curves as a picture and its latest sample."""
+"""A run on one page: `report.md` with its figures, where its time went, its curves as a picture and its latest sample."""
 
 import io
+import math
+from datetime import UTC, datetime
 from typing import Any
 
 from models import storage
@@ -8,7 +10,13 @@ from train import metrics
 
 # What is drawn, one panel a row of tags: the first that a run recorded decides whether there is a panel.
 PANELS = {
-    "gpt": [("loss, nats a token", ["loss", "heldout_loss"]), ("held-out bits per byte", ["heldout_bits_per_byte"]), ("tokens per second", ["tokens_per_s"])],
+    "gpt": [
+        ("loss, nats a token", ["loss", "heldout_loss"]),
+        ("held-out bits per byte", ["heldout_bits_per_byte"]),
+        ("tokens per second", ["tokens_per_s"]),
+        ("gradient norm", ["grad_norm"]),
+        ("learning rate", ["lr"]),
+    ],
     "gan": [
         ("losses", ["critic_loss", "generator_loss"]),
         ("Wasserstein estimate and penalty", ["wasserstein_distance", "gradient_penalty"]),
@@ -16,6 +24,16 @@ PANELS = {
         ("pictures per second", ["images_per_s"]),
     ],
 }  # fmt: skip
+COLUMNS = 3  # panels side by side
+
+# Seconds that a loop's meter counted, and what they were spent on. In training's time it may wait for data.
+TIMES = {
+    "train_s": "training",
+    "data_s": "of it waiting for data",
+    "eval_s": "evaluation",
+    "sample_s": "samples",
+    "checkpoint_s": "blocked by checkpoints",
+}
 
 
 def write(uri: str, summary: dict[str, Any]) -> None:
@@ -34,10 +52,11 @@ def curves(rows: list[dict[str, float]], kind: str, title: str) -> bytes:
     from matplotlib.figure import Figure  # no pyplot: it would look for a screen
 
     panels = [(label, found) for label, tags in PANELS[kind] if (found := [tag for tag in tags if any(tag in row for row in rows)])]
-    figure = Figure(figsize=(5 * max(len(panels), 1), 3.4), layout="constrained")
+    rows_of_panels = max(math.ceil(len(panels) / COLUMNS), 1)
+    figure = Figure(figsize=(5 * min(max(len(panels), 1), COLUMNS), 3.4 * rows_of_panels), layout="constrained")
     figure.suptitle(title)
     for place, (label, tags) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), place)
+        axes = figure.add_subplot(rows_of_panels, min(len(panels), COLUMNS), place)
         for tag in tags:
             points = [(row["step"], row[tag]) for row in rows if tag in row]
             axes.plot(*zip(*points, strict=True), label=tag, marker="." if len(points) < 20 else None, linewidth=1.2)
@@ -60,7 +79,11 @@ def _page(uri: str, summary: dict[str, Any]) -> str:
     ]
     if summary["resumed_from"]:
         lines += [f"Went on from step {summary['resumed_from']}; the seconds are those of this part.", ""]
-    lines += ["| figure | value |", "| --- | ---: |", *(f"| {tag} | {value:,.4g} |" for tag, value in summary["metrics"].items()), ""]
+    lines += _starts(metrics.starts(uri))
+    if spent := [f"{summary['metrics'][tag]:,.1f} s {what}" for tag, what in TIMES.items() if tag in summary["metrics"]]:
+        lines += [f"Time: {', '.join(spent)}.", ""]
+    figures = {tag: value for tag, value in summary["metrics"].items() if tag not in TIMES}
+    lines += ["| figure | value |", "| --- | ---: |", *(f"| {tag} | {value:,.4g} |" for tag, value in figures.items()), ""]
     lines += ["![curves](curves.png)", "", "The config is in `run.yaml`, every measurement in `metrics.jsonl` and `tensorboard/`.", ""]
     samples = storage.names(storage.join(uri, "samples"))
     if samples and samples[-1].endswith(".png"):
@@ -69,3 +92,13 @@ def _page(uri: str, summary: dict[str, Any]) -> str:
         text = storage.read_bytes(storage.join(uri, "samples", samples[-1])).decode()
         lines += ["## Latest sample", "", *(f"    {line}" for line in text.splitlines()), ""]
     return "\n".join(lines)
+
+
+def _starts(starts: list[dict[str, float]]) -> list[str]:
+    """How often the run was started again, and from where."""
+    if len(starts) < 2:
+        return []
+    again = [
+        f"- from step {start['step']:.0f} at {datetime.fromtimestamp(start['time'], UTC):%Y-%m-%d %H:%M:%S} UTC" for start in starts[1:]
+    ]
+    return [f"Resumed {len(again)} time(s):", "", *again, ""]
