@@ -1,16 +1,20 @@
 """The GPT-2 family on transformers (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
 
 model = build(vocab_size=2048, context=128, width=128, layers=4, heads=4)
+loss = NextTokenLoss(model)(ids[:, :-1], ids[:, 1:])
 tokens = sample(model, prompt_ids, num_tokens=100, temperature=0.7, top_k=50, seed=0)
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+
+IGNORED = -100  # a target that is not judged
+LOGITS_AT_ONCE = 2**23  # 32 MiB in fp32; on CPU smaller and larger pieces are slower
 
 
 def build(
@@ -63,19 +67,84 @@ def load(folder: str, dropout: float = 0.0) -> GPT2LMHeadModel:
         raise ValueError(f"model.pretrained: {folder} can't be loaded as a GPT-2: {str(error).splitlines()[0]}") from error
 
 
-def loss(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Cross-entropy of the next token in nats.
+class NextTokenLoss(nn.Module):
+    """A GPT-2 and its training objective: the cross-entropy of the next token, in nats.
 
-    transformers' own loss shifts and upcasts a copy of all logits; handing the targets over already shifted
-    costs a sixth of a step less on CPU.
-
-    Args:
-        inputs: token ids (B, T).
-        targets: the ids that follow them (B, T); -100 is not judged.
-        reduction: "mean" over the judged tokens, or "sum".
+    This is what DDP, DeepSpeed or torch.compile wraps: everything between token ids and loss happens in its
+    forward. A batch whose logits (B x T x V) exceed LOGITS_AT_ONCE is judged in pieces, so that the logits of the
+    whole batch never exist. transformers' own loss shifts and upcasts a copy of all of them.
     """
-    logits = model(input_ids=inputs).logits  # (B, T, V)
-    return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-100, reduction=reduction)
+
+    def __init__(self, model: GPT2LMHeadModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, reduction: Literal["mean", "sum"] = "mean") -> torch.Tensor:
+        """The loss, a scalar of at least fp32.
+
+        Args:
+            inputs: token ids (B, T).
+            targets: the ids that follow them (B, T); -100 is not judged.
+            reduction: "mean" over the judged tokens, or "sum".
+        """
+        hidden = self.model.transformer(input_ids=inputs).last_hidden_state.flatten(0, 1)  # (B T, D)
+        targets = targets.flatten()
+        rows = max(LOGITS_AT_ONCE // self.model.config.vocab_size, 1)
+        if len(targets) > rows and torch.is_grad_enabled():
+            nats = _ChunkedCrossEntropy.apply(hidden, self.model.lm_head.weight, targets, rows)
+        else:
+            pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+            nats = torch.stack([self._judge(*piece) for piece in pieces]).sum()
+        return nats if reduction == "sum" else nats / (targets != IGNORED).sum()
+
+    def _judge(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self.model.lm_head(hidden)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORED, reduction="sum")
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T`, its gradients computed with it, piece by piece.
+
+    The gradient of a piece's logits is softmax - one-hot, so it needs nothing that comes later but the scale of
+    the loss (Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training").
+    torch.nn.functional.linear_cross_entropy does the same, but knows no autocast, and given bf16 it returns the
+    loss and adds up the weight's gradient in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+        """hidden (N, D), weight (V, D), targets (N) -> a scalar; `rows` of the N at a time."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        nats = torch.zeros((), dtype=wide, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad = torch.zeros_like(weight, dtype=wide)
+        with torch.autocast(device, enabled=False):
+            head = weight.to(dtype)
+            for start in range(0, len(targets), rows):
+                piece = slice(start, start + rows)
+                states, classes = hidden[piece].to(dtype), targets[piece].unsqueeze(1)
+                ignored = classes == IGNORED
+                log_p = F.log_softmax(states @ head.T, dim=-1, dtype=wide)  # (rows, V)
+                nats += F.nll_loss(log_p, targets[piece], ignore_index=IGNORED, reduction="sum")
+                logits_grad = log_p.exp_()
+                logits_grad.scatter_add_(1, classes.masked_fill(ignored, 0), torch.full_like(classes, -1, dtype=wide))
+                lowered = logits_grad.masked_fill_(ignored, 0).to(dtype)
+                hidden_grad[piece] = lowered @ head
+                if dtype == wide:
+                    weight_grad.addmm_(lowered.T, states)  # without a product of the weight's size beside it
+                else:
+                    weight_grad += lowered.T @ states
+        ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
+        return nats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * scale, weight_grad * scale, None, None
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
