@@ -63,7 +63,7 @@ def learn(model: Any, ids: np.ndarray, steps: int = 60) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
-        gpt.loss(model, windows[:, :-1], windows[:, 1:]).backward()
+        gpt.NextTokenLoss(model)(windows[:, :-1], windows[:, 1:]).backward()
         optimizer.step()
 
 

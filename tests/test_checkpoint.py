@@ -1,21 +1,25 @@
 """A checkpoint is complete or it does not exist; what is damaged is skipped aloud."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import workers
 
 from models import storage
 from train import checkpoint
 from train.checkpoint import Checkpointer
+from train.strategy import Fragment, Halt
 
 
 def state(value: float) -> dict[str, Any]:
     return {
         "model": {"w": torch.full((3, 2), value)},
-        "optimizer": {"state": {0: {"step": torch.tensor(value)}}, "param_groups": [{"lr": value, "params": [0]}]},
+        "model_optimizer": {"exp_avg/w": torch.full((3, 2), value)},
+        "model_progress": {"updates": int(value)},
     }
 
 
@@ -31,7 +35,8 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     step, found = saved(tmp_path, 1, 2).load() or pytest.fail("nothing was loaded")
     assert step == 2
     assert torch.equal(found["model"]["w"], torch.full((3, 2), 2.0))
-    assert found["optimizer"]["param_groups"][0]["lr"] == 2
+    assert torch.equal(found["model_optimizer"]["exp_avg/w"], torch.full((3, 2), 2.0))
+    assert found["model_progress"] == {"updates": 2}
     manifest = checkpoint.newest(str(tmp_path))
     assert manifest is not None
     assert (manifest.world_size, manifest.strategy, manifest.config) == (1, "ddp", {"steps": 9})
@@ -41,11 +46,11 @@ def test_training_may_change_the_tensors_while_they_are_written(tmp_path: Path) 
     checkpoints, live = Checkpointer(str(tmp_path), {}), state(1)
     checkpoints.save(1, live)
     live["model"]["w"].zero_()
-    live["optimizer"]["state"][0]["step"].zero_()
+    live["model_optimizer"]["exp_avg/w"].zero_()
     checkpoints.join()
     _, found = checkpoints.load() or pytest.fail("nothing was loaded")
     assert found["model"]["w"].eq(1).all()
-    assert found["optimizer"]["state"][0]["step"] == 1
+    assert found["model_optimizer"]["exp_avg/w"].eq(1).all()
 
 
 def test_only_the_last_are_kept(tmp_path: Path) -> None:
@@ -70,7 +75,7 @@ def damage_flipped_byte(folder: Path) -> None:
 
 
 def damage_missing_file(folder: Path) -> None:
-    (folder / "optimizer.pt").unlink()
+    (folder / "model_optimizer.safetensors").unlink()
 
 
 def damage_half_manifest(folder: Path) -> None:
@@ -78,8 +83,13 @@ def damage_half_manifest(folder: Path) -> None:
     file.write_text(file.read_text()[:40])
 
 
+def damage_old_format(folder: Path) -> None:
+    file = folder / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
+
+
 @pytest.mark.parametrize(
-    "damage", [damage_missing_manifest, damage_truncated, damage_flipped_byte, damage_missing_file, damage_half_manifest]
+    "damage", [damage_missing_manifest, damage_truncated, damage_flipped_byte, damage_missing_file, damage_half_manifest, damage_old_format]
 )
 def test_a_damaged_checkpoint_is_skipped_aloud_for_the_next_older(tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = saved(tmp_path, 1, 2)
@@ -91,11 +101,27 @@ def test_a_damaged_checkpoint_is_skipped_aloud_for_the_next_older(tmp_path: Path
     assert "step_000002 is skipped" in caplog.text
 
 
-def test_with_every_checkpoint_damaged_nothing_starts_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [damage_truncated, damage_flipped_byte, damage_missing_file, damage_half_manifest, damage_old_format])
+def test_with_every_checkpoint_damaged_nothing_starts_over(tmp_path: Path, damage: Any) -> None:
     checkpoints = saved(tmp_path, 1)
-    damage_flipped_byte(tmp_path / "checkpoints" / "step_000001")
-    with pytest.raises(ValueError, match=r"every checkpoint .* is damaged"):
+    damage(tmp_path / "checkpoints" / "step_000001")
+    with pytest.raises(ValueError, match=r"every checkpoint .* is damaged \(step_000001: .*\): restore one, or"):
         checkpoints.load()
+
+
+def test_a_first_checkpoint_that_was_never_finished_is_none(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    damage_missing_manifest(tmp_path / "checkpoints" / "step_000001")
+    assert checkpoints.load() is None
+
+
+def test_the_best_are_kept_beside_the_last(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(str(tmp_path), {}, keep_last=1, keep_best=2)
+    for step, score in enumerate([3.0, 1.0, 2.0, None, 5.0, 1.0, None], 1):
+        checkpoints.save(step, state(step), score)
+    checkpoints.join()
+    assert storage.names(tmp_path / "checkpoints") == ["step_000002", "step_000006", "step_000007"]
+    assert [one.step for one in checkpoint.best(checkpoint.complete(str(tmp_path)))] == [6, 2]
 
 
 def test_an_unwritable_store_is_one_sentence_and_older_checkpoints_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,3 +145,50 @@ def test_a_driver_that_was_overtaken_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"another driver has taken over"):
         late.join()
     assert checkpoint.newest(str(tmp_path)) is None
+
+
+# ---------------------------------------------------------------- several workers
+
+
+SHAPE = (3, 5)
+
+
+def spread_state(rank: int, world_size: int) -> dict[str, Any]:
+    """A whole part, and one of which each worker has a share."""
+    line = torch.arange(15.0)
+    share = -(-15 // world_size)
+    mine = line[rank * share : (rank + 1) * share]
+    return {"model": {"w": line.view(SHAPE)}, "model_optimizer": {"exp_avg/w": Fragment(mine, rank * share, SHAPE)}}
+
+
+def save_together(rank: int, world_size: int, root: str) -> None:
+    checkpoints = Checkpointer(root, {})
+    checkpoints.save(1, spread_state(rank, world_size))
+    checkpoints.join()
+    if rank == 1:  # its disk is full: no worker may believe in this checkpoint
+        workers.storage.upload = full
+    checkpoints.save(2, spread_state(rank, world_size))
+    try:
+        checkpoints.join()
+    except Halt as halt:
+        Path(root, f"said-{rank}").write_text(str(halt))
+    step, found = checkpoints.load() or (0, {})
+    assert step == 1
+    assert torch.equal(found["model_optimizer"]["exp_avg/w"], torch.arange(15.0).view(SHAPE))
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_shares_are_put_together_and_all_workers_hear_of_ones_full_disk(tmp_path: Path) -> None:
+    workers.spawn(3, save_together, 3, str(tmp_path))
+    for rank in range(3):
+        assert "worker 1: [Errno 28] No space left on device" in (tmp_path / f"said-{rank}").read_text()
+    step, found = Checkpointer(str(tmp_path), {}).load() or pytest.fail("nothing was loaded")
+    assert step == 1
+    assert torch.equal(found["model_optimizer"]["exp_avg/w"], found["model"]["w"])
+    share = next((tmp_path / "checkpoints" / "step_000001").glob("*-00002-of-00003.safetensors"))
+    share.unlink()
+    with pytest.raises(ValueError, match=r"model_optimizer-00002-of-00003.safetensors should have \d+ bytes and has none"):
+        checkpoint.newest(str(tmp_path))

@@ -1,16 +1,13 @@
 """GAN training is the same at any number of workers, resumes to the bit, and runs on Ray."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import free_port
+import workers
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +16,7 @@ from train import gan, images, metrics
 from train.checkpoint import Checkpointer, complete, newest
 from train.config import GanConfig, load
 from train.gan import Gan, shape
-from train.launch import Worker, fit
+from train.launch import fit
 from train.strategy import Ddp
 
 STEPS = 3
@@ -76,16 +73,14 @@ def parameters_after_training(config: GanConfig, dataset: str, dtype: torch.dtyp
             for turn in range(config.gan.critic_steps):
                 trained.update_critic(trained.critic_batches(step * config.gan.critic_steps + turn, pictures))
             trained.update_generator(trained.generator_batches(step))
-            trained.update_average(step)
+            trained.average.update(step)
         state = trained.state()
         return {f"{part}.{name}": value.clone() for part in ("generator", "generator_ema", "critic") for name, value in state[part].items()}
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def worker_process(rank: int, port: int, source: Path, folder: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def worker_process(rank: int, source: Path, folder: Path) -> None:
     found = {}
     for variant in VARIANTS:
         config = config_of(variant, source, **{"parallel.workers": 2})
@@ -93,14 +88,13 @@ def worker_process(rank: int, port: int, source: Path, folder: Path) -> None:
         for dtype in (torch.float32, torch.float64):
             found[f"{variant} {dtype}"] = parameters_after_training(config, dataset, dtype)
     torch.save(found, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_workers(source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     """What each of two DDP processes holds after training every variant in both precisions."""
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(worker_process, (free_port(), source, folder), nprocs=2)
+    workers.spawn(2, worker_process, source, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -125,13 +119,6 @@ def test_two_workers_end_where_one_does(
 # ---------------------------------------------------------------- resume
 
 
-class Alone(Worker):
-    """A worker without Ray: its reports are kept."""
-
-    def report(self, values: dict[str, float]) -> None:
-        self.reports = [*getattr(self, "reports", []), values]
-
-
 class Stop(Exception):
     pass
 
@@ -151,7 +138,7 @@ def run_alone(config: GanConfig, dataset: str, run_uri: Path, stop_at: int | Non
     checkpoints = Checkpointer(str(run_uri), config.model_dump())
     recorder = metrics.Silent() if stop_at is None else Interrupting(stop_at)
     try:
-        return gan.train(Alone(config, Ddp(), checkpoints, recorder, dataset), checkpoints.load())
+        return gan.train(workers.Alone(config, Ddp(), checkpoints, recorder, dataset), checkpoints.load())
     except Stop:
         checkpoints.join()
         return None
@@ -170,20 +157,23 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(source: Path, t
         step, state = Checkpointer(str(tmp_path / run), {}).load()  # type: ignore[misc]
         assert step == 6
         states.append(state)
-    assert set(states[0]) == {"generator", "generator_ema", "critic", "generator_optimizer", "critic_optimizer"}
-    for part, values in states[0].items():
-        flat = values["state"] if part.endswith("optimizer") else {0: values}
-        for key, tensors in flat.items():
-            other = states[1][part]["state"][key] if part.endswith("optimizer") else states[1][part]
-            assert all(torch.equal(value, other[name]) for name, value in tensors.items()), (part, key)
+    tensors = {"generator", "generator_ema", "critic", "generator_optimizer", "critic_optimizer"}
+    assert set(states[0]) == tensors | {"generator_progress", "critic_progress"}
+    for part in tensors:
+        assert all(torch.equal(value, states[1][part][name]) for name, value in states[0][part].items()), part
+    for part in ("generator_progress", "critic_progress"):
+        assert states[0][part] == states[1][part]
     assert straight is not None
     assert resumed is not None
-    assert {tag: value for tag, value in straight.items() if tag != "images_per_s"} == {
-        tag: value for tag, value in resumed.items() if tag != "images_per_s"
+    assert {tag: value for tag, value in straight.items() if not tag.endswith("_s")} == {
+        tag: value for tag, value in resumed.items() if not tag.endswith("_s")
     }
     # Interrupted after its last checkpoint: nothing is left to train, and it is judged as it would have been.
     judged = run_alone(config, dataset, tmp_path / "straight")
-    assert judged == {tag: straight[tag] for tag in ("heldout_sliced_wasserstein", "heldout_sliced_wasserstein_floor", "heldout_samples")}
+    assert judged is not None
+    assert {tag: value for tag, value in judged.items() if not tag.endswith("_s")} == {
+        tag: straight[tag] for tag in ("heldout_sliced_wasserstein", "heldout_sliced_wasserstein_floor", "heldout_samples")
+    }
 
 
 def test_final_metrics_have_the_distance_and_its_floor(source: Path, tmp_path: Path) -> None:
@@ -226,9 +216,9 @@ def test_an_update_moves_its_own_net_alone(source: Path, tmp_path: Path) -> None
     trained.update_generator(trained.generator_batches(0))
     assert moved(before) == {"generator"}
     before = copied()
-    trained.update_average(0)
+    trained.average.update(0)
     assert moved(before) == {"generator_ema"}
-    assert all(parameter.grad is None for parameter in [*trained.critic.parameters(), *trained.generator.parameters()])
+    assert all(parameter.grad is None for parameter in [*trained.critic.core.parameters(), *trained.generator.core.parameters()])
 
 
 def test_the_penalty_reaches_the_critic(source: Path, tmp_path: Path) -> None:
@@ -253,14 +243,14 @@ def test_noise_is_a_function_of_position_and_purpose(source: Path, tmp_path: Pat
 
 def test_the_average_follows_num_updates_at_first(source: Path, tmp_path: Path) -> None:
     trained, _ = single(config_of("plain", source, **{"model.ema_decay": 0.999}), tmp_path)
-    for parameter in trained.generator.parameters():
+    for parameter in trained.generator.core.parameters():
         torch.nn.init.ones_(parameter)
-    for parameter in trained.average.parameters():
-        torch.nn.init.zeros_(parameter)
-    trained.update_average(0)  # decay 1 / 10
-    assert all(torch.allclose(parameter, torch.tensor(0.9)) for parameter in trained.average.parameters())
-    trained.update_average(10**6)
-    assert all(torch.allclose(parameter, torch.tensor(0.9001)) for parameter in trained.average.parameters())
+    for value in trained.average.values.values():
+        value.zero_()
+    trained.average.update(0)  # decay 1 / 10
+    assert all(torch.allclose(parameter, torch.tensor(0.9)) for parameter in trained.average.values.values())
+    trained.average.update(10**6)
+    assert all(torch.allclose(parameter, torch.tensor(0.9001)) for parameter in trained.average.values.values())
 
 
 def test_the_grid_has_a_row_for_each_class(source: Path, tmp_path: Path) -> None:
@@ -292,7 +282,8 @@ def test_two_ray_workers_end_where_one_process_does(ray_address: str, source: Pa
     assert [row["step"] for row in metrics.read(str(run)) if "heldout_sliced_wasserstein" in row] == [2, 4]
     assert {file.name for file in (run / "samples").glob("*.png")} == {"pictures_000002.png", "pictures_000004.png"}
     manifest = complete(str(run))[0]
-    names = {"generator.safetensors", "generator_ema.safetensors", "critic.safetensors", "generator_optimizer.pt", "critic_optimizer.pt"}
+    parts = {"generator", "generator_ema", "critic", "generator_optimizer", "critic_optimizer"}
+    names = {f"{part}.safetensors" for part in parts} | {"generator_progress.json", "critic_progress.json"}
     assert (manifest.step, manifest.world_size, set(manifest.files)) == (4, 2, names)
 
     single_config = config_of("conditional", source, **more)

@@ -46,7 +46,7 @@ def test_it_is_transformers_own(model: GPT2LMHeadModel, tmp_path: Path) -> None:
 
 def test_the_loss_is_transformers_own(model: GPT2LMHeadModel) -> None:
     ids = torch.randint(97, (3, 21), generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(gpt.loss(model, ids[:, :-1], ids[:, 1:]), model(input_ids=ids, labels=ids).loss)
+    torch.testing.assert_close(gpt.NextTokenLoss(model)(ids[:, :-1], ids[:, 1:]), model(input_ids=ids, labels=ids).loss)
 
 
 def test_sampling_obeys_its_settings(model: GPT2LMHeadModel) -> None:

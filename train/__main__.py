@@ -8,7 +8,7 @@ from models import cli
 from train import config as configs
 
 USAGE = """usage: python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--debug] [--KEY VALUE ...]
-       python -m train export RUN [--name NAME] [--storage URI]
+       python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--storage URI]
 
 `python -m train gpt --help` lists the keys. Presets: {presets}"""
 
@@ -47,7 +47,7 @@ def train(kind: str, argv: list[str]) -> int:
         print(plan(config))
         return 0
 
-    from train import launch
+    from train import launch, report
 
     print(plan(config))
     try:
@@ -55,7 +55,7 @@ def train(kind: str, argv: list[str]) -> int:
     except launch.TrainingFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-    figures = "  ".join(f"{name} {value:,.4g}" for name, value in summary["metrics"].items())
+    figures = "  ".join(f"{name} {value:,.4g}" for name, value in summary["metrics"].items() if name not in report.TIMES)
     print(f"run {summary['run']} is complete: {summary['steps']} steps in {summary['seconds']:.0f} s  {figures}")
     print(f"export it: python -m train export {summary['run']}")
     return 0
@@ -83,12 +83,13 @@ def export(argv: list[str]) -> int:
     options = argparse.ArgumentParser(prog="python -m train export", allow_abbrev=False)
     options.add_argument("run", help="the run's name")
     options.add_argument("--name", help="the model's name in the registry; by default gpt or gan")
+    options.add_argument("--checkpoint", default="newest", help="newest, best (on held-out data; see checkpoint.keep_best), or a step")
     options.add_argument("--storage", default=cli.storage_default())
     given = options.parse_args(argv)
 
     from train.export import export as export_run
 
-    done = export_run(given.run, given.storage, given.name)
+    done = export_run(given.run, given.storage, given.name, given.checkpoint)
     parity = done.manifest["parity"]
     print(
         f"exported {done.name}/{done.version}: {done.uri} (ONNX differs from torch by at most {parity['max_abs_diff']:.1e}, {parity['tolerance']:.0e} allowed)"

@@ -1,65 +1,101 @@
-"""Checkpoints: complete or not existing, written in the background, read at any number of workers.
+"""Checkpoints: complete or not existing, written in the background, read at any number of workers by any strategy.
 
-A checkpoint is a folder `checkpoints/step_000200/`; `manifest.json` in it comes last and names every file with
-its size and sha256. What has no valid manifest is skipped aloud.
+A checkpoint is a folder `checkpoints/step_000200/`. A part that is whole is one file, `model.safetensors`; a part that is
+spread is one a worker, `model_optimizer-00001-of-00004.safetensors`, each tensor a run of the flattened whole whose place
+is in the file's header. `manifest.json` comes last and names every file with its size and sha256. What has no valid
+manifest is skipped aloud.
 """
 
+import json
 import logging
-import os
 import tempfile
 import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from models import storage
+from train.strategy import Fragment, Halt, State
 
 log = logging.getLogger(__name__)
 
-State = dict[str, Any]
+FORMAT = 2  # raise it when a checkpoint's layout changes
+UPLOAD_LIMIT = timedelta(hours=12)  # how long the workers wait for the slowest one's files
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What a complete checkpoint says of itself."""
 
+    format: int
     step: int
     world_size: int
     strategy: str
+    score: float | None  # on held-out data at this very step, the smaller the better; None: not judged
     files: dict[str, dict[str, Any]]
     config: dict[str, Any]
 
     @property
     def folder(self) -> str:
-        return f"step_{self.step:06d}"
+        return _folder(self.step)
+
+
+def _folder(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+# ---------------------------------------------------------------- which there are
 
 
 def complete(run_uri: str) -> list[Manifest]:
-    """The run's complete checkpoints, newest first; each one that is not is named in a warning."""
+    """The run's complete checkpoints, newest first; each one that is not is named in a warning.
+
+    Raises:
+        ValueError: there are finished checkpoints, and every one is damaged: to start over would lose the run.
+    """
     above = storage.join(run_uri, "checkpoints")
-    found = []
+    found, damaged = [], []
     for name in storage.names(above):
         if not name.startswith("step_"):
             continue
         try:
             found.append(_manifest(storage.join(above, name)))
+        except FileNotFoundError:
+            log.warning("checkpoint %s is skipped: it has no manifest.json, so it was never finished", name)
         except ValueError as problem:
             log.warning("checkpoint %s is skipped: %s", name, problem)
+            damaged.append(f"{name}: {problem}")
+    if damaged and not found:
+        raise ValueError(_all_damaged(run_uri, damaged))
     return sorted(found, key=lambda manifest: manifest.step, reverse=True)
+
+
+def _all_damaged(run_uri: str, problems: list[str]) -> str:
+    return (
+        f"every checkpoint below {run_uri}/checkpoints is damaged ({'; '.join(problems)}): "
+        "restore one, or start a new run with another --run.name"
+    )
 
 
 def _manifest(uri: str) -> Manifest:
     present = storage.files(uri)
     if "manifest.json" not in present:
-        raise ValueError("it has no manifest.json, so it was never finished")
+        raise FileNotFoundError(uri)
+    values = storage.read_json(storage.join(uri, "manifest.json"))
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"its manifest.json is of another format than {FORMAT}, which this version of raykiln reads")
     try:
-        manifest = Manifest(**storage.read_json(storage.join(uri, "manifest.json")))
+        manifest = Manifest(**values)
     except TypeError as error:
-        raise ValueError(f"its manifest.json is of another format ({error})") from None
+        raise ValueError(f"its manifest.json is damaged ({error})") from None
     for file, facts in manifest.files.items():
         if present.get(file) != facts["bytes"]:
             raise ValueError(f"{file} should have {facts['bytes']} bytes and has {present.get(file, 'none')}")
@@ -67,30 +103,79 @@ def _manifest(uri: str) -> Manifest:
 
 
 def newest(run_uri: str) -> Manifest | None:
-    """The newest complete checkpoint of a run, None where there is none."""
+    """The newest complete checkpoint of a run, None where none was ever finished."""
     return next(iter(complete(run_uri)), None)
 
 
-def fetch(run_uri: str, manifest: Manifest, folder: str | os.PathLike[str]) -> None:
-    """Copies a checkpoint's files into a local folder and checks every hash.
+def best(manifests: list[Manifest]) -> list[Manifest]:
+    """Those that were judged, the best first; of equals the later one."""
+    return sorted((one for one in manifests if one.score is not None), key=lambda one: (one.score, -one.step))
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Part(Mapping[str, torch.Tensor]):
+    """A part's tensors by name, on the CPU, each read (and put together from its fragments) when it is asked for."""
+
+    def __init__(self, files: list[Path], owner: Any = None) -> None:
+        self._owner = owner  # keeps a downloaded copy alive
+        self._places: dict[str, list[tuple[Any, dict[str, Any] | None]]] = {}
+        for file in files:
+            handle = safe_open(file, framework="pt")
+            fragments = json.loads((handle.metadata() or {}).get("fragments", "{}"))
+            for name in handle.keys():  # noqa: SIM118  # a handle is no dict
+                self._places.setdefault(name, []).append((handle, fragments.get(name)))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        handle, fragment = self._places[name][0]
+        if fragment is None:
+            return handle.get_tensor(name)
+        first = handle.get_tensor(name)
+        whole = torch.empty(torch.Size(fragment["shape"]), dtype=first.dtype)
+        filled = 0
+        for handle, place in self._places[name]:
+            assert place is not None
+            values = handle.get_tensor(name)
+            whole.view(-1)[place["start"] : place["start"] + values.numel()] = values
+            filled += values.numel()
+        if filled != whole.numel():
+            raise ValueError(f"{name}: the fragments have {filled} of {whole.numel()} elements")
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def read(run_uri: str, manifest: Manifest) -> State:
+    """The state in a checkpoint: its tensors as `Part`s, the rest as dicts. Every hash is checked first.
 
     Raises:
         ValueError: names the file that is not what was written.
     """
     uri = storage.join(run_uri, "checkpoints", manifest.folder)
-    storage.download(uri, folder)
+    folder, owner = storage.local_path(uri), None
+    if folder is None:
+        owner = tempfile.TemporaryDirectory(prefix="raykiln-checkpoint-")
+        folder = Path(owner.name)
+        storage.download(uri, folder)
+    parts: dict[str, list[Path]] = {}
     for file, facts in manifest.files.items():
-        if storage.sha256(Path(folder) / file) != facts["sha256"]:
+        if not (folder / file).is_file() or storage.sha256(folder / file) != facts["sha256"]:
             raise ValueError(f"{uri}/{file} is damaged: its hash is not the one in manifest.json")
+        parts.setdefault(facts["part"], []).append(folder / file)
+    try:
+        return {
+            part: storage.read_json(files[0]) if files[0].suffix == ".json" else Part(sorted(files), owner) for part, files in parts.items()
+        }
+    except SafetensorError as error:
+        raise ValueError(f"{uri} is damaged ({error})") from None
 
 
-def read(folder: str | os.PathLike[str], manifest: Manifest) -> State:
-    """The state in a fetched checkpoint, on the CPU: {"model": {...}, "optimizer": {...}, ...}."""
-    state: State = {}
-    for file in manifest.files:
-        path, part = Path(folder) / file, Path(file).stem
-        state[part] = load_file(path) if file.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
-    return state
+# ---------------------------------------------------------------- one run's
 
 
 class Checkpointer:
@@ -99,17 +184,32 @@ class Checkpointer:
     Args:
         run_uri: the run's folder on storage.
         config: the resolved config, kept in each manifest.
-        keep_last: how many checkpoints stay.
+        strategy: the name of what spreads the work, kept in each manifest.
+        keep_last: how many of the newest stay.
+        keep_best: how many of those with the smallest score stay beside them.
         driver: the token that `driver.json` must hold while this driver's workers may write (None: not checked).
+        reached: is told ("upload", step) when a checkpoint's files are there and its manifest is not (see train/faults.py).
     """
 
-    def __init__(self, run_uri: str, config: dict[str, Any], strategy: str = "ddp", keep_last: int = 2, driver: str | None = None) -> None:
+    def __init__(
+        self,
+        run_uri: str,
+        config: dict[str, Any],
+        strategy: str = "ddp",
+        keep_last: int = 2,
+        keep_best: int = 0,
+        driver: str | None = None,
+        reached: Callable[[str, int], None] = lambda moment, step: None,
+    ) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
-        self.run_uri, self.config, self.strategy, self.keep_last, self.driver = run_uri, config, strategy, keep_last, driver
+        self.run_uri, self.config, self.strategy, self.driver, self.reached = run_uri, config, strategy, driver, reached
+        self.keep_last, self.keep_best = keep_last, keep_best
+        # The writers agree in the background, beside the exchange of gradients: that needs a group of its own.
+        self._group: Any = dist.new_group(backend="gloo", timeout=UPLOAD_LIMIT) if self.world_size > 1 else None
         self._writer: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failure: str | None = None
 
     def load(self) -> tuple[int, State] | None:
         """The step and state of the newest checkpoint that is complete and undamaged; None where the run has none.
@@ -119,81 +219,129 @@ class Checkpointer:
         Raises:
             ValueError: there are checkpoints, and every one is damaged.
         """
-        found = complete(self.run_uri) if self.rank == 0 else []
-        if self.world_size > 1:
-            box: list[Any] = [[asdict(manifest) for manifest in found]]
-            dist.broadcast_object_list(box, src=0)
-            found = [Manifest(**values) for values in box[0]]
+        found = self._from_first(lambda: complete(self.run_uri))
+        problems = []
         for manifest in found:
-            with tempfile.TemporaryDirectory(prefix="raykiln-checkpoint-") as folder:
-                problem = None
-                try:
-                    fetch(self.run_uri, manifest, folder)
-                except ValueError as found_problem:
-                    problem = found_problem
-                if self._all(problem is None):
-                    return manifest.step, read(folder, manifest)
-                log.warning("checkpoint %s is skipped: %s", manifest.folder, problem or "another worker could not read it")
-        if found:
-            raise ValueError(
-                f"every checkpoint below {self.run_uri}/checkpoints is damaged: restore one, or start a new run with another --run.name"
-            )
+            state, problem = None, None
+            try:
+                state = read(self.run_uri, manifest)
+            except (ValueError, OSError) as error:
+                problem = str(error)
+            problem = next(filter(None, self._gather(problem)), None)
+            if state is not None and problem is None:
+                return manifest.step, state
+            log.warning("checkpoint %s is skipped: %s", manifest.folder, problem)
+            problems.append(f"{manifest.folder}: {problem}")
+        if problems:
+            raise Halt(_all_damaged(self.run_uri, problems))
         return None
 
-    def _all(self, good: bool) -> bool:
-        """Whether it is good on every worker: all go on from the same checkpoint."""
-        if self.world_size == 1:
-            return good
-        verdicts: list[bool] = [False] * self.world_size
-        dist.all_gather_object(verdicts, good)
-        return all(verdicts)
+    def save(self, step: int, state: State, score: float | None = None) -> None:
+        """Takes a copy of `state` now and writes it in the background, after the one in flight. Every worker calls it.
 
-    def save(self, step: int, state: State) -> None:
-        """Takes a copy of `state` now and writes it in the background, after the one in flight.
+        Args:
+            step: of the run.
+            state: {part: {name: tensor or Fragment}}, or {part: what JSON can hold}. Whole parts are written by rank 0,
+                fragments by each worker.
+            score: on held-out data at this step, the smaller the better.
 
-        Only rank 0 writes: under DDP the state is the same everywhere. A part that is a flat dict of tensors
-        becomes `<part>.safetensors`, any other `<part>.pt` (loadable with weights_only=True).
+        Raises:
+            Halt: the one before could not be written.
         """
         self.join()
-        if self.rank != 0:
-            return
-        copy = _to_cpu(state)
-        self._writer = threading.Thread(target=self._write, args=(step, copy), name="checkpoint-writer", daemon=True)
+        mine = {part: copy for part, values in state.items() if (copy := self._mine(values))}
+        self._writer = threading.Thread(target=self._write, args=(step, mine, score), name="checkpoint-writer", daemon=True)
         self._writer.start()
 
     def join(self) -> None:
         """Waits for the checkpoint in flight.
 
         Raises:
-            ValueError: it could not be written; the older ones are untouched.
+            Halt: it could not be written, on any of the workers; the older ones are untouched.
         """
         if self._writer is not None:
             self._writer.join()
             self._writer = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise ValueError(
-                f"a checkpoint could not be written below {self.run_uri}/checkpoints ({failure}); the older ones are untouched"
-            ) from failure
+            raise Halt(f"a checkpoint could not be written below {self.run_uri}/checkpoints ({failure}); the older ones are untouched")
 
-    def _write(self, step: int, state: State) -> None:
+    def _mine(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A copy on the CPU of what this worker writes of a part: training goes on meanwhile."""
+        if not _is_tensors(values):
+            return dict(values) if self.rank == 0 else {}
+        return {name: _to_cpu(value) for name, value in values.items() if self.rank == 0 or isinstance(value, Fragment)}
+
+    # ------------------------------------------------------------ in the background
+
+    def _write(self, step: int, mine: State, score: float | None) -> None:
+        uri = storage.join(self.run_uri, "checkpoints", _folder(step))
         try:
-            with tempfile.TemporaryDirectory(prefix="raykiln-checkpoint-") as scratch:
-                files = {}
-                for part, values in state.items():
-                    path = _write_part(Path(scratch), part, values)
-                    files[path.name] = {"bytes": path.stat().st_size, "sha256": storage.sha256(path)}
-                manifest = Manifest(step, self.world_size, self.strategy, files, self.config)
-                uri = storage.join(self.run_uri, "checkpoints", manifest.folder)
-                self._refuse_if_overtaken()
-                storage.delete(uri)
-                storage.upload(scratch, uri)
-                self._refuse_if_overtaken()
-                storage.write_json(storage.join(uri, "manifest.json"), asdict(manifest))
-            for old in complete(self.run_uri)[self.keep_last :]:
+            self._agree(lambda: self._clear(uri) if self.rank == 0 else None)
+            files = self._all_files(uri, mine)
+            self.reached("upload", step)
+            manifest = Manifest(
+                FORMAT, step, self.world_size, self.strategy, score, {k: v for part in files for k, v in part.items()}, self.config
+            )
+            self._agree(lambda: self._finish(uri, manifest) if self.rank == 0 else None)
+        except Exception as failure:
+            self._failure = str(failure) or repr(failure)
+
+    def _all_files(self, uri: str, mine: State) -> list[dict[str, dict[str, Any]]]:
+        try:
+            return self._agree(lambda: self._upload(uri, mine))
+        except ValueError:
+            # Every worker has ended its upload. Half a checkpoint is worth less than the room it takes on a full disk.
+            if self.rank == 0:
+                with suppress(OSError):
+                    storage.delete(uri)
+            raise
+
+    def _agree(self, act: Callable[[], Any]) -> list[Any]:
+        """What `act` gave on each worker; where it failed on one, all fail with that sentence."""
+        try:
+            outcome, problem = act(), None
+        except Exception as error:
+            outcome, problem = None, str(error) or repr(error)
+        outcomes = self._gather((outcome, problem))
+        for rank, (_, failed) in enumerate(outcomes):
+            if failed is not None:
+                raise ValueError(failed if len(outcomes) == 1 else f"worker {rank}: {failed}")
+        return [outcome for outcome, _ in outcomes]
+
+    def _clear(self, uri: str) -> None:
+        """What a killed attempt at this step left is no part of it."""
+        self._refuse_if_overtaken()
+        storage.delete(uri)
+
+    def _upload(self, uri: str, mine: State) -> dict[str, dict[str, Any]]:
+        files: dict[str, dict[str, Any]] = {}
+        with tempfile.TemporaryDirectory(prefix="raykiln-checkpoint-") as scratch:
+            for part, values in mine.items():
+                path = self._write_part(Path(scratch), part, values)
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": storage.sha256(path), "part": part}
+            storage.upload(scratch, uri)
+        return files
+
+    def _write_part(self, folder: Path, part: str, values: dict[str, Any]) -> Path:
+        if not _is_tensors(values):
+            storage.write_json(folder / f"{part}.json", values)
+            return folder / f"{part}.json"
+        fragments = {name: value for name, value in values.items() if isinstance(value, Fragment)}
+        places = {name: {"start": value.start, "shape": list(value.shape)} for name, value in fragments.items()}
+        path = folder / (f"{part}-{self.rank:05d}-of-{self.world_size:05d}.safetensors" if fragments else f"{part}.safetensors")
+        tensors = {name: value.values if isinstance(value, Fragment) else value for name, value in values.items()}
+        save_file(tensors, path, metadata={"fragments": json.dumps(places)} if fragments else None)
+        return path
+
+    def _finish(self, uri: str, manifest: Manifest) -> None:
+        self._refuse_if_overtaken()
+        storage.write_json(storage.join(uri, "manifest.json"), asdict(manifest))
+        found = complete(self.run_uri)
+        kept = {one.step for one in [*found[: self.keep_last], *best(found)[: self.keep_best]]}
+        for old in found:
+            if old.step not in kept:
                 storage.delete(storage.join(self.run_uri, "checkpoints", old.folder))
-        except BaseException as failure:
-            self._failure = failure
 
     def _refuse_if_overtaken(self) -> None:
         """A driver that was thought dead must not write into the run that another goes on with."""
@@ -203,23 +351,25 @@ class Checkpointer:
         if owner != self.driver:
             raise ValueError("another driver has taken over this run")
 
+    # ------------------------------------------------------------ between the workers
 
-def _write_part(folder: Path, part: str, values: Any) -> Path:
-    if isinstance(values, dict) and values and all(isinstance(value, torch.Tensor) for value in values.values()):
-        path = folder / f"{part}.safetensors"
-        save_file(values, path)
-    else:
-        path = folder / f"{part}.pt"
-        torch.save(values, path)
-    return path
+    def _gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _from_first(self, act: Callable[[], Any]) -> Any:
+        """What `act` gives on rank 0, or the ValueError that it raises there, on every worker."""
+        return self._agree(act if self.rank == 0 else lambda: None)[0]
 
 
-def _to_cpu(value: Any) -> Any:
-    """A deep copy with every tensor contiguous on the CPU: training goes on while it is written."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
-    if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_cpu(item) for item in value)
-    return value
+def _is_tensors(values: dict[str, Any]) -> bool:
+    return bool(values) and all(isinstance(value, (torch.Tensor, Fragment)) for value in values.values())
+
+
+def _to_cpu(value: torch.Tensor | Fragment) -> torch.Tensor | Fragment:
+    if isinstance(value, Fragment):
+        return Fragment(value.values.detach().to("cpu", copy=True).contiguous(), value.start, value.shape)
+    return value.detach().to("cpu", copy=True).contiguous()

@@ -75,8 +75,10 @@ class Parallel(Section):
             raise ValueError(
                 "parallel.offload moves the optimizer from a GPU to the CPU's memory: without parallel.gpu it is there already"
             )
-        if self.precision == "fp16" and self.strategy == "deepspeed" and not self.gpu:
-            raise ValueError("parallel.precision fp16: DeepSpeed has no fp16 on the CPU; use bf16, or --parallel.strategy ddp")
+        if self.precision == "fp16" and self.strategy == "deepspeed":
+            raise ValueError(
+                "parallel.precision fp16: with DeepSpeed it would be fp16 parameters, not autocast; use bf16, or --parallel.strategy ddp"
+            )
         return self
 
 

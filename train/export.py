@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 
 from models import bundle, gpt, registry
 from models.dcgan import Generator
@@ -23,6 +22,8 @@ from train.export_gan import export_gan
 from train.export_gpt import export_gpt
 from train.gan import shape
 from train.gpt import build
+from train.report import TIMES
+from train.strategy import State
 
 LIBRARIES = ("torch", "onnx", "onnxruntime", "transformers")
 HELDOUT_TOKENS = 64  # enough for every parity case and the golden prompt
@@ -38,13 +39,14 @@ class Exported:
     manifest: bundle.Manifest
 
 
-def export(run: str, storage: str, name: str | None = None) -> Exported:
-    """Publishes the newest complete checkpoint of a run.
+def export(run: str, storage: str, name: str | None = None, which: str = "newest") -> Exported:
+    """Publishes a complete checkpoint of a run.
 
     Args:
         run: the run's name below `<storage>/runs`.
         storage: a folder or URI.
         name: the model's name in the registry; by default "gpt" or "gan".
+        which: "newest", "best" (of those judged on held-out data), or a step.
 
     Raises:
         ValueError: there is no such run, no complete checkpoint or no data set, or the graph's answers are not the model's;
@@ -52,18 +54,17 @@ def export(run: str, storage: str, name: str | None = None) -> Exported:
     """
     if name is not None:
         registry.check_name("model name", name)
-    saved = _newest(storage, run)
+    saved = _choose(storage, run, which)
     settings = config.build(config.KINDS[saved.config["kind"]], _without_kind(saved.config), f"the checkpoint of run {run}")
     dataset, lineage = _dataset(storage, run)
     with tempfile.TemporaryDirectory(prefix="raykiln-export-") as scratch:
-        weights, files = Path(scratch) / "checkpoint", Path(scratch) / "bundle"
-        files.mkdir()
-        checkpoint.fetch(join(storage, "runs", run), saved, weights)
+        files = Path(scratch)
+        state = checkpoint.read(join(storage, "runs", run), saved)
         if isinstance(settings, config.GptConfig):
-            made = _gpt_files(settings, weights, dataset, files)
+            made = _gpt_files(settings, state, dataset, files)
         else:
             assert isinstance(settings, config.GanConfig)
-            made = _gan_files(settings, weights, dataset, files)
+            made = _gan_files(settings, state, dataset, files)
         bundle.write(files, _lineage(storage, run, saved.step, lineage) | made)
         root, name = join(storage, "models"), name or settings.kind
         version = registry.publish(root, name, files)
@@ -71,35 +72,47 @@ def export(run: str, storage: str, name: str | None = None) -> Exported:
     return Exported(name, version, uri, bundle.read(uri))
 
 
-def _gpt_files(settings: config.GptConfig, weights: Path, dataset: str, folder: Path) -> dict[str, Any]:
+def _gpt_files(settings: config.GptConfig, state: State, dataset: str, folder: Path) -> dict[str, Any]:
     prepared = fetch(dataset)
     model = build(settings, read_json(prepared / "dataset.json"))
-    gpt.restore(model, load_file(weights / "model.safetensors"))
+    gpt.restore(model, state["model_ema" if "model_ema" in state else "model"])
     shards = text.Tokens(prepared, "heldout", model.config.n_positions).shards
     heldout = np.concatenate([shard[:HELDOUT_TOKENS] for shard in shards])[:HELDOUT_TOKENS]
     return export_gpt(model, prepared / "tokenizer.json", heldout, folder)
 
 
-def _gan_files(settings: config.GanConfig, weights: Path, dataset: str, folder: Path) -> dict[str, Any]:
+def _gan_files(settings: config.GanConfig, state: State, dataset: str, folder: Path) -> dict[str, Any]:
     facts = read_json(join(dataset, "dataset.json"))
     generator = Generator(shape(settings, facts))
-    generator.load_state_dict(load_file(weights / "generator_ema.safetensors"))
+    generator.load_state_dict(dict(state["generator_ema"]))
     return export_gan(generator, facts["classes"], folder)
 
 
 # ---------------------------------------------------------------- what the run left
 
 
-def _newest(storage: str, run: str) -> checkpoint.Manifest:
+def _choose(storage: str, run: str, which: str) -> checkpoint.Manifest:
     known = names(join(storage, "runs"))
     if run not in known:
         close = difflib.get_close_matches(run, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}" if known else "there is none; train one first"
         raise ValueError(f"run {run!r} is not in {join(storage, 'runs')}: {hint}")
-    saved = checkpoint.newest(join(storage, "runs", run))
-    if saved is None:
+    found = checkpoint.complete(join(storage, "runs", run))
+    if not found:
         raise ValueError(f"run {run!r} has no complete checkpoint yet: wait for its first one, or start it again so that it goes on")
-    return saved
+    if which == "newest":
+        return found[0]
+    if which == "best":
+        best = checkpoint.best(found)
+        if not best:
+            raise ValueError(
+                f"run {run!r} has no checkpoint that was judged on held-out data: train with --checkpoint.keep_best, or export the newest"
+            )
+        return best[0]
+    for saved in found:
+        if str(saved.step) == which:
+            return saved
+    raise ValueError(f"--checkpoint {which}: run {run!r} has newest, best, and steps {', '.join(str(saved.step) for saved in found)}")
 
 
 def _dataset(storage: str, run: str) -> tuple[str, dict[str, Any]]:
@@ -118,13 +131,14 @@ def _lineage(storage: str, run: str, step: int, lineage: dict[str, Any]) -> dict
     """The manifest's entries on where the bundle comes from."""
     place = join(storage, "runs", run, "summary.json")
     summary = read_json(place) if exists(place) else {}
+    # The summary of a run that has since gone on, and not yet ended, judges other weights.
+    judged = summary["metrics"] if summary.get("steps") == step else {}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": {"name": run, "step": step, "storage": absolute(storage)},
         "commit": lineage["commit"],
         "dataset": {key: lineage["dataset"][key] for key in ("name", "fingerprint")},
-        # The summary of a run that has since gone on, and not yet ended, judges other weights.
-        "metrics": summary["metrics"] if summary.get("steps") == step else {},
+        "metrics": {tag: value for tag, value in judged.items() if tag not in TIMES},
         "libraries": {library: metadata.version(library) for library in LIBRARIES},
     }
 

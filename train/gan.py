@@ -1,25 +1,23 @@
 """Trains a WGAN-GP DCGAN with Ray Train: `python -m train gan --config gan-tiny`."""
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from models.dcgan import Critic, DcganConfig, Generator
 from models.losses import gradient_penalty, interpolate, wasserstein_critic_loss, wasserstein_generator_loss
 from train import images, quality
-from train.checkpoint import State
 from train.config import GanConfig
 from train.dataset import fetch
 from train.launch import Worker
 from train.metrics import Meter, finite
 from train.order import Order, positions, rng
-from train.strategy import Ddp, unwrap
+from train.strategy import Average, State, Strategy
 
 CRITIC, GENERATOR, SAMPLES, JUDGED = 2, 3, 4, 5  # purposes of random draws: what sets their keys apart
 GRID_ROWS, GRID_COLUMNS = 10, 10
@@ -38,13 +36,15 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
         step, state = start
         gan.restore(state)
 
+    gan.rehearse(pictures)
     meter = Meter("images_per_s", config.gan.critic_steps * config.batch.global_size)
     final: dict[str, Any] = {}
     while step < config.steps:
         for turn in range(config.gan.critic_steps):
             figures = gan.update_critic(gan.critic_batches(step * config.gan.critic_steps + turn, pictures))
+        worker.reached("update", step + 1)
         figures |= gan.update_generator(gan.generator_batches(step))
-        gan.update_average(step)
+        gan.average.update(step)
         step += 1
         meter.count()
 
@@ -52,20 +52,25 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
         if step % config.log.every == 0 or last:
             recorder.scalars(step, {**finite(strategy.mean({tag: float(value) for tag, value in figures.items()}), step), **meter.read()})
         with meter.paused():
+            judged: dict[str, float] = {}
             if step % config.log.eval_every == 0 or last:
-                judged = judge()
+                with meter.waiting("eval"):
+                    judged = judge()
                 recorder.scalars(step, judged)
-                final = {**judged, **strategy.mean({tag: float(value) for tag, value in figures.items()}), **meter.total()}
-                worker.report({"step": step, **final})
+                final = {**judged, **strategy.mean({tag: float(value) for tag, value in figures.items()})}
+                worker.report({"step": step, **final, **meter.total()})
             if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
-                recorder.image(step, "pictures", gan.grid())
-            if step % config.checkpoint.every == 0 or last:
+                with meter.waiting("sample"):
+                    recorder.image(step, "pictures", gan.grid())
+            if worker.saves_at(step, bool(judged)):
                 recorder.flush()  # a run resumed from here has its curves up to here
-                worker.checkpoints.save(step, gan.state())
-    worker.checkpoints.join()
+                with meter.waiting("checkpoint"):
+                    worker.checkpoints.save(step, gan.state(), judged.get("heldout_sliced_wasserstein"))
+    with meter.waiting("checkpoint"):
+        worker.checkpoints.join()
     strategy.barrier()
     # Interrupted between its last checkpoint and its end: nothing is left to train, and still to be judged.
-    return final or judge()
+    return (final or judge()) | meter.total()
 
 
 def shape(config: GanConfig, dataset: dict[str, Any]) -> DcganConfig:
@@ -97,39 +102,30 @@ class Gan:
     global batch, and every draw is a function of (seed, global position, purpose).
     """
 
-    def __init__(self, config: GanConfig, shape: DcganConfig, strategy: Ddp) -> None:
+    def __init__(self, config: GanConfig, shape: DcganConfig, strategy: Strategy) -> None:
         self.config, self.shape, self.strategy = config, shape, strategy
         torch.manual_seed(config.run.seed)
-        self.generator = strategy.prepare(Generator(shape))
-        self.critic = strategy.prepare(Critic(shape))
-        self.average = copy.deepcopy(unwrap(self.generator)).requires_grad_(False)
-        optim = config.optim
-        betas = (optim.beta1, optim.beta2)
-        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), optim.lr, betas, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), optim.critic_lr or optim.lr, betas, fused=True)
+        generator, critic = Generator(shape).to(strategy.device), Critic(shape).to(strategy.device)
+        self.generator = strategy.learner("generator", generator, self._adam(generator, config.optim.lr))
+        self.critic = strategy.learner("critic", critic, self._adam(critic, config.optim.critic_lr or config.optim.lr))
+        self.average = Average(self.generator, config.model.ema_decay)
+
+    def _adam(self, net: nn.Module, lr: float) -> torch.optim.Adam:
+        return torch.optim.Adam(net.parameters(), lr, (self.config.optim.beta1, self.config.optim.beta2), fused=True)
 
     # ------------------------------------------------------------ updates
 
     def update_critic(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One step of the critic over this worker's micro-batches; the means of their losses."""
-        self.critic.requires_grad_(True)
+        self.critic.core.requires_grad_(True)
         distances, penalties = [], []
-        for batch in batches:
-            assert batch.real is not None
-            assert batch.mix is not None
-            # Three forwards and one backward: DDP exchanges gradients once, when all of them have come together.
-            with self.strategy.accumulating(self.critic, last=batch is batches[-1]):
-                with self.strategy.autocast():
-                    with torch.no_grad():
-                        fake = unwrap(self.generator)(batch.latents, batch.labels).to(batch.real.dtype)
-                    real_scores, fake_scores = (self.critic(pictures, batch.labels).to(batch.real.dtype) for pictures in (batch.real, fake))
-                loss = wasserstein_critic_loss(real_scores, fake_scores)
-                penalty = gradient_penalty(partial(self.critic, labels=batch.labels), interpolate(batch.real, fake, batch.mix))
-                self.strategy.backward((loss + self.config.gan.penalty_weight * penalty) / len(batches))
+        for number, batch in enumerate(batches):
+            with self.critic.accumulating(number, len(batches)):
+                loss, penalty = self._critic_losses(batch)
+                self.critic.backward(loss + self.config.gan.penalty_weight * penalty)
             distances.append(-loss.detach())
             penalties.append(penalty.detach())
-        self.critic_optimizer.step()
-        self.critic_optimizer.zero_grad(set_to_none=True)
+        self.critic.step()
         distance, penalty = torch.stack(distances).mean(), torch.stack(penalties).mean()
         return {
             "critic_loss": self.config.gan.penalty_weight * penalty - distance,
@@ -139,25 +135,39 @@ class Gan:
 
     def update_generator(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One step of the generator over this worker's micro-batches; the mean of their losses."""
-        self.critic.requires_grad_(False)
+        self.critic.core.requires_grad_(False)
         losses = []
-        for batch in batches:
-            with self.strategy.accumulating(self.generator, last=batch is batches[-1]):
-                with self.strategy.autocast():
-                    scores = unwrap(self.critic)(self.generator(batch.latents, batch.labels), batch.labels)
-                loss = wasserstein_generator_loss(scores.to(batch.latents.dtype))
-                self.strategy.backward(loss / len(batches))
+        for number, batch in enumerate(batches):
+            with self.generator.accumulating(number, len(batches)):
+                loss = self._generator_loss(batch)
+                self.generator.backward(loss)
             losses.append(loss.detach())
-        self.generator_optimizer.step()
-        self.generator_optimizer.zero_grad(set_to_none=True)
+        self.generator.step()
         return {"generator_loss": torch.stack(losses).mean()}
 
-    @torch.no_grad()
-    def update_average(self, step: int) -> None:
-        """The moving average after generator step `step` (from 0); it forgets faster at first (TensorFlow's `num_updates` rule)."""
-        decay = min(self.config.model.ema_decay, (1 + step) / (10 + step))
-        for slow, fast in zip(self.average.parameters(), self.generator.parameters(), strict=True):
-            slow.lerp_(fast, 1 - decay)
+    def rehearse(self, pictures: images.Pictures) -> None:
+        """What a process does before its first step: see `Learner.rehearse`."""
+        batch = self.critic_batches(0, pictures)[0]
+        self.critic.rehearse(lambda: torch.stack(self._critic_losses(batch)).sum())
+        self.critic.core.requires_grad_(False)
+        self.generator.rehearse(lambda: self._generator_loss(batch))
+
+    def _critic_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The Wasserstein loss and the gradient penalty of a micro-batch."""
+        assert batch.real is not None
+        assert batch.mix is not None
+        # Three forwards and one backward: DDP exchanges gradients once, when all of them have come together.
+        with self.strategy.autocast():
+            with torch.no_grad():
+                fake = self.generator.core(batch.latents, batch.labels).to(batch.real.dtype)
+            real_scores, fake_scores = (self.critic(pictures, batch.labels).to(batch.real.dtype) for pictures in (batch.real, fake))
+        penalty = gradient_penalty(partial(self.critic, labels=batch.labels), interpolate(batch.real, fake, batch.mix))
+        return wasserstein_critic_loss(real_scores, fake_scores), penalty
+
+    def _generator_loss(self, batch: Batch) -> Tensor:
+        with self.strategy.autocast():
+            scores = self.critic.core(self.generator(batch.latents, batch.labels), batch.labels)
+        return wasserstein_generator_loss(scores.to(batch.latents.dtype))
 
     # ------------------------------------------------------------ batches, by position
 
@@ -201,7 +211,7 @@ class Gan:
         batch = self._noise(JUDGED, indices)
         if batch.labels is not None and pictures.labels is not None:
             batch.labels = torch.from_numpy(pictures.labels[indices]).to(self.strategy.device)
-        return self.average(batch.latents, batch.labels)
+        return self._averaged(batch)
 
     @torch.no_grad()
     def grid(self) -> np.ndarray:
@@ -212,24 +222,21 @@ class Gan:
             count = GRID_COLUMNS * min(GRID_ROWS, self.shape.num_classes)
             batch.latents = batch.latents[torch.arange(count) % GRID_COLUMNS]
             batch.labels = torch.arange(count, device=self.strategy.device) // GRID_COLUMNS
-        made = make_grid(self.average(batch.latents, batch.labels), nrow=GRID_COLUMNS, normalize=True, value_range=(-1, 1))
+        made = make_grid(self._averaged(batch), nrow=GRID_COLUMNS, normalize=True, value_range=(-1, 1))
         return (made * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+    def _averaged(self, batch: Batch) -> Tensor:
+        with self.average.applied():
+            return self.generator.core(batch.latents, batch.labels)
 
     # ------------------------------------------------------------ checkpoints
 
     def state(self) -> State:
         """All that a resumed run needs, as `restore` takes it."""
-        return {
-            "generator": dict(unwrap(self.generator).state_dict()),
-            "generator_ema": dict(self.average.state_dict()),
-            "critic": dict(unwrap(self.critic).state_dict()),
-            "generator_optimizer": self.generator_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-        }
+        return {**self.generator.state(), **self.average.state(), **self.critic.state()}
 
     def restore(self, state: State) -> None:
-        unwrap(self.generator).load_state_dict(state["generator"])
-        self.average.load_state_dict(state["generator_ema"])
-        unwrap(self.critic).load_state_dict(state["critic"])
-        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        for learner in (self.generator, self.critic):
+            learner.core.load_state_dict(dict(state[learner.name]))
+            learner.restore(state)
+        self.average.restore(state)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,13 @@ from torch import nn
 
 from models import gpt
 from train import text
-from train.checkpoint import State
 from train.config import GptConfig
 from train.dataset import fetch
+from train.flops import gpt_flops, peak_flops
 from train.launch import Worker
 from train.metrics import Meter, finite
 from train.order import Order, positions, rng
-from train.strategy import Ddp
+from train.strategy import Average, State, Strategy
 
 
 def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
@@ -29,61 +30,70 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
 
     torch.manual_seed(config.run.seed)
     model = build(config, tokens.meta).to(strategy.device)  # before the optimizer: its state goes where the parameters are
-    optimizer = torch.optim.AdamW(
-        gpt.parameter_groups(model, config.optim.weight_decay),
-        lr=config.optim.lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        fused=True,
-    )
-    step = 0
-    if start is not None:
-        step, state = start
-        gpt.restore(model, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    parallel = strategy.prepare(model)
+    step, saved = start or (0, None)
+    if saved is not None:
+        gpt.restore(model, saved["model"])
+    learner = strategy.learner("model", gpt.NextTokenLoss(model), adamw(config, model), config.optim.clip, saved, core=model)
+    average = Average(learner, config.optim.ema_decay, saved) if config.optim.ema_decay else None
+    judged_weights = average.applied if average else nullcontext
     model.train()
 
-    meter = Meter("tokens_per_s", config.tokens_per_step)
+    flops = step_flops(config, model, tokens.meta["vocab_size"])
+    meter = Meter("tokens_per_s", config.tokens_per_step, flops, peak_flops(strategy.device, strategy.precision) * strategy.world_size)
+
+    def loss_of(places: np.ndarray) -> torch.Tensor:
+        with meter.waiting("data"):
+            batch = torch.from_numpy(tokens.batch(order, places)).to(strategy.device)
+        with strategy.autocast():
+            return learner(batch[:, :-1], batch[:, 1:])
+
+    learner.rehearse(lambda: loss_of(np.arange(config.micro_size)))
     final: dict[str, Any] = {}
     while step < config.steps:
         share = positions(step, config.batch.global_size, config.micro_size, strategy.rank, strategy.world_size)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+        learner.set_lr(learning_rate(config, step))
         loss = torch.zeros((), device=strategy.device)
         for number, places in enumerate(share):
             # Dropout's noise: a function of where we are, not of what was drawn before.
             torch.manual_seed(int(rng(config.run.seed, step, number, strategy.rank, 2).integers(2**63)))
-            batch = torch.from_numpy(tokens.batch(order, places)).to(strategy.device)
-            with strategy.accumulating(parallel, last=number == len(share) - 1):
-                with strategy.autocast():
-                    part = gpt.loss(parallel, batch[:, :-1], batch[:, 1:]) / len(share)
-                strategy.backward(part)
-            loss += part.detach()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            with learner.accumulating(number, len(share)):
+                part = loss_of(places)
+                learner.backward(part)
+            loss += part.detach() / len(share)
+        worker.reached("update", step + 1)
+        norm = learner.step()
+        if average:
+            average.update(step)
         step += 1
         meter.count()
 
         last = step == config.steps
         if step % config.log.every == 0 or last:
-            figures = finite(strategy.mean({"loss": float(loss), "grad_norm": float(norm)}), step)
+            figures = finite(strategy.mean({"loss": float(loss), **learner.figures(norm)}), step)
             recorder.scalars(step, {**figures, "lr": learning_rate(config, step - 1), **meter.read()})
         with meter.paused():
+            judged: dict[str, float] = {}
             if step % config.log.eval_every == 0 or last:
-                judged = evaluate(model, heldout, strategy, config.batch.micro_size)
+                with meter.waiting("eval"), judged_weights():
+                    judged = evaluate(model, heldout, strategy, config.batch.micro_size)
                 recorder.scalars(step, judged)
-                final = {**judged, **strategy.mean({"loss": float(loss)}), **meter.total()}
-                worker.report({"step": step, **final})
-            if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
-                recorder.text(step, "text", sample(config, model, folder))
-            if step % config.checkpoint.every == 0 or last:
+                final = {**judged, **strategy.mean({"loss": float(loss)})}
+                worker.report({"step": step, **final, **meter.total()})
+            if step % config.log.sample_every == 0 or last:
+                # Every worker writes the same text, though one is enough: under ZeRO-3 none has the weights alone.
+                with meter.waiting("sample"), judged_weights():
+                    recorder.text(step, "text", sample(config, model, folder))
+            if worker.saves_at(step, bool(judged)):
                 recorder.flush()  # a run resumed from here has its curves up to here
-                worker.checkpoints.save(step, {"model": gpt.weights(model), "optimizer": optimizer.state_dict()})
-    worker.checkpoints.join()
+                with meter.waiting("checkpoint"):
+                    worker.checkpoints.save(step, learner.state() | (average.state() if average else {}), judged.get("heldout_loss"))
+    with meter.waiting("checkpoint"):
+        worker.checkpoints.join()
     strategy.barrier()
-    # Interrupted between its last checkpoint and its end: nothing is left to train, and still to be judged.
-    return final or evaluate(model, heldout, strategy, config.batch.micro_size)
+    if not final:  # interrupted between its last checkpoint and its end: nothing is left to train, and still to be judged
+        with judged_weights():
+            final = evaluate(model, heldout, strategy, config.batch.micro_size)
+    return final | meter.total()
 
 
 def check(config: GptConfig, dataset: dict[str, Any]) -> None:
@@ -119,6 +129,14 @@ def build(config: GptConfig, dataset: dict[str, Any]) -> Any:
     return gpt.build(dataset["vocab_size"], sizes.context, sizes.width, sizes.layers, sizes.heads, sizes.dropout, dataset["eos_token_id"])
 
 
+def step_flops(config: GptConfig, model: Any, vocab_size: int) -> int:
+    """Floating-point operations of one optimizer step, over all workers (see train/flops.py)."""
+    sizes = model.config
+    # From the sizes: under ZeRO-3 the parameters themselves are elsewhere. The four matrices of a block, and the embedding.
+    matrices = 12 * sizes.n_layer * sizes.n_embd**2 + vocab_size * sizes.n_embd
+    return gpt_flops(matrices, sizes.n_layer, sizes.n_embd, config.model.context) * config.tokens_per_step
+
+
 def learning_rate(config: GptConfig, step: int) -> float:
     """The rate of update `step` (from 0): linear warm-up, then held, then as optim.schedule says, to zero at the end."""
     optim = config.optim
@@ -132,23 +150,32 @@ def learning_rate(config: GptConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, heldout: text.Tokens, strategy: Ddp, batch_size: int) -> dict[str, float]:
+def evaluate(model: Any, heldout: text.Tokens, strategy: Strategy, batch_size: int) -> dict[str, float]:
     """Cross-entropy on every held-out token, each seen with at most `context` before it.
 
     Returns:
         heldout_loss: nats a token; heldout_bits_per_byte: bits a byte of UTF-8 text (comparable over tokenizers).
     """
     model.eval()
+    loss = gpt.NextTokenLoss(model)
     nats, judged = 0.0, 0
     windows = heldout.every_window(strategy.rank, strategy.world_size)
-    while batch := list(itertools.islice(windows, batch_size)):
+    # As many batches on every worker, the last ones perhaps padding: under ZeRO-3 all of them take part in each forward.
+    for _ in range(math.ceil(heldout.num_windows / (strategy.world_size * batch_size))):
+        batch = list(itertools.islice(windows, batch_size)) or [heldout.nothing()]
         inputs, targets = (torch.from_numpy(np.stack(part)).to(strategy.device) for part in zip(*batch, strict=True))
         with strategy.autocast():
-            nats += float(gpt.loss(model, inputs, targets, reduction="sum"))
+            nats += float(loss(inputs, targets, reduction="sum"))
         judged += int((targets >= 0).sum())
     model.train()
     total_nats, total_judged = strategy.sum([nats, judged])
     return {"heldout_loss": total_nats / total_judged, "heldout_bits_per_byte": total_nats / math.log(2) / heldout.split["text_bytes"]}
+
+
+def adamw(config: GptConfig, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW that decays matrices only."""
+    groups = gpt.parameter_groups(model, config.optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2), fused=True)
 
 
 def sample(config: GptConfig, model: Any, folder: Any) -> str:

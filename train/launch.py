@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,14 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 
 from cluster.connect import connect
 from models import storage
-from train import metrics, report
+from train import faults, metrics, mirror, report, strategy
 from train.checkpoint import Checkpointer
 from train.config import KINDS, Config, GptConfig, build
 from train.run import Run, open_run
-from train.strategy import Ddp
+from train.strategy import Halt, State, Strategy
 
 
 @dataclass
@@ -30,10 +29,16 @@ class Worker:
     """What a loop gets on each worker."""
 
     config: Any
-    strategy: Ddp
+    strategy: Strategy
     checkpoints: Checkpointer
     recorder: metrics.Silent
     dataset: str
+    reached: Callable[[str, int], None] = lambda moment, step: None  # see train/faults.py
+
+    def saves_at(self, step: int, judged: bool) -> bool:
+        """Whether a checkpoint is due after `step`, which was judged on held-out data or not."""
+        due = self.config.checkpoint
+        return step % due.every == 0 or step == self.config.steps or (judged and due.keep_best > 0)
 
     def report(self, values: dict[str, float]) -> None:
         """Tells Ray Train (and a search behind it) how the run is doing. Every worker calls it: it is a barrier."""
@@ -41,10 +46,17 @@ class Worker:
 
 
 class TrainingFailed(RuntimeError):
-    """The workers failed more often than run.max_failures allows; the message is one sentence."""
+    """Training can't go on, or the workers failed more often than run.max_failures allows; the message is one sentence."""
 
 
-def fit(config: Config, root: str, stem: str | None = None, callbacks: list[Any] | None = None, quiet: bool = False) -> dict[str, Any]:
+def fit(
+    config: Config,
+    root: str,
+    stem: str | None = None,
+    callbacks: list[Any] | None = None,
+    quiet: bool = False,
+    plan: list[faults.Fault] | None = None,
+) -> dict[str, Any]:
     """Trains (or goes on training) the run that `config` describes; returns its summary, also written as summary.json.
 
     Args:
@@ -53,12 +65,14 @@ def fit(config: Config, root: str, stem: str | None = None, callbacks: list[Any]
         stem: what an unnamed run's name begins with.
         callbacks: Ray Train callbacks, e.g. a search's.
         quiet: no progress on the terminal.
+        plan: faults on purpose.
 
     Raises:
         ValueError: the run, the data or the plan is wrong; nothing was started.
         TrainingFailed: the workers died; the run goes on from its last checkpoint when it is started again.
     """
     root = storage.absolute(root)  # workers run in other folders, on other machines
+    mirror.check_wandb(config.log.wandb)
     with open_run(config, root, stem or config.kind) as run:
         say = (lambda *_: None) if quiet else print
         say(f"run {run.name}: " + (f"goes on from step {run.start}" if run.start else "starts") + f", in {run.uri}")
@@ -74,7 +88,7 @@ def fit(config: Config, root: str, stem: str | None = None, callbacks: list[Any]
         _refuse_misfit(config, dataset)
         begun = time.monotonic()
         with metrics.watch(run.name, config.steps, _SPEED[config.kind], quiet) as feed:
-            final = _train(config, run, dataset, feed, callbacks or [])
+            final = _train(config, run, dataset, feed, callbacks or [], plan or [])
         summary = {
             "run": run.name,
             "kind": config.kind,
@@ -168,14 +182,22 @@ def _refuse_misfit(config: Config, dataset: str) -> None:
         gpt.check(config, storage.read_json(storage.join(dataset, "dataset.json")))
 
 
-def _train(config: Config, run: Run, dataset: str, feed: Any, callbacks: list[Any]) -> dict[str, Any]:
+def _train(config: Config, run: Run, dataset: str, feed: Any, callbacks: list[Any], plan: list[faults.Fault]) -> dict[str, Any]:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     parallel = config.parallel
     # The controller looks at its workers this often; the default of 2 s would be the pace of every report().
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    payload = {"kind": config.kind, "config": config.model_dump(), "run": run.uri, "token": run.token, "dataset": dataset, "feed": feed}
+    payload = {
+        "kind": config.kind,
+        "config": config.model_dump(),
+        "run": run.uri,
+        "token": run.token,
+        "dataset": dataset,
+        "feed": feed,
+        "faults": [asdict(fault) for fault in plan],
+    }
     trainer = TorchTrainer(
         work,  # type: ignore[arg-type]  # may return a value since Ray 2.60; its annotation says None
         train_loop_config=payload,
@@ -193,12 +215,15 @@ def _train(config: Config, run: Run, dataset: str, feed: Any, callbacks: list[An
     )
     go_on = f"--run.name {run.name} goes on from its newest checkpoint"
     try:
-        return trainer.fit().return_value  # type: ignore[attr-defined]  # new in Ray 2.60, not in its annotations yet
+        final = trainer.fit().return_value  # type: ignore[attr-defined]  # new in Ray 2.60, not in its annotations yet
     except TrainingFailedError as error:
         raise TrainingFailed(f"run {run.name} failed: {_cause(error)}; what it has saved is in {run.uri}, and {go_on}") from error
     except (KeyboardInterrupt, SystemExit) as stop:  # Ray makes sys.exit(0) of Ctrl-C, as if the run were complete
         print(f"stopped: {go_on}", flush=True)
         raise KeyboardInterrupt from stop
+    if "halted" in final:
+        raise TrainingFailed(f"run {run.name} failed: {final['halted']}; what it has saved is in {run.uri}, and {go_on}")
+    return final
 
 
 def _cause(error: Exception) -> str:
@@ -213,22 +238,36 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs: sets the stage, then the loop of its kind. Rank 0's result is the run's."""
     config = build(KINDS[payload["kind"]], payload["config"], "run.yaml")
     torch.set_num_threads(max(1, int(config.parallel.cpus_per_worker)))
-    strategy = Ddp(config.parallel.precision, ray.train.torch.get_device() if config.parallel.gpu else None)
+    spread = strategy.build(config, ray.train.torch.get_device() if config.parallel.gpu else None)
+    reached = faults.build(payload["run"], spread.rank, payload["faults"])
     checkpoints = Checkpointer(
-        payload["run"], {"kind": config.kind, **config.model_dump()}, strategy.name, config.checkpoint.keep_last, payload["token"]
+        payload["run"],
+        {"kind": config.kind, **config.model_dump()},
+        spread.name,
+        config.checkpoint.keep_last,
+        config.checkpoint.keep_best,
+        payload["token"],
+        reached,
     )
     logging.getLogger("train").addHandler(metrics.ToDriver(payload["feed"]))
     loop = _loop(payload["kind"])
-    start = checkpoints.load()
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    recorder: metrics.Silent = (
-        metrics.Recorder(payload["run"], start[0] if start else 0, payload["feed"]) if rank == 0 else metrics.Silent()
-    )
-    worker = Worker(config, strategy, checkpoints, recorder, payload["dataset"])
     try:
-        return loop(worker, start)
-    finally:
-        recorder.close()
+        start = checkpoints.load()
+        recorder = _recorder(payload, spread, start)
+        try:
+            return loop(Worker(config, spread, checkpoints, recorder, payload["dataset"], reached), start)
+        finally:
+            recorder.close()
+    except Halt as sentence:
+        return {"halted": str(sentence)}  # Ray Train would start the workers again for an exception
+
+
+def _recorder(payload: dict[str, Any], spread: Strategy, start: tuple[int, State] | None) -> metrics.Silent:
+    if spread.rank != 0:
+        return metrics.Silent()
+    log = payload["config"]["log"]
+    copy = {"mode": log["wandb"], "project": log["wandb_project"], "name": payload["run"].rsplit("/", 1)[-1], "config": payload["config"]}
+    return metrics.Recorder(payload["run"], start[0] if start else 0, payload["feed"], copy if log["wandb"] != "off" else None)
 
 
 def _loop(kind: str) -> Callable[..., dict[str, Any]]:

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from models import storage
 from train.mirror import Mirror
+from train.strategy import Halt
 
 Row = dict[str, float] | str  # measurements of a step, or a sentence to show
 
@@ -122,13 +123,11 @@ def finite(figures: dict[str, float], step: int) -> dict[str, float]:
     """The figures as they are.
 
     Raises:
-        ValueError: one is NaN or infinite: every later checkpoint would be worthless.
+        Halt: one is NaN or infinite: every later checkpoint would be worthless.
     """
     for tag, value in figures.items():
         if not math.isfinite(value):
-            raise ValueError(
-                f"{tag} is {value} at step {step}: training has diverged; use a lower optim.lr, or go on from an older checkpoint"
-            )
+            raise Halt(f"{tag} is {value} at step {step}: training has diverged; use a lower optim.lr, or go on from an older checkpoint")
     return figures
 
 

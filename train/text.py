@@ -402,6 +402,15 @@ class Tokens:
         samples = order.samples(positions)
         return np.stack([self._read(int(sample) * self.context + offsets[epoch]) for sample, epoch in zip(samples, epochs, strict=True)])
 
+    @property
+    def num_windows(self) -> int:
+        """How many windows `every_window` yields over all workers."""
+        return -(-(int(self._starts[-1]) - 1) // self.context)
+
+    def nothing(self) -> tuple[np.ndarray, np.ndarray]:
+        """A window of which no token is judged."""
+        return np.zeros(self.context, np.int64), np.full(self.context, -100, np.int64)
+
     def every_window(self, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """This worker's share of windows that together predict every token but the first once: inputs and targets, (T) int64 each.
 
@@ -409,7 +418,7 @@ class Tokens:
         """
         for start in range(rank * self.context, int(self._starts[-1]) - 1, world_size * self.context):
             window = self._read(start)
-            inputs, targets = np.zeros(self.context, np.int64), np.full(self.context, -100, np.int64)
+            inputs, targets = self.nothing()
             inputs[: len(window) - 1], targets[: len(window) - 1] = window[:-1], window[1:]
             yield inputs, targets
 

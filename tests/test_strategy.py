@@ -1,0 +1,179 @@
+"""Any strategy, any number of workers and any accumulation train the same model, and go on from each other's checkpoints."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import workers
+
+from models import storage
+from train import checkpoint, launch
+from train import config as configs
+
+STEPS = 8
+MIDDLE = f"checkpoints/step_{STEPS // 2:06d}"
+SHAPE = {
+    "batch.global_size": 24,
+    "batch.micro_size": 12,
+    "parallel.workers": 2,
+    "data.vocab_size": 300,
+    "model.dropout": 0.0,
+    "optim.clip": 0.5,  # below the gradients' norm: clipping is part of what is compared
+    "log.every": 1,
+    "log.eval_every": STEPS,
+    "checkpoint.every": STEPS // 2,
+    "steps": STEPS,
+}
+ZERO = {f"zero{stage}": {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage} for stage in range(4)}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "accumulated": {"batch.micro_size": 3},
+    **ZERO,
+    "zero2 accumulated": {**ZERO["zero2"], "batch.micro_size": 3},
+    "zero3 accumulated": {**ZERO["zero3"], "batch.micro_size": 3},
+    "bf16": {"parallel.precision": "bf16"},
+    "zero1 bf16": {**ZERO["zero1"], "parallel.precision": "bf16"},
+    "zero3 bf16": {**ZERO["zero3"], "parallel.precision": "bf16"},
+    "fp16": {"parallel.precision": "fp16"},
+}
+# Largest difference of a loss, and of a parameter after STEPS steps of Adam at 5e-3, from one process in fp32.
+TOLERANCES = {"fp32": (1e-5, 1e-4), "bf16": (2e-2, 4e-2), "fp16": (2e-2, 4e-2)}
+
+
+def config_of(corpus: str, **values: Any) -> configs.GptConfig:
+    config = configs.load("gpt", "gpt-tiny", {**SHAPE, "data.source": corpus, **values})
+    assert isinstance(config, configs.GptConfig)
+    return config
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("".join(f"{number}: Shall I compare thee to a summer's day?\n" for number in range(200)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def dataset(ray_address: str, corpus: str) -> str:
+    return launch.prepare(config_of(corpus), str(Path(corpus).parent))
+
+
+def train_all(rank: int, corpus: str, dataset: str, root: str) -> None:
+    """Every variant straight to its end, and again from a copy of its middle."""
+    for name, values in VARIANTS.items():
+        config = config_of(corpus, **values)
+        workers.run(config, dataset, f"{root}/{name}")
+        resume(rank, config, dataset, f"{root}/{name}", f"{root}/{name} resumed")
+
+
+def resume(rank: int, config: configs.GptConfig, dataset: str, source: str, target: str) -> None:
+    """Goes on from the middle of another run, as a run of its own."""
+    if rank == 0:
+        shutil.copytree(f"{source}/{MIDDLE}", f"{target}/{MIDDLE}")
+    if dist.is_initialized():
+        dist.barrier()
+    workers.run(config, dataset, target)
+
+
+@pytest.fixture(scope="module")
+def root(corpus: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Runs of every variant by two workers, and one by one process that accumulates nothing."""
+    root = str(tmp_path_factory.mktemp("runs"))
+    workers.run(config_of(corpus, **{"parallel.workers": 1, "batch.micro_size": 24}), dataset, f"{root}/one")
+    workers.spawn(2, train_all, corpus, dataset, root)
+    return root
+
+
+def losses(root: str, run: str) -> list[float]:
+    return [row["loss"] for row in storage.read_json(f"{root}/{run}/rows.json") if "loss" in row]
+
+
+def state(root: str, run: str) -> dict[str, Any]:
+    manifest = checkpoint.newest(f"{root}/{run}")
+    assert manifest is not None
+    return checkpoint.read(f"{root}/{run}", manifest)
+
+
+def largest_difference(one: Any, other: Any) -> float:
+    assert set(one) == set(other)
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_strategy_follows_one_processs_curve(root: str, variant: str) -> None:
+    expected = losses(root, "one")
+    assert expected[-1] < expected[0] - 0.2, "nothing was learned, so nothing is compared"
+    loss, parameter = TOLERANCES[VARIANTS[variant].get("parallel.precision", "fp32")]
+    assert losses(root, variant) == pytest.approx(expected, abs=loss)
+    one, other = state(root, "one"), state(root, variant)
+    assert largest_difference(one["model"], other["model"]) < parameter
+    assert other["model_progress"]["updates"] == STEPS
+    if variant in ("accumulated", *ZERO):
+        assert largest_difference(one["model_optimizer"], other["model_optimizer"]) < 1e-4
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(root: str, variant: str) -> None:
+    assert losses(root, f"{variant} resumed") == losses(root, variant)[STEPS // 2 :]
+    straight, resumed = state(root, variant), state(root, f"{variant} resumed")
+    for part in ("model", "model_optimizer"):
+        assert all(torch.equal(resumed[part][name], value) for name, value in straight[part].items()), part
+    assert resumed["model_progress"] == straight["model_progress"]
+
+
+# Each goes on for two steps from where the one before it stopped, by another strategy and another number of workers.
+CHAIN = [("zero3", 3), ("zero1", 2), ("ddp", 1), ("zero2", 3)]
+AVERAGED = {"optim.ema_decay": 0.8, "optim.schedule": "constant", "steps": 2 * len(CHAIN)}
+
+
+def one_link(rank: int, corpus: str, dataset: str, uri: str, link: int) -> None:
+    variant, world_size = CHAIN[link]
+    more = {"parallel.workers": world_size, "batch.micro_size": 4, "steps": 2 * link + 2}
+    workers.run(config_of(corpus, **VARIANTS[variant], **(AVERAGED | more)), dataset, uri)
+
+
+def test_any_strategy_goes_on_from_any_other_at_any_number_of_workers(corpus: str, dataset: str, tmp_path: Path) -> None:
+    for link, (_, world_size) in enumerate(CHAIN):
+        workers.spawn(world_size, one_link, corpus, dataset, f"{tmp_path}/chain", link)
+    workers.run(config_of(corpus, **AVERAGED, **{"parallel.workers": 1}), dataset, f"{tmp_path}/one")
+    chained, straight = state(str(tmp_path), "chain"), state(str(tmp_path), "one")
+    assert set(chained) == {"model", "model_ema", "model_optimizer", "model_progress"}
+    assert chained["model_progress"] == straight["model_progress"] == {"updates": 2 * len(CHAIN)}
+    for part in ("model", "model_ema", "model_optimizer"):
+        assert largest_difference(chained[part], straight[part]) < 1e-4, part
+    assert largest_difference(straight["model"], straight["model_ema"]) > 1e-3, "the average averages nothing"
+    assert losses(str(tmp_path), "chain") == pytest.approx(losses(str(tmp_path), "one")[-2:], abs=1e-5)
+
+
+THREE: dict[str, dict[str, Any]] = {"ddp": {}, "zero1": ZERO["zero1"], "zero2": ZERO["zero2"], "zero3": ZERO["zero3"]}
+
+
+def by_three(rank: int, corpus: str, dataset: str, root: str) -> None:
+    for name, values in THREE.items():
+        config = config_of(corpus, **values, **WIDE)
+        workers.run(config, dataset, f"{root}/{name}")
+        resume(rank, config, dataset, f"{root}/{name}", f"{root}/{name} resumed")
+
+
+WIDE = {"parallel.workers": 3, "batch.micro_size": 8, "model.width": 256, "optim.lr": 1e-3}  # several buckets of gradients
+
+
+@pytest.fixture(scope="module")
+def three(corpus: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = str(tmp_path_factory.mktemp("three"))
+    workers.spawn(3, by_three, corpus, dataset, root)
+    return root
+
+
+@pytest.mark.parametrize("variant", THREE)
+def test_three_workers_resume_bit_for_bit(three: str, variant: str) -> None:
+    """With three, the order in which gradients are summed shows in the last bits."""
+    assert losses(three, f"{variant} resumed") == losses(three, variant)[STEPS // 2 :]
+    straight, resumed = state(three, variant)["model"], state(three, f"{variant} resumed")["model"]
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
