@@ -56,6 +56,12 @@ def test_a_wrong_option_is_named(arguments: list[str], sentence: str) -> None:
         ("gpt", {"batch.global_size": 32, "batch.micro_size": 12}, ["batch.micro_size is 12", "32"]),
         ("gpt", {"model.width": 100, "model.heads": 3}, ["model.width is 100", "3 heads"]),
         ("gpt", {"run.name": "../elsewhere"}, ["run.name", "'../elsewhere'"]),
+        ("gpt", {"parallel.zero_stage": 4}, ["parallel.zero_stage", "4", "0, 1, 2 or 3"]),
+        ("gpt", {"parallel.offload": True, "parallel.gpu": True}, ["parallel.offload", "--parallel.strategy deepspeed"]),
+        ("gpt", {"parallel.offload": True, "parallel.strategy": "deepspeed"}, ["parallel.offload", "without parallel.gpu"]),
+        ("gpt", {"parallel.precision": "fp16", "parallel.strategy": "deepspeed"}, ["parallel.precision fp16", "bf16"]),
+        ("gan", {"compile": True}, ["compile", "penalty"]),
+        ("gan", {"parallel.strategy": "deepspeed"}, ["parallel.strategy is deepspeed", "ddp"]),
     ],
 )
 def test_a_wrong_value_is_named(kind: str, values: dict[str, object], parts: list[str]) -> None:

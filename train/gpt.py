@@ -19,6 +19,8 @@ from train.metrics import Meter, finite
 from train.order import Order, positions, rng
 from train.strategy import Average, State, Strategy
 
+JUDGED_TOKENS = 2048  # that a worker judges at once: under ZeRO-3 each forward gathers the parameters, however small its batch
+
 
 def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     """The loop of one worker; returns the run's final metrics (the same on every worker)."""
@@ -75,7 +77,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
             judged: dict[str, float] = {}
             if step % config.log.eval_every == 0 or last:
                 with meter.waiting("eval"), judged_weights():
-                    judged = evaluate(model, heldout, strategy, config.batch.micro_size)
+                    judged = evaluate(model, heldout, strategy)
                 recorder.scalars(step, judged)
                 final = {**judged, **strategy.mean({"loss": float(loss)})}
                 worker.report({"step": step, **final, **meter.total()})
@@ -92,7 +94,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     strategy.barrier()
     if not final:  # interrupted between its last checkpoint and its end: nothing is left to train, and still to be judged
         with judged_weights():
-            final = evaluate(model, heldout, strategy, config.batch.micro_size)
+            final = evaluate(model, heldout, strategy)
     return final | meter.total()
 
 
@@ -150,7 +152,7 @@ def learning_rate(config: GptConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: Any, heldout: text.Tokens, strategy: Strategy, batch_size: int) -> dict[str, float]:
+def evaluate(model: Any, heldout: text.Tokens, strategy: Strategy) -> dict[str, float]:
     """Cross-entropy on every held-out token, each seen with at most `context` before it.
 
     Returns:
@@ -160,6 +162,7 @@ def evaluate(model: Any, heldout: text.Tokens, strategy: Strategy, batch_size: i
     loss = gpt.NextTokenLoss(model)
     nats, judged = 0.0, 0
     windows = heldout.every_window(strategy.rank, strategy.world_size)
+    batch_size = max(JUDGED_TOKENS // heldout.context, 1)
     # As many batches on every worker, the last ones perhaps padding: under ZeRO-3 all of them take part in each forward.
     for _ in range(math.ceil(heldout.num_windows / (strategy.world_size * batch_size))):
         batch = list(itertools.islice(windows, batch_size)) or [heldout.nothing()]
