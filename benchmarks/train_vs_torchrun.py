@@ -1,9 +1,9 @@
 """What Ray Train and our loop cost or gain beside what one would write by hand: torchrun, transformers, DDP.
 
-    python benchmarks/train_vs_torchrun.py [--rounds 5] [--steps 150]
+    python benchmarks/train_vs_torchrun.py [--rounds 5] [--steps 150] [--strategies ddp zero1 ...]
 
-Both train the demo's GPT (gpt-demo: 2 workers, one thread each, bf16 autocast) on the same packed tokens, in turn,
-in one run. The figure is tokens a second once both run steadily, ours over torchrun's, round by round.
+All train the demo's GPT (gpt-demo: 2 workers, one thread each, bf16 autocast) on the same packed tokens, in turn,
+in one run. The figure is tokens a second once they run steadily, ours over torchrun's, round by round.
 """
 
 import argparse
@@ -20,6 +20,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+STRATEGIES: dict[str, dict[str, object]] = {
+    "ddp": {},
+    "compile": {"compile": "true"},
+    **{f"zero{stage}": {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage} for stage in range(4)},
+}
 WARM_UP = 30  # steps before the clock counts: allocator, caches, the first exchange of gradients
 
 
@@ -77,7 +82,7 @@ def by_torchrun(folder: str, steps: int) -> float:
     return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def by_us(storage: str, name: str, steps: int) -> float:
+def by_us(storage: str, name: str, steps: int, strategy: str = "ddp") -> float:
     options = {
         "steps": steps,
         "run.name": name,
@@ -85,6 +90,7 @@ def by_us(storage: str, name: str, steps: int) -> float:
         "log.eval_every": steps,
         "log.sample_every": steps,
         "checkpoint.every": steps,
+        **STRATEGIES[strategy],
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "train", "gpt", "--config", "gpt-demo", "--storage", storage, *words]
@@ -98,23 +104,29 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--steps", type=int, default=150)
+    options.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=["ddp"])
     options.add_argument("--bare", help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.bare:
         bare(given.bare, given.steps)
         return
     with tempfile.TemporaryDirectory() as storage:
-        by_us(storage, "prepares", WARM_UP + 20)
+        for strategy in given.strategies:  # prepares the data, fills the compiler's cache
+            by_us(storage, f"first-{strategy}", WARM_UP + 20, strategy)
         folder = str(next(Path(storage, "data").iterdir()))
-        pairs = []
+        rounds: list[dict[str, float]] = []
         for number in range(given.rounds):
-            pairs.append((by_us(storage, f"r{number}", given.steps), by_torchrun(folder, given.steps)))
-            print(f"round {number}: raykiln {pairs[-1][0]:,.0f} tokens/s, torchrun {pairs[-1][1]:,.0f} tokens/s", flush=True)
-    ratios = sorted(ours / theirs for ours, theirs in pairs)
-    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(
-        f"| train gpt-demo, 2 workers | {ours:,.0f} tokens/s | torchrun loop: {theirs:,.0f} tokens/s | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |"
-    )
+            speeds = {strategy: by_us(storage, f"{strategy}-{number}", given.steps, strategy) for strategy in given.strategies}
+            rounds.append({**speeds, "torchrun": by_torchrun(folder, given.steps)})
+            print(f"round {number}: " + ", ".join(f"{who} {speed:,.0f} tokens/s" for who, speed in rounds[-1].items()), flush=True)
+    theirs = statistics.median(speeds["torchrun"] for speeds in rounds)
+    for strategy in given.strategies:
+        ratios = sorted(speeds[strategy] / speeds["torchrun"] for speeds in rounds)
+        ours = statistics.median(speeds[strategy] for speeds in rounds)
+        print(
+            f"| train gpt-demo, 2 workers, {strategy} | {ours:,.0f} tokens/s | torchrun loop: {theirs:,.0f} tokens/s | "
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |"
+        )
 
 
 if __name__ == "__main__":

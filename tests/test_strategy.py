@@ -1,5 +1,6 @@
 """Any strategy, any number of workers and any accumulation train the same model, and go on from each other's checkpoints."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import torch
 import torch.distributed as dist
 import workers
 
-from models import storage
-from train import checkpoint, launch
+from models import gpt, storage
+from train import checkpoint, launch, zero
 from train import config as configs
+from train.strategy import Fragment
 
 STEPS = 8
 MIDDLE = f"checkpoints/step_{STEPS // 2:06d}"
@@ -149,6 +151,47 @@ def test_any_strategy_goes_on_from_any_other_at_any_number_of_workers(corpus: st
         assert largest_difference(chained[part], straight[part]) < 1e-4, part
     assert largest_difference(straight["model"], straight["model_ema"]) > 1e-3, "the average averages nothing"
     assert losses(str(tmp_path), "chain") == pytest.approx(losses(str(tmp_path), "one")[-2:], abs=1e-5)
+
+
+def offloaded(rank: int, stage: int, folder: str) -> None:
+    """Six steps straight, and three and three, with the optimizer in the CPU's memory; what both end with."""
+    found = [steps_of_zero(stage, offload, parts) for offload, parts in ((False, [6]), (True, [6]), (True, [3, 3]))]
+    torch.save(found, f"{folder}/{stage}.pt")
+
+
+def steps_of_zero(stage: int, offload: bool, parts: list[int]) -> dict[str, torch.Tensor]:
+    spread = zero.DeepSpeed(stage=stage, offload=offload)
+    state, step = None, 0
+    for part in parts:
+        torch.manual_seed(0)
+        model = gpt.build(97, 16, 32, 2, 2)
+        if state is not None:
+            gpt.restore(model, state["model"])
+        groups = gpt.parameter_groups(model, 0.1)
+        learner = spread.learner("model", gpt.NextTokenLoss(model), torch.optim.AdamW(groups, 1e-2), 0.5, state, core=model)
+        for _ in range(part):
+            ids = torch.randint(97, (4, 17), generator=torch.Generator().manual_seed(step))
+            with learner.accumulating(0, 1):
+                learner.backward(learner(ids[:, :-1], ids[:, 1:]))
+            learner.step()
+            step += 1
+        state = {name: {key: whole(value) for key, value in values.items()} for name, values in learner.state().items()}
+    assert state is not None
+    return state["model"] | state["model_optimizer"]
+
+
+def whole(value: Any) -> Any:
+    """One worker's fragment is the whole."""
+    return value.values.clone().view(value.shape) if isinstance(value, Fragment) else copy.deepcopy(value)
+
+
+def test_an_offloaded_optimizer_is_saved_and_restored_like_any_other(tmp_path: Path) -> None:
+    """On a GPU the state lies in the CPU's memory; here both are the CPU's, and the way through the code is the same."""
+    for stage in (1, 2, 3):
+        workers.spawn(1, offloaded, stage, str(tmp_path))
+        here, there, resumed = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
+        assert largest_difference(here, there) < 1e-4  # of six steps of Adam at 1e-2
+        assert all(torch.equal(resumed[name], value) for name, value in there.items())
 
 
 THREE: dict[str, dict[str, Any]] = {"ddp": {}, "zero1": ZERO["zero1"], "zero2": ZERO["zero2"], "zero3": ZERO["zero3"]}

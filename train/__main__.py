@@ -65,8 +65,9 @@ def plan(config: configs.Config) -> str:
     """What will be done, in one paragraph: derived values included."""
     parallel = config.parallel
     device = "GPU" if parallel.gpu else "CPU"
+    strategy = f"DeepSpeed ZeRO {parallel.zero_stage}" if parallel.strategy == "deepspeed" else "DDP"
     text = (
-        f"plan: {config.steps} steps of {config.batch.global_size} samples on {parallel.workers} {device} worker(s) ({parallel.strategy}, {parallel.precision}), "
+        f"plan: {config.steps} steps of {config.batch.global_size} samples on {parallel.workers} {device} worker(s) ({strategy}, {parallel.precision}), "
         f"micro-batches of {config.micro_size}, {config.accumulation} accumulated"
     )
     if isinstance(config, configs.GptConfig):
