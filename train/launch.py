@@ -56,6 +56,7 @@ def fit(
     callbacks: list[Any] | None = None,
     quiet: bool = False,
     plan: list[faults.Fault] | None = None,
+    sabotage: str | None = None,
 ) -> dict[str, Any]:
     """Trains (or goes on training) the run that `config` describes; returns its summary, also written as summary.json.
 
@@ -66,6 +67,7 @@ def fit(
         callbacks: Ray Train callbacks, e.g. a search's.
         quiet: no progress on the terminal.
         plan: faults on purpose.
+        sabotage: what each restore gets wrong on purpose, one of `faults.SABOTAGES`.
 
     Raises:
         ValueError: the run, the data or the plan is wrong; nothing was started.
@@ -88,7 +90,7 @@ def fit(
         _refuse_misfit(config, dataset)
         begun = time.monotonic()
         with metrics.watch(run.name, config.steps, _SPEED[config.kind], quiet) as feed:
-            final = _train(config, run, dataset, feed, callbacks or [], plan or [])
+            final = _train(config, run, dataset, feed, callbacks or [], plan or [], sabotage)
         summary = {
             "run": run.name,
             "kind": config.kind,
@@ -182,7 +184,9 @@ def _refuse_misfit(config: Config, dataset: str) -> None:
         gpt.check(config, storage.read_json(storage.join(dataset, "dataset.json")))
 
 
-def _train(config: Config, run: Run, dataset: str, feed: Any, callbacks: list[Any], plan: list[faults.Fault]) -> dict[str, Any]:
+def _train(
+    config: Config, run: Run, dataset: str, feed: Any, callbacks: list[Any], plan: list[faults.Fault], sabotage: str | None
+) -> dict[str, Any]:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -197,6 +201,7 @@ def _train(config: Config, run: Run, dataset: str, feed: Any, callbacks: list[An
         "dataset": dataset,
         "feed": feed,
         "faults": [asdict(fault) for fault in plan],
+        "sabotage": sabotage,
     }
     trainer = TorchTrainer(
         work,  # type: ignore[arg-type]  # may return a value since Ray 2.60; its annotation says None
@@ -253,6 +258,9 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     loop = _loop(payload["kind"])
     try:
         start = checkpoints.load()
+        if start is not None and payload["sabotage"]:
+            config, state = faults.sabotage(payload["sabotage"], config, start[1])
+            start = start[0], state
         recorder = _recorder(payload, spread, start)
         try:
             return loop(Worker(config, spread, checkpoints, recorder, payload["dataset"], reached), start)
