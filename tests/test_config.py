@@ -60,6 +60,7 @@ def test_a_wrong_option_is_named(arguments: list[str], sentence: str) -> None:
         ("gpt", {"parallel.offload": True, "parallel.gpu": True}, ["parallel.offload", "--parallel.strategy deepspeed"]),
         ("gpt", {"parallel.offload": True, "parallel.strategy": "deepspeed"}, ["parallel.offload", "without parallel.gpu"]),
         ("gpt", {"parallel.precision": "fp16", "parallel.strategy": "deepspeed"}, ["parallel.precision fp16", "bf16"]),
+        ("gpt", {"compile": True, "parallel.strategy": "deepspeed", "parallel.zero_stage": 3}, ["compile", "stage 3", "--compile false"]),
         ("gan", {"compile": True}, ["compile", "penalty"]),
         ("gan", {"parallel.strategy": "deepspeed"}, ["parallel.strategy is deepspeed", "ddp"]),
     ],

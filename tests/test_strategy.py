@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero1 bf16": {**ZERO["zero1"], "parallel.precision": "bf16"},
     "zero3 bf16": {**ZERO["zero3"], "parallel.precision": "bf16"},
     "fp16": {"parallel.precision": "fp16"},
+    **({"compiled": {"compile": True}, "zero2 compiled": {**ZERO["zero2"], "compile": True}} if shutil.which("g++") else {}),
 }
 # Largest difference of a loss, and of a parameter after STEPS steps of Adam at 5e-3, from one process in fp32.
 TOLERANCES = {"fp32": (1e-5, 1e-4), "bf16": (2e-2, 4e-2), "fp16": (2e-2, 4e-2)}

@@ -212,6 +212,14 @@ class GptConfig(Base):
     optim: GptOptim = GptOptim()
     sample: Sample = Sample()
 
+    @model_validator(mode="after")
+    def _what_compiles(self) -> "GptConfig":
+        if self.compile and self.parallel.strategy == "deepspeed" and self.parallel.zero_stage == 3:
+            raise ValueError(
+                "compile: ZeRO stage 3 gathers parameters in the middle of the graph, which breaks it; use --parallel.zero_stage 2, or --compile false"
+            )
+        return self
+
     @property
     def kind(self) -> str:
         return "gpt"

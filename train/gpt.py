@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import os
+import shutil
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +19,7 @@ from train.flops import gpt_flops, peak_flops
 from train.launch import Worker
 from train.metrics import Meter, finite
 from train.order import Order, positions, rng
-from train.strategy import Average, State, Strategy
+from train.strategy import Average, Halt, State, Strategy
 
 JUDGED_TOKENS = 2048  # that a worker judges at once: under ZeRO-3 each forward gathers the parameters, however small its batch
 
@@ -35,7 +37,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     step, saved = start or (0, None)
     if saved is not None:
         gpt.restore(model, saved["model"])
-    learner = strategy.learner("model", gpt.NextTokenLoss(model), adamw(config, model), config.optim.clip, saved, core=model)
+    learner = strategy.learner("model", objective(config, model, strategy), adamw(config, model), config.optim.clip, saved, core=model)
     average = Average(learner, config.optim.ema_decay, saved) if config.optim.ema_decay else None
     judged_weights = average.applied if average else nullcontext
     model.train()
@@ -173,6 +175,27 @@ def evaluate(model: Any, heldout: text.Tokens, strategy: Strategy) -> dict[str, 
     model.train()
     total_nats, total_judged = strategy.sum([nats, judged])
     return {"heldout_loss": total_nats / total_judged, "heldout_bits_per_byte": total_nats / math.log(2) / heldout.split["text_bytes"]}
+
+
+def objective(config: GptConfig, model: Any, strategy: Strategy) -> nn.Module:
+    """What is trained: the model with its loss, compiled where the config says so.
+
+    Raises:
+        Halt: a worker has no C++ compiler.
+    """
+    loss = gpt.NextTokenLoss(model)
+    if not config.compile:
+        return loss
+    (without,) = strategy.sum([shutil.which(os.environ.get("CXX", "g++")) is None])
+    if without:
+        raise Halt(
+            f"compile is true, and {without:.0f} of {strategy.world_size} workers have no C++ compiler: install g++ there, or use --compile false"
+        )
+    if strategy.device.type == "cpu":
+        # Compiled for several threads, the embedding's gradient is summed in whatever order they come.
+        torch.use_deterministic_algorithms(True)
+    loss.compile(dynamic=False)  # in place, before any wrapper: one graph, and the parameters keep their names
+    return loss
 
 
 def adamw(config: GptConfig, model: nn.Module) -> torch.optim.AdamW:
