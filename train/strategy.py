@@ -139,7 +139,6 @@ class Learner:
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of a micro-batch's mean loss, divided by the number of micro-batches."""
         loss = loss / self._parts
-        loss = loss / self._parts
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         loss.backward()
