@@ -1,4 +1,4 @@
-"""`python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--KEY VALUE ...]` and `python -m train export RUN`."""
+"""`python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--KEY VALUE ...]` and `python -m train verify-resume|export`."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from models import cli
 from train import config as configs
 
 USAGE = """usage: python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--debug] [--KEY VALUE ...]
+       python -m train verify-resume gpt|gan [--steps N] [--kills LIST] [--config NAME|FILE] [--storage URI] [--KEY VALUE ...]
        python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--storage URI]
 
 `python -m train gpt --help` lists the keys. Presets: {presets}"""
@@ -28,9 +29,14 @@ def main(argv: list[str]) -> int:
     command, *rest = argv
     if command in configs.KINDS:
         return train(command, rest)
+    if command == "verify-resume":
+        from train import verify
+
+        return verify.command(rest)
     if command == "export":
         return export(rest)
-    raise ValueError(f"there is no command {command!r}{configs.nearest(command, [*configs.KINDS, 'export'])}: use gpt, gan or export")
+    near = configs.nearest(command, [*configs.KINDS, "verify-resume", "export"])
+    raise ValueError(f"there is no command {command!r}{near}: use gpt, gan, verify-resume or export")
 
 
 def train(kind: str, argv: list[str]) -> int:

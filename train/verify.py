@@ -1,0 +1,474 @@
+"""Whether a killed run ends as if nothing had been: `python -m train verify-resume gpt|gan [--config ...] [--kills ...]`.
+
+The run is made twice: straight, and with kill -9 of its workers and its driver. What both recorded of each step, and every
+tensor of their checkpoints, is then compared. Each run is driven by a process of its own, so that it can be killed too.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+import torch
+
+from models import cli, storage
+from train import checkpoint, faults, metrics
+from train import config as configs
+from train.config import Config
+from train.faults import Fault
+from train.order import rng
+from train.strategy import State
+
+STEPS = 24
+GPU_TOLERANCE = 1e-3  # CUDA promises no order of summation
+KILLS = ("worker", "upload", "driver", "random")
+POLL_S = 0.2
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A fault that happened, and how the run went on."""
+
+    fault: Fault
+    step: int
+    resumed_from: int | None  # None: no step was left to be done
+    recovery_s: float | None  # until the gradients of the next step were there
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison of a straight run and a killed one came to."""
+
+    equal: bool  # within the tolerance: 0 is bit for bit
+    largest_difference: float  # absolute, over all figures and tensors; infinite where one of the two has no value
+    first_difference: str | None  # beyond the tolerance
+    kills: list[Kill]
+    figures: int  # how many were compared
+    tensors: int
+    straight: str  # the runs' names
+    killed: str
+
+    @property
+    def recoveries_s(self) -> list[float]:
+        """From each kill to the first step after it."""
+        return [kill.recovery_s for kill in self.kills if kill.recovery_s is not None]
+
+
+class Unproven(RuntimeError):
+    """A run failed, or was not killed as planned, so that a comparison would prove nothing; the message is one sentence."""
+
+
+def verify(
+    config: Config,
+    root: str,
+    plan: list[Fault],
+    tolerance: float = 0.0,
+    keep: bool = False,
+    straight: str | None = None,
+    sabotage: str | None = None,
+    say: Say = lambda _: None,
+) -> Verdict:
+    """Trains `config` with the faults of `plan` and compares it with an uninterrupted run.
+
+    Of the config, the run's name, what is logged and how many checkpoints are kept are replaced; the mathematics stays.
+
+    Args:
+        root: the storage, a folder or URI.
+        plan: the kills; all happen to one run.
+        tolerance: the largest difference allowed, relative to the largest magnitude in the straight run's tensor or figure.
+        keep: the runs stay; otherwise those made here go when they are equal.
+        straight: the name of an earlier straight run of the same config to compare with; by default one is made.
+        sabotage: what each restore gets wrong on purpose, one of `faults.SABOTAGES`.
+        say: is told what is being done, a line a phase.
+
+    Raises:
+        ValueError: the plan does not fit the config, or the config is wrong.
+        Unproven: a run failed, or a kill of the plan never happened.
+    """
+    _refuse_unfit(config, plan)
+    root = storage.absolute(root)
+    stem = f"verify-{time.strftime('%Y%m%d-%H%M%S')}"
+    if straight is None:
+        calm = f"{stem}-straight"
+        say(f"straight: run {calm}, {config.steps} steps")
+        _complete(_watched(config, calm), root)
+    else:
+        calm = straight
+        _refuse_incomplete(config, root, calm)
+    killed = f"{stem}-killed"
+    say(f"killed: run {killed}, {config.steps} steps, {len(plan)} kills")
+    _complete(_watched(config, killed, len(plan)), root, plan, sabotage, say)
+    kills = _kills(_uri(root, killed), plan)
+    say(f"comparing {config.steps} steps")
+    verdict = judge(_uri(root, calm), _uri(root, killed), kills, tolerance)
+    if verdict.equal and not keep:
+        for name in [killed] if straight else [calm, killed]:
+            storage.delete(_uri(root, name))
+    return verdict
+
+
+def _uri(root: str, name: str) -> str:
+    return storage.join(root, "runs", name)
+
+
+def _refuse_unfit(config: Config, plan: list[Fault]) -> None:
+    if not plan:
+        raise ValueError("no kill is planned, so there is nothing to verify")
+    for fault in plan:
+        if fault.moment not in faults.MOMENTS or fault.target not in faults.TARGETS:
+            raise ValueError(f"{fault} has no such moment or target: use one of {faults.MOMENTS} and one of {faults.TARGETS}")
+        if not 1 <= fault.step <= config.steps:
+            raise ValueError(f"a kill is planned at step {fault.step}, and the run has steps 1 to {config.steps}: plan it there")
+        if not 0 <= fault.rank < config.parallel.workers:
+            raise ValueError(
+                f"worker {fault.rank} is to be killed, and parallel.workers is {config.parallel.workers}: their ranks begin with 0"
+            )
+
+
+def _refuse_incomplete(config: Config, root: str, straight: str) -> None:
+    place = storage.join(_uri(root, straight), "summary.json")
+    steps = storage.read_json(place)["steps"] if storage.exists(place) else 0
+    if steps != config.steps:
+        raise ValueError(f"run {straight} in {root} has completed {steps} steps, and {config.steps} are to be compared: make it anew")
+
+
+def _with(config: Config, values: dict[str, Any]) -> Config:
+    return configs.build(configs.KINDS[config.kind], configs.merge(config.model_dump(), configs.nested(values)), "verify-resume")
+
+
+def _watched(config: Config, name: str, kills: int = 0) -> Config:
+    """The config of a run that writes down every step and keeps every checkpoint, so that all can be compared."""
+    return _with(
+        config,
+        {
+            "run.name": name,
+            "run.resume": "auto",
+            "run.max_failures": config.run.max_failures + kills,
+            "checkpoint.keep_last": config.steps,
+            "log.every": 1,
+            "log.eval_every": config.steps,
+            "log.sample_every": config.steps,
+            "log.wandb": "off",
+        },
+    )
+
+
+# ---------------------------------------------------------------- driving
+
+
+def _complete(config: Config, root: str, plan: list[Fault] | None = None, sabotage: str | None = None, say: Say = lambda _: None) -> None:
+    """Drives a run to its end, started again each time the plan kills its driver."""
+    plan, name, carried_out = plan or [], str(config.run.name), set[int]()
+    due = {number for number, fault in enumerate(plan) if fault.target == "driver"}
+    while (number := _drive(config, root, plan, sabotage, due - carried_out)) is not None:
+        carried_out.add(number)
+        if checkpoint.newest(_uri(root, name)) is not None:
+            config = _with(config, {"run.resume": "must"})
+        say(f"the driver of run {name} was killed: it is started again")
+
+
+def _drive(config: Config, root: str, plan: list[Fault], sabotage: str | None, due: set[int]) -> int | None:
+    """One driver, from its start to its end: which fault of those that are `due` killed it, or None where the run is complete."""
+    order = {
+        "kind": config.kind,
+        "config": config.model_dump(),
+        "root": root,
+        "plan": [asdict(fault) for fault in plan],
+        "sabotage": sabotage,
+    }
+    with tempfile.TemporaryFile("w+") as complaints:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "train.verify", json.dumps(order)], stdout=subprocess.DEVNULL, stderr=complaints, text=True
+        )
+        try:
+            while driver.poll() is None:
+                for number in due:
+                    if storage.exists(faults.place(_uri(root, str(config.run.name)), number)):
+                        driver.kill()
+                        driver.wait()
+                        return number
+                time.sleep(POLL_S)
+        finally:
+            _end(driver)
+        if driver.returncode == 0:
+            return None
+        sentence = _sentence(complaints)
+    if driver.returncode == 2:
+        raise ValueError(sentence)
+    raise Unproven(sentence)
+
+
+def _end(driver: subprocess.Popen[str]) -> None:
+    """A driver that is told to end takes its private cluster along."""
+    if driver.poll() is None:
+        driver.terminate()
+        try:
+            driver.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            driver.wait()
+
+
+def _sentence(complaints: IO[str]) -> str:
+    complaints.seek(0)
+    lines = [line for line in complaints.read().splitlines() if line.strip()] or ["its driver ended without a word"]
+    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1]).removeprefix("error: ")
+
+
+def drive(argv: list[str]) -> int:
+    """What the process of a driver does: the order that `_drive` wrote."""
+    from train import launch
+
+    order = json.loads(argv[0])
+    config = configs.build(configs.KINDS[order["kind"]], order["config"], "verify-resume")
+    try:
+        launch.fit(config, order["root"], quiet=True, plan=[Fault(**values) for values in order["plan"]], sabotage=order["sabotage"])
+    except launch.TrainingFailed as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _kills(run_uri: str, plan: list[Fault]) -> list[Kill]:
+    """What became of each fault of a plan.
+
+    Raises:
+        Unproven: one never happened.
+    """
+    found = []
+    for number, fault in enumerate(plan):
+        place = faults.place(run_uri, number)
+        if not storage.exists(place):
+            raise Unproven(f"the kill of {describe(fault)} never happened, so nothing is proven; the runs are kept, see {run_uri}")
+        happened = storage.read_json(place)
+        recovery_s = happened["recovered"] - happened["time"] if "recovered" in happened else None
+        found.append((happened["time"], Kill(fault, happened["step"], happened.get("resumed_from"), recovery_s)))
+    return [kill for _, kill in sorted(found, key=lambda pair: pair[0])]
+
+
+def describe(fault: Fault, step: int | None = None) -> str:
+    """A kill in words.
+
+    Args:
+        step: where it happened; by default where it was planned.
+    """
+    who = "the driver" if fault.target == "driver" else f"worker {fault.rank}"
+    step = step or fault.step
+    if fault.moment == "upload":
+        return f"{who} in the upload of step {step}'s checkpoint"
+    return f"{who} {fault.later:.2f} of a step after step {step}'s gradients" if fault.later else f"{who} in the middle of step {step}"
+
+
+# ---------------------------------------------------------------- comparing
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A figure or tensor of two runs."""
+
+    step: int
+    what: str
+    difference: str = ""  # in words; empty: bit for bit the same
+    absolute: float = 0.0
+    relative: float = 0.0  # to the largest magnitude in the straight run's
+
+    def within(self, tolerance: float) -> bool:
+        return not self.difference or (tolerance > 0 and self.relative <= tolerance)
+
+
+def compare_figures(straight: list[dict[str, float]], killed: list[dict[str, float]]) -> Iterator[Compared]:
+    """Every figure that is mathematics in the rows of two metrics.jsonl, step by step."""
+    one, other = _figures(straight), _figures(killed)
+    for step, tag in sorted(one.keys() | other.keys()):
+        yield _compare(step, f"{tag} at step {step}", one.get((step, tag)), other.get((step, tag)))
+
+
+def _figures(rows: list[dict[str, float]]) -> dict[tuple[int, str], float]:
+    """{(step, tag): value}, without what depends on the clock."""
+    clocks = {"step", "time", "mfu"}
+    return {(int(row["step"]), tag): value for row in rows for tag, value in row.items() if tag not in clocks and not tag.endswith("_s")}
+
+
+def compare_checkpoints(straight_uri: str, killed_uri: str) -> Iterator[Compared]:
+    """All that the checkpoints of two runs hold."""
+    one, other = ({manifest.step: manifest for manifest in checkpoint.complete(uri)} for uri in (straight_uri, killed_uri))
+    for step in sorted(one.keys() | other.keys()):
+        if step in one and step in other:
+            yield from compare_states(step, checkpoint.read(straight_uri, one[step]), checkpoint.read(killed_uri, other[step]))
+        else:
+            yield _missing(step, f"the checkpoint of step {step}", step in one)
+
+
+def compare_states(step: int, straight: State, killed: State) -> Iterator[Compared]:
+    """All that two checkpoints of a step hold, part by part and name by name."""
+    for part in sorted(straight.keys() | killed.keys()):
+        one, other = straight.get(part, {}), killed.get(part, {})
+        for name in sorted(set(one) | set(other)):
+            what = f"{part} {name} in the checkpoint of step {step}"
+            yield _compare(step, what, one.get(name), other.get(name))
+
+
+def _compare(step: int, what: str, one: Any, other: Any) -> Compared:
+    """Two tensors, numbers, or other values (a scaler's state); None where a run has none."""
+    if one is None or other is None:
+        return _missing(step, what, one is not None)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return _compare_tensors(step, what, one, other)
+    if repr(one) == repr(other):  # of a float: every bit
+        return Compared(step, what)
+    words = f"{one!r} straight, {other!r} killed"
+    if not isinstance(one, int | float) or not isinstance(other, int | float):
+        return Compared(step, what, words, math.inf, math.inf)
+    return Compared(step, what, words, *_sizes(abs(one - other), abs(one)))
+
+
+def _compare_tensors(step: int, what: str, one: torch.Tensor, other: torch.Tensor) -> Compared:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        words = f"{one.dtype} {list(one.shape)} straight, {other.dtype} {list(other.shape)} killed"
+        return Compared(step, what, words, math.inf, math.inf)
+    if torch.equal(*(tensor.flatten().view(torch.uint8) for tensor in (one, other))):
+        return Compared(step, what)
+    absolute, relative = _sizes(float((one.double() - other.double()).abs().max()), float(one.double().abs().max()))
+    return Compared(step, what, f"differs by up to {absolute:.1e}", absolute, relative)
+
+
+def _sizes(absolute: float, magnitude: float) -> tuple[float, float]:
+    if math.isnan(absolute):
+        return math.inf, math.inf
+    return absolute, absolute / magnitude if magnitude else (math.inf if absolute else 0.0)
+
+
+def _missing(step: int, what: str, in_straight: bool) -> Compared:
+    return Compared(step, what, f"only in the {'straight' if in_straight else 'killed'} run", math.inf, math.inf)
+
+
+def judge(straight_uri: str, killed_uri: str, kills: list[Kill], tolerance: float) -> Verdict:
+    """Compares two runs that are complete.
+
+    Raises:
+        Unproven: the straight one recorded nothing to compare.
+    """
+    figures = list(compare_figures(metrics.read(straight_uri), metrics.read(killed_uri)))
+    tensors = list(compare_checkpoints(straight_uri, killed_uri))
+    if not figures or not tensors:
+        raise Unproven(f"{straight_uri} has {len(figures)} figures and {len(tensors)} tensors to compare: is that a run?")
+    beyond = sorted((item for item in figures + tensors if not item.within(tolerance)), key=lambda item: item.step)
+    return Verdict(
+        equal=not beyond,
+        largest_difference=max(item.absolute for item in figures + tensors),
+        first_difference=_first(beyond[0], kills) if beyond else None,
+        kills=kills,
+        figures=len(figures),
+        tensors=len(tensors),
+        straight=straight_uri.rsplit("/", 1)[-1],
+        killed=killed_uri.rsplit("/", 1)[-1],
+    )
+
+
+def _first(item: Compared, kills: list[Kill]) -> str:
+    """The difference in words, with the kill after which the run went on to this step."""
+    before = [kill for kill in kills if kill.resumed_from is not None and kill.resumed_from < item.step]
+    after = (
+        f" (after the kill of {describe(before[-1].fault, before[-1].step)}, gone on from step {before[-1].resumed_from})" if before else ""
+    )
+    return f"{item.what}: {item.difference}{after}"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def shortened(config: Config, steps: int) -> Config:
+    """The config with `steps` steps and four checkpoints on the way."""
+    return _with(config, {"steps": steps, "checkpoint.every": steps // 4})
+
+
+def plan_kills(names: list[str], config: Config, seed: int = 0) -> list[Fault]:
+    """Kills between the checkpoints of a run.
+
+    Args:
+        names: of KILLS, as often as wanted: "worker" between gradients and update after the first checkpoint, "upload" in the
+            second one, "driver" after it, "random" anywhere, of any worker.
+        seed: of what is random.
+
+    Raises:
+        ValueError: there is no kill of a name.
+    """
+    every, workers, draw = config.checkpoint.every, config.parallel.workers, rng(seed)
+    half = (every + 1) // 2
+    known = {
+        "worker": lambda: Fault(every + half, rank=workers - 1),
+        "upload": lambda: Fault(2 * every, "upload"),
+        "driver": lambda: Fault(2 * every + half, target="driver"),
+        "random": lambda: Fault(int(draw.integers(2, config.steps - 1)), rank=int(draw.integers(workers)), later=float(draw.random())),
+    }
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--kills: there is no kill {name!r}{configs.nearest(name, list(KILLS))}: use {', '.join(KILLS)}")
+    return [known[name]() for name in names]
+
+
+def command(argv: list[str]) -> int:
+    """`python -m train verify-resume`: 0 where the runs are equal, 1 where they are not or nothing could be proven."""
+    options = argparse.ArgumentParser(
+        prog="python -m train verify-resume",
+        allow_abbrev=False,
+        description="Proves on your own config that kill -9 and resume change nothing: trains straight and with kills, and compares. "
+        "Every key of `python -m train gpt --help` may follow.",
+    )
+    options.add_argument("kind", choices=configs.KINDS)
+    options.add_argument("--config", help="a preset, or a YAML file with the same keys")
+    options.add_argument("--storage", default=cli.storage_default(), help="where data and runs go (KILN_STORAGE; default ./kiln)")
+    options.add_argument("--steps", type=int, default=STEPS, help="of each run, with four checkpoints (default %(default)s)")
+    options.add_argument("--kills", default=",".join(KILLS), help="which, in any number: " + ", ".join(KILLS) + " (default: each once)")
+    options.add_argument("--seed", type=int, default=0, help="decides the random moments")
+    options.add_argument("--tolerance", type=float, help=f"relative; by default 0 (bit for bit), {GPU_TOLERANCE:g} on GPUs")
+    options.add_argument("--keep", action="store_true", help="keep both runs also where they are equal")
+    options.add_argument("--break-restore", choices=faults.SABOTAGES, help="resume wrongly on purpose, to see that it is found")
+    given, rest = options.parse_known_args(argv)
+    if given.steps < 8:
+        raise ValueError(f"--steps is {given.steps}: with fewer than 8 there is no room for kills between four checkpoints")
+    config = shortened(configs.load(given.kind, given.config, configs.parse(given.kind, rest)), given.steps)
+    plan = plan_kills(given.kills.split(","), config, given.seed)
+    tolerance = (GPU_TOLERANCE if config.parallel.gpu else 0.0) if given.tolerance is None else given.tolerance
+    for fault in plan:
+        print(f"planned: kill -9 of {describe(fault)}")
+    try:
+        verdict = verify(config, given.storage, plan, tolerance, given.keep, None, given.break_restore, say=_say)
+    except Unproven as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    print(report(verdict, config.steps, tolerance))
+    return 0 if verdict.equal else 1
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def report(verdict: Verdict, steps: int, tolerance: float = 0.0) -> str:
+    """The kills as a table, and the verdict."""
+    rows = [("kill -9 of", "went on from", "seconds to the next step")]
+    for kill in verdict.kills:
+        went_on = ("its end", "-") if kill.resumed_from is None else (f"step {kill.resumed_from}", f"{kill.recovery_s:.1f}")
+        rows.append((describe(kill.fault, kill.step), *went_on))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{who:<{width}}  {where:<12}  {seconds}" for who, where, seconds in rows]
+    compared = f"{steps} steps, {len(verdict.kills)} kills, {verdict.figures} figures and {verdict.tensors} tensors"
+    if verdict.equal and verdict.largest_difference == 0:
+        return "\n".join([*lines, f"equal: {compared}, bit for bit"])
+    largest = f"the largest difference is {verdict.largest_difference:.1e}"
+    if verdict.equal:
+        return "\n".join([*lines, f"equal: {compared} within {tolerance:g}, {largest}"])
+    kept = f"the runs are kept: {verdict.straight}, {verdict.killed}"
+    return "\n".join([*lines, f"different: {verdict.first_difference}", f"{compared} were compared, {largest}; {kept}"])
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(drive))
