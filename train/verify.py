@@ -27,7 +27,7 @@ from train.strategy import State
 
 STEPS = 24
 GPU_TOLERANCE = 1e-3  # CUDA promises no order of summation
-KILLS = ("worker", "upload", "driver", "random")
+KILLS = ("upload", "worker", "driver", "random")
 POLL_S = 0.2
 Say = Callable[[str], None]
 
@@ -90,7 +90,7 @@ def verify(
 
     Raises:
         ValueError: the plan does not fit the config, or the config is wrong.
-        Unproven: a run failed, or a kill of the plan never happened.
+        Unproven: a run failed, a kill of the plan never happened, or a sabotage had nothing to break.
     """
     _refuse_unfit(config, plan)
     root = storage.absolute(root)
@@ -106,6 +106,8 @@ def verify(
     say(f"killed: run {killed}, {config.steps} steps, {len(plan)} kills")
     _complete(_watched(config, killed, len(plan)), root, plan, sabotage, say)
     kills = _kills(_uri(root, killed), plan)
+    if sabotage and not any(kill.resumed_from for kill in kills):
+        raise Unproven(f"nothing was restored, so nothing was broken: every kill of run {killed} came before its first checkpoint")
     say(f"comparing {config.steps} steps")
     verdict = judge(_uri(root, calm), _uri(root, killed), kills, tolerance)
     if verdict.equal and not keep:
@@ -393,8 +395,8 @@ def plan_kills(names: list[str], config: Config, seed: int = 0) -> list[Fault]:
     """Kills between the checkpoints of a run.
 
     Args:
-        names: of KILLS, as often as wanted: "worker" between gradients and update after the first checkpoint, "upload" in the
-            second one, "driver" after it, "random" anywhere, of any worker.
+        names: of KILLS, as often as wanted: "upload" in the second checkpoint, "worker" between gradients and update after it,
+            "driver" after the third one, "random" anywhere, of any worker.
         seed: of what is random.
 
     Raises:
@@ -402,10 +404,11 @@ def plan_kills(names: list[str], config: Config, seed: int = 0) -> list[Fault]:
     """
     every, workers, draw = config.checkpoint.every, config.parallel.workers, rng(seed)
     half = (every + 1) // 2
+    # A checkpoint begins when the one before it is complete: from the second one on there is one to go on from.
     known = {
-        "worker": lambda: Fault(every + half, rank=workers - 1),
         "upload": lambda: Fault(2 * every, "upload"),
-        "driver": lambda: Fault(2 * every + half, target="driver"),
+        "worker": lambda: Fault(2 * every + half, rank=workers - 1),
+        "driver": lambda: Fault(3 * every + half, target="driver"),
         "random": lambda: Fault(int(draw.integers(2, config.steps - 1)), rank=int(draw.integers(workers)), later=float(draw.random())),
     }
     for name in names:
