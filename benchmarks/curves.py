@@ -21,6 +21,7 @@ ZERO = {
     f"ZeRO {stage}": ["--parallel.workers", "2", "--parallel.strategy", "deepspeed", "--parallel.zero_stage", str(stage)]
     for stage in range(4)
 }
+FOUR = ["--parallel.workers", "4", "--parallel.cpus_per_worker", "0.5"]
 VARIANTS = {
     "1 worker": [],
     "1 worker, 4 accumulated": ["--batch.micro_size", "4"],
@@ -28,8 +29,8 @@ VARIANTS = {
     "2 workers, DDP, 4 accumulated": ["--parallel.workers", "2", "--batch.micro_size", "2"],
     **{f"2 workers, {name}": words for name, words in ZERO.items()},
     "2 workers, ZeRO 2, 4 accumulated": [*ZERO["ZeRO 2"], "--batch.micro_size", "2"],
-    "4 workers, DDP": ["--parallel.workers", "4"],
-    "4 workers, ZeRO 3": [*ZERO["ZeRO 3"], "--parallel.workers", "4"],
+    "4 workers, DDP": FOUR,
+    "4 workers, ZeRO 3": [*ZERO["ZeRO 3"], *FOUR],
 }
 
 

@@ -160,10 +160,10 @@ def test_any_strategy_goes_on_from_any_other_at_any_number_of_workers(corpus: st
     assert losses(str(tmp_path), "chain") == pytest.approx(losses(str(tmp_path), "one")[-2:], abs=1e-5)
 
 
-def offloaded(rank: int, stage: int, folder: str) -> None:
+def offloaded(rank: int, folder: str) -> None:
     """Six steps straight, and three and three, with the optimizer in the CPU's memory; what both end with."""
-    found = [steps_of_zero(stage, offload, parts) for offload, parts in ((False, [6]), (True, [6]), (True, [3, 3]))]
-    torch.save(found, f"{folder}/{stage}.pt")
+    ways = [(False, [6]), (True, [6]), (True, [3, 3])]
+    torch.save([[steps_of_zero(stage, *way) for way in ways] for stage in (1, 2, 3)], f"{folder}/found.pt")
 
 
 def steps_of_zero(stage: int, offload: bool, parts: list[int]) -> dict[str, torch.Tensor]:
@@ -194,9 +194,8 @@ def whole(value: Any) -> Any:
 
 def test_an_offloaded_optimizer_is_saved_and_restored_like_any_other(tmp_path: Path) -> None:
     """On a GPU the state lies in the CPU's memory; here both are the CPU's, and the way through the code is the same."""
-    for stage in (1, 2, 3):
-        workers.spawn(1, offloaded, stage, str(tmp_path))
-        here, there, resumed = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
+    workers.spawn(1, offloaded, str(tmp_path))
+    for here, there, resumed in torch.load(tmp_path / "found.pt", weights_only=True):
         assert largest_difference(here, there) < 1e-4  # of six steps of Adam at 1e-2
         assert all(torch.equal(resumed[name], value) for name, value in there.items())
 
