@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import ray
 from PIL import Image
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -252,7 +253,9 @@ def watch(title: str, steps: int, speed: str, quiet: bool = False) -> Iterator[A
         speed: the tag of the figure of speed, e.g. "tokens_per_s".
         quiet: shows nothing (a search has its own table).
     """
-    feed: Any = ray.remote(_Feed).options(num_cpus=0).remote()
+    # Ray puts what needs no CPU on any node; here, no other node's death takes it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    feed: Any = ray.remote(_Feed).options(num_cpus=0, scheduling_strategy=here).remote()
     done = threading.Event()
     show = _silence if quiet else _bar if sys.stdout.isatty() else _lines
     screen = threading.Thread(target=show, args=(feed, done, title, steps, speed), daemon=True)
