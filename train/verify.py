@@ -220,8 +220,9 @@ def _end(driver: subprocess.Popen[str]) -> None:
 
 def _sentence(complaints: IO[str]) -> str:
     complaints.seek(0)
-    lines = [line for line in complaints.read().splitlines() if line.strip()] or ["its driver ended without a word"]
-    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1]).removeprefix("error: ")
+    lines = [line for line in complaints.read().splitlines() if line.strip()] or ["without a word"]
+    said = next((line for line in reversed(lines) if line.startswith("error: ")), f"a driver ended: {lines[-1]}")
+    return said.removeprefix("error: ")
 
 
 def drive(argv: list[str]) -> int:
