@@ -101,8 +101,10 @@ def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:  # Ctrl-C too: nobody else would know what the file beside is
+    except BaseException as problem:  # Ctrl-C too: nobody else would know what the file beside is
         Path(beside).unlink(missing_ok=True)
+        if isinstance(problem, OSError):
+            problem.filename = path  # a full disk names no file, and nobody asked for the one beside
         raise
 
 

@@ -271,11 +271,23 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recorder(payload: dict[str, Any], spread: Strategy, start: tuple[int, State] | None) -> metrics.Silent:
-    if spread.rank != 0:
-        return metrics.Silent()
-    log = payload["config"]["log"]
-    copy = {"mode": log["wandb"], "project": log["wandb_project"], "name": payload["run"].rsplit("/", 1)[-1], "config": payload["config"]}
-    return metrics.Recorder(payload["run"], start[0] if start else 0, payload["feed"], copy if log["wandb"] != "off" else None)
+    """What records on rank 0, a silent one elsewhere.
+
+    Raises:
+        Halt: rank 0 can't write to the run's folder: on every worker alike.
+    """
+    recorder, problem = metrics.Silent(), None
+    if spread.rank == 0:
+        log = payload["config"]["log"]
+        name = payload["run"].rsplit("/", 1)[-1]
+        copy = {"mode": log["wandb"], "project": log["wandb_project"], "name": name, "config": payload["config"]}
+        try:
+            recorder = metrics.Recorder(payload["run"], start[0] if start else 0, payload["feed"], copy if log["wandb"] != "off" else None)
+        except OSError as error:
+            problem = error
+    if spread.sum([float(problem is not None)])[0]:
+        raise Halt(f"nothing can be written to {payload['run']} ({problem})")
+    return recorder
 
 
 def _loop(kind: str) -> Callable[..., dict[str, Any]]:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,8 +141,9 @@ def _driver(name: str, uri: str) -> Iterator[str]:
     finally:
         over.set()
         heart.join()
-        if storage.read_json(place)["token"] == token:
-            storage.write_json(place, {**me, "heartbeat": 0})
+        with suppress(OSError):  # a full disk: why the run ended matters more, and the next driver sees that this one is gone
+            if storage.read_json(place)["token"] == token:
+                storage.write_json(place, {**me, "heartbeat": 0})
 
 
 def _refuse_if_alive(name: str, other: dict[str, Any]) -> None:
