@@ -10,6 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -72,26 +73,35 @@ def judged(root: str, straight: str, name: str) -> verify.Verdict:
 # ---------------------------------------------------------------- a machine is lost
 
 
-def lose_a_node(config: configs.Config, root: str, machines: nodes.Nodes) -> tuple[CompletedProcess[str], float]:
-    """Trains, and kills one of the nodes that train in the middle; what the command said, and when the node died (Unix)."""
-    name = str(config.run.name)
-    log = Path(uri(root, name), "metrics.jsonl")
+def interrupted(config: configs.Config, root: str, strike: Callable[[], None]) -> CompletedProcess[str]:
+    """Trains, and strikes once after the first checkpoint."""
+    log = Path(uri(root, str(config.run.name)), "metrics.jsonl")
     with subprocess.Popen(
         [sys.executable, "-m", *arguments(config, root)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as driver:
         try:
             limit = time.monotonic() + TRAIN_LIMIT_S
             while not (log.is_file() and len(log.read_text().splitlines()) > EVERY + 2):
-                assert driver.poll() is None, f"the run ended before a node could be lost: {driver.communicate()}"
+                assert driver.poll() is None, f"the run ended too early: {driver.communicate()}"
                 assert time.monotonic() < limit, "the run does not train"
                 time.sleep(0.05)
-            victim = machines.training()[-1]
-            killed = time.time()
-            machines.kill(victim)
+            strike()
             said, complaints = driver.communicate(timeout=TRAIN_LIMIT_S)
         finally:
             driver.kill()
-    return CompletedProcess(driver.args, driver.returncode, said, complaints), killed
+    return CompletedProcess(driver.args, driver.returncode, said, complaints)
+
+
+def lose_a_node(config: configs.Config, root: str, machines: nodes.Nodes) -> tuple[CompletedProcess[str], float]:
+    """Trains, and kills one of the nodes that train; what the command said, and when the node died (Unix)."""
+    killed: list[float] = []
+
+    def strike() -> None:
+        victim = machines.training()[-1]
+        killed.append(time.time())
+        machines.kill(victim)
+
+    return interrupted(config, root, strike), killed[0]
 
 
 def seconds_to_the_next_step(run_uri: str, killed: float) -> float:
@@ -263,6 +273,22 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     assert f"goes on from step {older[0].step}," in again.stdout
     verdict = verify.judge(uri(calm, "calm"), uri(root, "full"), [], tolerance=0)
     assert verdict.equal, verdict.first_difference
+
+
+@pytest.mark.slow
+def test_a_disk_that_others_fill_is_tried_once_more(ray_address: str, corpus: str, disk: Callable[[str], Path]) -> None:
+    """Between two checkpoints: rank 0's curves are the first that find no room."""
+    place = disk("size=24m")
+
+    def fill() -> None:
+        with suppress(OSError), (place / "of others").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    config = config_of(corpus, "full", **{"parallel.workers": 2, "steps": 400, "checkpoint.every": 400})
+    full = interrupted(config, str(place), fill)
+    assert full.returncode == 1, full.stdout + full.stderr
+    assert f"nothing can be written to {uri(str(place), 'full')} ([Errno 28] No space left on device" in error_of(full)
 
 
 def test_a_store_that_cannot_be_written_is_a_sentence_before_any_worker(
