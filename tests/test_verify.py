@@ -46,7 +46,7 @@ def arguments(kiln: str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def killed(kiln: str, command: Callable[..., CompletedProcess[str]]) -> CompletedProcess[str]:
     """The command with every kind of kill; its runs are kept."""
-    return command("train", "verify-resume", *arguments(kiln, "--keep", "--seed", "3"))
+    return command("train", "verify-resume", *arguments(kiln, "--keep", "--seed", "3"), timeout=900)
 
 
 def test_a_run_that_is_killed_in_every_way_equals_a_straight_one(killed: CompletedProcess[str]) -> None:
