@@ -7,6 +7,7 @@ tensor of their checkpoints, is then compared. Each run is driven by a process o
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -443,6 +444,7 @@ def command(argv: list[str]) -> int:
     tolerance = (GPU_TOLERANCE if config.parallel.gpu else 0.0) if given.tolerance is None else given.tolerance
     for fault in plan:
         print(f"planned: kill -9 of {describe(fault)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the driver that runs must end too
     try:
         verdict = verify(config, given.storage, plan, tolerance, given.keep, None, given.break_restore, say=_say)
     except Unproven as problem:
