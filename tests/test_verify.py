@@ -131,8 +131,8 @@ def test_each_broken_restore_shows_in_the_first_step_that_it_can_change(
     recorder = workers.Kept()
     gpt.train(workers.Alone(broken, strategy.build(config), checkpoints, recorder, dataset), (start[0], state))
     recorded = [row for row in rows if row["step"] <= STEPS // 2] + recorder.rows
-    figures = [item.step for item in verify.compare_figures(rows, recorded) if item.difference]
-    tensors = [item for item in verify.compare_checkpoints(uri, str(tmp_path)) if item.difference and item.step == STEPS]
+    figures = [item.step for item in compare.figures(rows, recorded) if item.difference]
+    tensors = [item for item in compare.checkpoints(uri, str(tmp_path)) if item.difference and item.step == STEPS]
     # Moments change an update, which the next step's loss is the first to feel.
     assert min(figures, default=None) == first
     assert bool(tensors) == (what is not None)
@@ -149,25 +149,25 @@ ROWS = [
 
 def test_what_depends_on_the_clock_is_not_compared() -> None:
     later = [{tag: value + (tag in {"time", "tokens_per_s", "data_s", "mfu"}) for tag, value in row.items()} for row in ROWS]
-    compared = list(verify.compare_figures(ROWS, later))
+    compared = list(compare.figures(ROWS, later))
     assert [item.what for item in compared] == ["loss at step 1", "heldout_loss at step 2", "loss at step 2"]
     assert not any(item.difference for item in compared)
 
 
 def test_the_last_bit_of_a_figure_counts() -> None:
     other = [ROWS[0], {**ROWS[1], "loss": math.nextafter(2.4, 3)}, ROWS[2]]
-    (found,) = [item for item in verify.compare_figures(ROWS, other) if not item.within(0)]
+    (found,) = [item for item in compare.figures(ROWS, other) if not item.within(0)]
     assert (found.step, found.difference) == (2, "2.4 straight, 2.4000000000000004 killed")
     assert found.within(1e-12)
 
 
 def test_a_step_that_is_missing_is_a_difference() -> None:
-    missing = [item for item in verify.compare_figures(ROWS, ROWS[:2]) if item.difference]
+    missing = [item for item in compare.figures(ROWS, ROWS[:2]) if item.difference]
     assert [(item.what, item.difference, item.absolute) for item in missing] == [
         ("heldout_loss at step 2", "only in the straight run", math.inf)
     ]
     assert not missing[0].within(1.0)
-    assert [item.difference for item in verify.compare_figures(ROWS[:2], ROWS) if item.difference] == ["only in the killed run"]
+    assert [item.difference for item in compare.figures(ROWS[:2], ROWS) if item.difference] == ["only in the killed run"]
 
 
 def test_every_bit_of_a_state_counts() -> None:
@@ -177,7 +177,7 @@ def test_every_bit_of_a_state_counts() -> None:
     state = {"model": {"a": tensor, "b": torch.tensor(1.0)}, "model_progress": {"updates": 3}}
 
     def differences(**changed: Any) -> list[tuple[str, str]]:
-        return [(item.what, item.difference) for item in verify.compare_states(9, state, state | changed) if item.difference]
+        return [(item.what, item.difference) for item in compare.states(9, state, state | changed) if item.difference]
 
     assert differences() == []
     assert differences(model={"a": nearly, "b": torch.tensor(1.0)}) == [("model a in the checkpoint of step 9", "differs by up to 5.0e-01")]
@@ -190,11 +190,11 @@ def test_every_bit_of_a_state_counts() -> None:
 
 def test_a_tensor_is_judged_by_its_largest_magnitude() -> None:
     one, other = torch.tensor([1000.0, 0.001]), torch.tensor([1000.0, 0.002])
-    (found,) = verify.compare_states(1, {"m": {"w": one}}, {"m": {"w": other}})
+    (found,) = compare.states(1, {"m": {"w": one}}, {"m": {"w": other}})
     assert found.absolute == pytest.approx(0.001)
     assert found.within(1e-5)
     assert not found.within(1e-7)
-    (broken,) = verify.compare_states(1, {"m": {"w": one}}, {"m": {"w": one * math.nan}})
+    (broken,) = compare.states(1, {"m": {"w": one}}, {"m": {"w": one * math.nan}})
     assert not broken.within(1e9)
 
 

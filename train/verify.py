@@ -6,25 +6,21 @@ tensor of their checkpoints, is then compared. Each run is driven by a process o
 
 import argparse
 import json
-import math
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
-import torch
-
 from models import cli, storage
-from train import checkpoint, faults, metrics
+from train import checkpoint, compare, faults, metrics
 from train import config as configs
 from train.config import Config
 from train.faults import Fault
 from train.order import rng
-from train.strategy import State
 
 STEPS = 24
 GPU_TOLERANCE = 1e-3  # CUDA promises no order of summation
@@ -270,87 +266,7 @@ def describe(fault: Fault, step: int | None = None) -> str:
     return f"{who} {fault.later:.2f} of a step after step {step}'s gradients" if fault.later else f"{who} in the middle of step {step}"
 
 
-# ---------------------------------------------------------------- comparing
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A figure or tensor of two runs."""
-
-    step: int
-    what: str
-    difference: str = ""  # in words; empty: bit for bit the same
-    absolute: float = 0.0
-    relative: float = 0.0  # to the largest magnitude in the straight run's
-
-    def within(self, tolerance: float) -> bool:
-        return not self.difference or (tolerance > 0 and self.relative <= tolerance)
-
-
-def compare_figures(straight: list[dict[str, float]], killed: list[dict[str, float]]) -> Iterator[Compared]:
-    """Every figure that is mathematics in the rows of two metrics.jsonl, step by step."""
-    one, other = _figures(straight), _figures(killed)
-    for step, tag in sorted(one.keys() | other.keys()):
-        yield _compare(step, f"{tag} at step {step}", one.get((step, tag)), other.get((step, tag)))
-
-
-def _figures(rows: list[dict[str, float]]) -> dict[tuple[int, str], float]:
-    """{(step, tag): value}, without what depends on the clock."""
-    clocks = {"step", "time", "mfu"}
-    return {(int(row["step"]), tag): value for row in rows for tag, value in row.items() if tag not in clocks and not tag.endswith("_s")}
-
-
-def compare_checkpoints(straight_uri: str, killed_uri: str) -> Iterator[Compared]:
-    """All that the checkpoints of two runs hold."""
-    one, other = ({manifest.step: manifest for manifest in checkpoint.complete(uri)} for uri in (straight_uri, killed_uri))
-    for step in sorted(one.keys() | other.keys()):
-        if step in one and step in other:
-            yield from compare_states(step, checkpoint.read(straight_uri, one[step]), checkpoint.read(killed_uri, other[step]))
-        else:
-            yield _missing(step, f"the checkpoint of step {step}", step in one)
-
-
-def compare_states(step: int, straight: State, killed: State) -> Iterator[Compared]:
-    """All that two checkpoints of a step hold, part by part and name by name."""
-    for part in sorted(straight.keys() | killed.keys()):
-        one, other = straight.get(part, {}), killed.get(part, {})
-        for name in sorted(set(one) | set(other)):
-            what = f"{part} {name} in the checkpoint of step {step}"
-            yield _compare(step, what, one.get(name), other.get(name))
-
-
-def _compare(step: int, what: str, one: Any, other: Any) -> Compared:
-    """Two tensors, numbers, or other values (a scaler's state); None where a run has none."""
-    if one is None or other is None:
-        return _missing(step, what, one is not None)
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return _compare_tensors(step, what, one, other)
-    if repr(one) == repr(other):  # of a float: every bit
-        return Compared(step, what)
-    words = f"{one!r} straight, {other!r} killed"
-    if not isinstance(one, int | float) or not isinstance(other, int | float):
-        return Compared(step, what, words, math.inf, math.inf)
-    return Compared(step, what, words, *_sizes(abs(one - other), abs(one)))
-
-
-def _compare_tensors(step: int, what: str, one: torch.Tensor, other: torch.Tensor) -> Compared:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        words = f"{one.dtype} {list(one.shape)} straight, {other.dtype} {list(other.shape)} killed"
-        return Compared(step, what, words, math.inf, math.inf)
-    if torch.equal(*(tensor.flatten().view(torch.uint8) for tensor in (one, other))):
-        return Compared(step, what)
-    absolute, relative = _sizes(float((one.double() - other.double()).abs().max()), float(one.double().abs().max()))
-    return Compared(step, what, f"differs by up to {absolute:.1e}", absolute, relative)
-
-
-def _sizes(absolute: float, magnitude: float) -> tuple[float, float]:
-    if math.isnan(absolute):
-        return math.inf, math.inf
-    return absolute, absolute / magnitude if magnitude else (math.inf if absolute else 0.0)
-
-
-def _missing(step: int, what: str, in_straight: bool) -> Compared:
-    return Compared(step, what, f"only in the {'straight' if in_straight else 'killed'} run", math.inf, math.inf)
+# ---------------------------------------------------------------- judging
 
 
 def judge(straight_uri: str, killed_uri: str, kills: list[Kill], tolerance: float) -> Verdict:
@@ -359,8 +275,8 @@ def judge(straight_uri: str, killed_uri: str, kills: list[Kill], tolerance: floa
     Raises:
         Unproven: the straight one recorded nothing to compare.
     """
-    figures = list(compare_figures(metrics.read(straight_uri), metrics.read(killed_uri)))
-    tensors = list(compare_checkpoints(straight_uri, killed_uri))
+    figures = list(compare.figures(metrics.read(straight_uri), metrics.read(killed_uri)))
+    tensors = list(compare.checkpoints(straight_uri, killed_uri))
     if not figures or not tensors:
         raise Unproven(f"{straight_uri} has {len(figures)} figures and {len(tensors)} tensors to compare: is that a run?")
     beyond = sorted((item for item in figures + tensors if not item.within(tolerance)), key=lambda item: item.step)
@@ -376,7 +292,7 @@ def judge(straight_uri: str, killed_uri: str, kills: list[Kill], tolerance: floa
     )
 
 
-def _first(item: Compared, kills: list[Kill]) -> str:
+def _first(item: compare.Compared, kills: list[Kill]) -> str:
     """The difference in words, with the kill after which the run went on to this step."""
     before = [kill for kill in kills if kill.resumed_from is not None and kill.resumed_from < item.step]
     after = (
