@@ -13,7 +13,7 @@ import workers
 
 from models import storage
 from train import config as configs
-from train import faults, gpt, launch, strategy, verify
+from train import compare, faults, gpt, launch, strategy, verify
 from train.checkpoint import Checkpointer
 from train.faults import Fault
 
