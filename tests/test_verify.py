@@ -12,8 +12,8 @@ import torch
 import workers
 
 from models import storage
-from train import config as configs
 from train import compare, faults, gpt, launch, strategy, verify
+from train import config as configs
 from train.checkpoint import Checkpointer
 from train.faults import Fault
 
