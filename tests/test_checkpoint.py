@@ -147,6 +147,40 @@ def test_a_driver_that_was_overtaken_writes_nothing(tmp_path: Path) -> None:
     assert checkpoint.newest(str(tmp_path)) is None
 
 
+def test_a_run_that_went_back_keeps_what_it_writes(tmp_path: Path) -> None:
+    """The damaged checkpoints of later steps look newer: they must not crowd out those that are whole."""
+    checkpoints = saved(tmp_path, 1, 2, 3)
+    for step in (2, 3):
+        damage_flipped_byte(tmp_path / "checkpoints" / f"step_{step:06d}")
+    back = Checkpointer(str(tmp_path), {}, keep_last=1)
+    step, _ = back.load() or pytest.fail("nothing was loaded")
+    assert step == 1
+    storage.delete(tmp_path / "checkpoints" / "step_000002")
+    back.save(2, state(2))
+    back.join()
+    step, _ = checkpoints.load() or pytest.fail("nothing was loaded")
+    assert step == 2
+
+
+def test_a_store_that_can_not_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = saved(tmp_path, 1, 2)
+
+    def unreachable(*_: object) -> None:
+        raise TimeoutError("the store does not answer")
+
+    monkeypatch.setattr(checkpoint, "read", unreachable)
+    with pytest.raises(OSError, match=r"checkpoint step_000002 of .* could not be read: the store does not answer"):
+        checkpoints.load()
+
+
+def test_what_a_killed_attempt_left_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2)
+    damage_missing_manifest(tmp_path / "checkpoints" / "step_000002")
+    checkpoints.save(3, state(3))
+    checkpoints.join()
+    assert storage.names(tmp_path / "checkpoints") == ["step_000001", "step_000003"]
+
+
 # ---------------------------------------------------------------- several workers
 
 

@@ -43,7 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **({"compiled": {"compile": True}, "zero2 compiled": {**ZERO["zero2"], "compile": True}} if shutil.which("g++") else {}),
 }
 # Largest difference of a loss, and of a parameter after STEPS steps of Adam at 5e-3, from one process in fp32.
-TOLERANCES = {"fp32": (1e-5, 1e-4), "bf16": (2e-2, 4e-2), "fp16": (2e-2, 4e-2)}
+TOLERANCES = {"fp32": (1e-5, 1e-4), "bf16": (2e-2, 1e-2), "fp16": (2e-2, 1e-2)}
+NORM_TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}  # of the gradient's norm, relative
 
 
 def config_of(corpus: str, **values: Any) -> configs.GptConfig:
@@ -113,10 +114,11 @@ def largest_difference(one: Any, other: Any) -> float:
 def test_every_strategy_follows_one_processs_curve(root: str, variant: str) -> None:
     expected = losses(root, "one")
     assert expected[-1] < expected[0] - 0.2, "nothing was learned, so nothing is compared"
-    loss, parameter = TOLERANCES[VARIANTS[variant].get("parallel.precision", "fp32")]
+    precision = VARIANTS[variant].get("parallel.precision", "fp32")
+    loss, parameter = TOLERANCES[precision]
     assert losses(root, variant) == pytest.approx(expected, abs=loss)
     # Adam, and clipping, hide a gradient that is too large by a factor; its norm does not.
-    assert figures(root, variant, "grad_norm") == pytest.approx(figures(root, "one", "grad_norm"), rel=100 * loss)
+    assert figures(root, variant, "grad_norm") == pytest.approx(figures(root, "one", "grad_norm"), rel=NORM_TOLERANCES[precision])
     one, other = state(root, "one"), state(root, variant)
     assert largest_difference(one["model"], other["model"]) < parameter
     assert other["model_progress"]["updates"] == STEPS
@@ -138,7 +140,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(root: str, varian
 
 # Each goes on for two steps from where the one before it stopped, by another strategy and another number of workers.
 CHAIN = [("zero3", 3), ("zero1", 2), ("ddp", 1), ("zero2", 3)]
-AVERAGED = {"optim.ema_decay": 0.8, "optim.schedule": "constant", "steps": 2 * len(CHAIN)}
+# Judged and sampled, with the averaged weights, in the middle too: training goes on with its own.
+AVERAGED = {"optim.ema_decay": 0.8, "optim.schedule": "constant", "steps": 2 * len(CHAIN), "log.eval_every": 1, "log.sample_every": 1}
 
 
 def one_link(rank: int, corpus: str, dataset: str, uri: str, link: int) -> None:

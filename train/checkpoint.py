@@ -10,6 +10,7 @@ import json
 import logging
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from train.strategy import Fragment, Halt, State
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # raise it when a checkpoint's layout changes
+RETRY_S = 1.0
 UPLOAD_LIMIT = timedelta(hours=12)  # how long the workers wait for the slowest one's files
 
 
@@ -222,19 +224,32 @@ class Checkpointer:
         found = self._from_first(lambda: complete(self.run_uri))
         problems = []
         for manifest in found:
-            state, problem = None, None
-            try:
-                state = read(self.run_uri, manifest)
-            except (ValueError, OSError) as error:
-                problem = str(error)
-            problem = next(filter(None, self._gather(problem)), None)
-            if state is not None and problem is None:
+            state, problem = self._read(manifest)
+            if state is not None:
                 return manifest.step, state
             log.warning("checkpoint %s is skipped: %s", manifest.folder, problem)
             problems.append(f"{manifest.folder}: {problem}")
         if problems:
             raise Halt(_all_damaged(self.run_uri, problems))
         return None
+
+    def _read(self, manifest: Manifest) -> tuple[State | None, str | None]:
+        """The state, or what is wrong with it, the same on every worker.
+
+        Raises:
+            OSError: a worker could not read it, which says nothing of the checkpoint: an older one would be the wrong answer.
+        """
+        state, damage, trouble = None, None, None
+        try:
+            state = read(self.run_uri, manifest)
+        except (ValueError, FileNotFoundError) as error:
+            damage = str(error)
+        except OSError as error:
+            trouble = str(error)
+        damages, troubles = zip(*self._gather((damage, trouble)), strict=True)
+        if any(troubles):
+            raise OSError(f"checkpoint {manifest.folder} of {self.run_uri} could not be read: {next(filter(None, troubles))}")
+        return (None, next(filter(None, damages))) if any(damages) else (state, None)
 
     def save(self, step: int, state: State, score: float | None = None) -> None:
         """Takes a copy of `state` now and writes it in the background, after the one in flight. Every worker calls it.
@@ -278,24 +293,26 @@ class Checkpointer:
         uri = storage.join(self.run_uri, "checkpoints", _folder(step))
         try:
             self._agree(lambda: self._clear(uri) if self.rank == 0 else None)
-            files = self._all_files(uri, mine)
-            self.reached("upload", step)
-            manifest = Manifest(
-                FORMAT, step, self.world_size, self.strategy, score, {k: v for part in files for k, v in part.items()}, self.config
-            )
-            self._agree(lambda: self._finish(uri, manifest) if self.rank == 0 else None)
+            try:
+                files = self._agree(lambda: self._upload(uri, mine))
+                self.reached("upload", step)
+                merged = {file: facts for part in files for file, facts in part.items()}
+                manifest = Manifest(FORMAT, step, self.world_size, self.strategy, score, merged, self.config)
+                self._agree(lambda: self._finish(uri, manifest) if self.rank == 0 else None)
+            except ValueError:
+                self._discard(uri)
+                raise
+            if self.rank == 0:
+                self._prune(step)
         except Exception as failure:
             self._failure = str(failure) or repr(failure)
 
-    def _all_files(self, uri: str, mine: State) -> list[dict[str, dict[str, Any]]]:
-        try:
-            return self._agree(lambda: self._upload(uri, mine))
-        except ValueError:
-            # Every worker has ended its upload. Half a checkpoint is worth less than the room it takes on a full disk.
-            if self.rank == 0:
-                with suppress(OSError):
-                    storage.delete(uri)
-            raise
+    def _discard(self, uri: str) -> None:
+        """Half a checkpoint is worth less than the room it takes on a full disk. Every worker has ended its upload."""
+        if self.rank == 0:
+            with suppress(ValueError, OSError):
+                self._refuse_if_overtaken()  # then it is the other driver's
+                storage.delete(uri)
 
     def _agree(self, act: Callable[[], Any]) -> list[Any]:
         """What `act` gave on each worker; where it failed on one, all fail with that sentence."""
@@ -320,7 +337,11 @@ class Checkpointer:
             for part, values in mine.items():
                 path = self._write_part(Path(scratch), part, values)
                 files[path.name] = {"bytes": path.stat().st_size, "sha256": storage.sha256(path), "part": part}
-            storage.upload(scratch, uri)
+            try:
+                storage.upload(scratch, uri)
+            except OSError:
+                time.sleep(RETRY_S)  # a store may stumble once
+                storage.upload(scratch, uri)
         return files
 
     def _write_part(self, folder: Path, part: str, values: dict[str, Any]) -> Path:
@@ -337,11 +358,24 @@ class Checkpointer:
     def _finish(self, uri: str, manifest: Manifest) -> None:
         self._refuse_if_overtaken()
         storage.write_json(storage.join(uri, "manifest.json"), asdict(manifest))
-        found = complete(self.run_uri)
-        kept = {one.step for one in [*found[: self.keep_last], *best(found)[: self.keep_best]]}
-        for old in found:
-            if old.step not in kept:
-                storage.delete(storage.join(self.run_uri, "checkpoints", old.folder))
+
+    def _prune(self, step: int) -> None:
+        """Deletes what is older than the checkpoint of `step` and not to be kept: others, and what a killed attempt left.
+
+        Those of later steps are none of its business: a run that went back has them, damaged, and will write them again.
+        """
+        above = storage.join(self.run_uri, "checkpoints")
+        try:
+            found = [one for one in complete(self.run_uri) if one.step <= step]
+            kept = {one.folder for one in [*found[: self.keep_last], *best(found)[: self.keep_best]]}
+            older = [name for name in storage.names(above) if name.startswith("step_") and name < _folder(step)]
+            for name in older:
+                finished = storage.exists(storage.join(above, name, "manifest.json"))
+                if name not in kept and (not finished or name in {one.folder for one in found}):
+                    storage.delete(storage.join(above, name, "manifest.json"))  # first: what is left of it is no checkpoint
+                    storage.delete(storage.join(above, name))
+        except (ValueError, OSError) as problem:
+            log.warning("old checkpoints could not be deleted: %s", problem)
 
     def _refuse_if_overtaken(self) -> None:
         """A driver that was thought dead must not write into the run that another goes on with."""

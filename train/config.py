@@ -77,7 +77,7 @@ class Parallel(Section):
             )
         if self.precision == "fp16" and self.strategy == "deepspeed":
             raise ValueError(
-                "parallel.precision fp16: with DeepSpeed it would be fp16 parameters, not autocast; use bf16, or --parallel.strategy ddp"
+                "parallel.precision fp16: the state of DeepSpeed's own gradient scaler is not saved by us, so a resume would differ; use bf16, or --parallel.strategy ddp"
             )
         return self
 

@@ -1,6 +1,6 @@
-"""From a run to a version in the registry: its newest checkpoint as a bundle, checked before it is published.
+"""From a run to a version in the registry: a checkpoint as a bundle, checked before it is published.
 
-python -m train export RUN [--name NAME]
+python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP]
 """
 
 import difflib

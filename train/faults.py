@@ -17,7 +17,9 @@ from models import storage
 from train.config import Base
 from train.strategy import State
 
-MOMENTS = ("update", "upload")  # gradients are there and the update is not; a checkpoint's files are there and its manifest is not
+# Gradients are there and the update is not (GAN: the critic is updated and the generator is not); a checkpoint's files are
+# there and its manifest is not.
+MOMENTS = ("update", "upload")
 TARGETS = ("worker", "driver")
 SABOTAGES = ("optimizer", "order", "weights")
 DRIVER_LIMIT_S = 600  # within which a driver that is to die must have died

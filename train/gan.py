@@ -41,7 +41,9 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     final: dict[str, Any] = {}
     while step < config.steps:
         for turn in range(config.gan.critic_steps):
-            figures = gan.update_critic(gan.critic_batches(step * config.gan.critic_steps + turn, pictures))
+            with meter.waiting("data"):
+                batches = gan.critic_batches(step * config.gan.critic_steps + turn, pictures)
+            figures = gan.update_critic(batches)
         worker.reached("update", step + 1)
         figures |= gan.update_generator(gan.generator_batches(step))
         gan.average.update(step)
@@ -49,13 +51,13 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
         meter.count()
 
         last = step == config.steps
-        if step % config.log.every == 0 or last:
+        if worker.measures_at(step):
             recorder.scalars(step, {**finite(strategy.mean({tag: float(value) for tag, value in figures.items()}), step), **meter.read()})
         with meter.paused():
             judged: dict[str, float] = {}
             if step % config.log.eval_every == 0 or last:
                 with meter.waiting("eval"):
-                    judged = judge()
+                    judged = finite(judge(), step)
                 recorder.scalars(step, judged)
                 final = {**judged, **strategy.mean({tag: float(value) for tag, value in figures.items()})}
                 worker.report({"step": step, **final, **meter.total()})

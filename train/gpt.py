@@ -72,14 +72,14 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
         meter.count()
 
         last = step == config.steps
-        if step % config.log.every == 0 or last:
+        if worker.measures_at(step):
             figures = finite(strategy.mean({"loss": float(loss), **learner.figures(norm)}), step)
             recorder.scalars(step, {**figures, "lr": learning_rate(config, step - 1), **meter.read()})
         with meter.paused():
             judged: dict[str, float] = {}
             if step % config.log.eval_every == 0 or last:
                 with meter.waiting("eval"), judged_weights():
-                    judged = evaluate(model, heldout, strategy)
+                    judged = finite(evaluate(model, heldout, strategy), step)
                 recorder.scalars(step, judged)
                 final = {**judged, **strategy.mean({"loss": float(loss)})}
                 worker.report({"step": step, **final, **meter.total()})

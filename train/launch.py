@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ class Worker:
     recorder: metrics.Silent
     dataset: str
     reached: Callable[[str, int], None] = lambda moment, step: None  # see train/faults.py
+
+    def measures_at(self, step: int) -> bool:
+        """Whether loss and speed are looked at after `step`: also before each judgement and checkpoint, so that NaN is never saved."""
+        log, last = self.config.log, step == self.config.steps
+        return last or any(step % every == 0 for every in (log.every, log.eval_every, self.config.checkpoint.every))
 
     def saves_at(self, step: int, judged: bool) -> bool:
         """Whether a checkpoint is due after `step`, which was judged on held-out data or not."""
@@ -98,7 +104,7 @@ def fit(
             "workers": config.parallel.workers,
             "seconds": round(time.monotonic() - begun, 1),
             "dataset": dataset.rsplit("/", 1)[-1],
-            "resumed_from": run.start,
+            "resumed_from": int(metrics.starts(run.uri)[-1]["step"]),
             "metrics": final,
         }
         storage.write_json(storage.join(run.uri, "summary.json"), summary)
@@ -197,6 +203,7 @@ def _train(
         "kind": config.kind,
         "config": config.model_dump(),
         "run": run.uri,
+        "start": run.start,
         "token": run.token,
         "dataset": dataset,
         "feed": feed,
@@ -258,6 +265,10 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     loop = _loop(payload["kind"])
     try:
         start = checkpoints.load()
+        if start is None and payload["start"]:
+            raise Halt(
+                f"its checkpoint of step {payload['start']} can't be seen from the workers: put --storage where every machine sees it"
+            )
         if start is not None and payload["sabotage"]:
             config, state = faults.sabotage(payload["sabotage"], config, start[1])
             start = start[0], state
@@ -267,6 +278,8 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
         finally:
             recorder.close()
     except Halt as sentence:
+        with suppress(Halt):
+            checkpoints.join()  # the one in flight is of before
         return {"halted": str(sentence)}  # Ray Train would start the workers again for an exception
 
 

@@ -29,6 +29,8 @@ from models import storage
 from train.mirror import Mirror
 from train.strategy import Halt
 
+logger = logging.getLogger(__name__)
+
 Row = dict[str, float] | str  # measurements of a step, or a sentence to show
 
 
@@ -109,7 +111,10 @@ class Recorder(Silent):
         """What was recorded so far is on the run's storage."""
         self._board.flush()
         if self._remote:
-            storage.upload(self.folder, self._remote)
+            try:
+                storage.upload(self.folder, self._remote)
+            except OSError as problem:  # the curves are not worth a run; a store that is gone will fail the next checkpoint
+                logger.warning("curves and samples could not be written to %s: %s", self._remote, problem)
 
     def close(self) -> None:
         self._board.close()

@@ -220,7 +220,7 @@ class Learner:
 
     def _set_moments(self, saved: Any, updates: int) -> None:
         for name, parameter in self.core.named_parameters():
-            if f"{MOMENTS[0]}/{name}" in saved:
+            if updates:  # fp16 may have left out every one so far
                 self.optimizer.state[parameter] = adam_state(parameter, updates)
                 for key in MOMENTS:
                     self.optimizer.state[parameter][key].copy_(saved[f"{key}/{name}"])
@@ -284,16 +284,15 @@ class Average:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the module has the averaged weights."""
-        local = self.learner.local()
-        self._exchange(local)
+        self._exchange()
         try:
             yield
         finally:
-            self._exchange(local)
+            self._exchange()
 
     @torch.no_grad()
-    def _exchange(self, local: dict[str, torch.Tensor]) -> None:
-        for name, value in local.items():
+    def _exchange(self) -> None:
+        for name, value in self.learner.local().items():
             kept = value.clone()
             value.copy_(self.values[name])
             self.values[name].copy_(kept)

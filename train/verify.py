@@ -367,6 +367,12 @@ def command(argv: list[str]) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 1
     print(report(verdict, config.steps, tolerance))
+    if not any(kill.resumed_from for kill in verdict.kills):
+        print(
+            "error: every kill came before the first checkpoint, so nothing was restored or proven: use more --steps, other --kills, or another --seed",
+            file=sys.stderr,
+        )
+        return 1
     return 0 if verdict.equal else 1
 
 

@@ -180,6 +180,7 @@ class _SpreadParameters(_Engine):
     """Stage 3: each worker owns an equal part of every parameter, the last one padded."""
 
     def local(self) -> dict[str, torch.Tensor]:
+        self.zero._partition_all_parameters()  # what a forward has gathered is a copy that a write to the shares would not reach
         return {name: self._owned(parameter, parameter.ds_tensor.data) for name, parameter in self.core.named_parameters()}  # type: ignore[attr-defined]
 
     def spread(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Fragment]:
