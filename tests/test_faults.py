@@ -18,7 +18,6 @@ from typing import Any
 import nodes
 import pytest
 from conftest import ROOT
-from test_strategy import TOLERANCES
 
 from models import storage
 from train import checkpoint, metrics, verify
@@ -40,6 +39,7 @@ SHAPE = {
     "log.sample_every": STEPS,
 }
 STRATEGIES = {"ddp": {}, **{f"zero{stage}": {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage} for stage in (1, 2, 3)}}
+DRIFT = 5e-4  # of anything in STEPS steps of Adam at 5e-3, where the sums are formed by another number of workers; see test_strategy
 TRAIN_LIMIT_S = 180
 Command = Callable[..., CompletedProcess[str]]
 
@@ -212,7 +212,7 @@ def test_a_machine_that_is_not_replaced_leaves_the_run_to_the_others(
     seconds_to_the_next_step(uri(kiln, name), killed)
     verdict = judged(kiln, f"calm-{strategy}", name)
     table[strategy, 3]["machine, then 2 workers"] = f"{verdict.largest_difference:.0e}"
-    assert 0 < verdict.largest_difference < max(TOLERANCES["fp32"]), verdict.first_difference
+    assert 0 < verdict.largest_difference < DRIFT, verdict.first_difference
 
 
 # ---------------------------------------------------------------- storage fails
