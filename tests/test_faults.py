@@ -113,7 +113,7 @@ def seconds_to_the_next_step(run_uri: str, killed: float) -> float:
 
 
 def calm_without_ray(rank: int, corpus: str, dataset: str, run_uri: str) -> None:
-    workers.run(config_of(corpus, **{"parallel.workers": 2}), dataset, run_uri)
+    workers.run(config_of(corpus, None, **{"parallel.workers": 2}), dataset, run_uri)
 
 
 def test_a_lost_machine_costs_time_and_nothing_else(corpus: str, tmp_path: Path) -> None:
