@@ -4,6 +4,7 @@ KILN_FAULT_TABLE=FILE writes what the slow matrix measured, as Markdown.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -271,7 +272,8 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     shutil.copytree(f"{calm}/data", f"{root}/data")
     full = command(*arguments(config, root))
     assert full.returncode == 1, full.stdout + full.stderr
-    assert f"a checkpoint could not be written below {uri(root, 'full')}/checkpoints" in error_of(full)
+    # Who is first to find no room, the upload or the curves while it fills the disk, is a race.
+    assert re.search(rf"(a checkpoint could not|nothing can) be written (below|to) {re.escape(uri(root, 'full'))}", error_of(full))
     assert "No space left on device" in error_of(full)
     assert len(metrics.starts(uri(root, "full"))) == 1, "a full disk was tried again"
     older = checkpoint.complete(uri(root, "full"))
