@@ -58,6 +58,11 @@ def test_only_the_last_are_kept(tmp_path: Path) -> None:
     assert storage.names(tmp_path / "checkpoints") == ["step_000003", "step_000004"]
 
 
+def test_a_step_is_older_by_its_number_not_by_its_name(tmp_path: Path) -> None:
+    saved(tmp_path, 999_999, 1_000_000, keep_last=1)
+    assert storage.names(tmp_path / "checkpoints") == ["step_1000000"]
+
+
 def damage_missing_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 

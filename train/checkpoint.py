@@ -8,6 +8,7 @@ manifest is skipped aloud.
 
 import json
 import logging
+import re
 import tempfile
 import threading
 import time
@@ -28,6 +29,7 @@ from train.strategy import Fragment, Halt, State
 
 log = logging.getLogger(__name__)
 
+MANIFEST = "manifest.json"
 FORMAT = 2  # raise it when a checkpoint's layout changes
 RETRY_S = 1.0
 UPLOAD_LIMIT = timedelta(hours=12)  # how long the workers wait for the slowest one's files
@@ -54,6 +56,15 @@ def _folder(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def _step(folder: str) -> int:
+    return int(folder.removeprefix("step_"))
+
+
+def _folders(above: str) -> list[str]:
+    """The names of the checkpoints' folders, finished or not."""
+    return [name for name in storage.names(above) if re.fullmatch(r"step_\d+", name)]
+
+
 # ---------------------------------------------------------------- which there are
 
 
@@ -65,9 +76,7 @@ def complete(run_uri: str) -> list[Manifest]:
     """
     above = storage.join(run_uri, "checkpoints")
     found, damaged = [], []
-    for name in storage.names(above):
-        if not name.startswith("step_"):
-            continue
+    for name in _folders(above):
         try:
             found.append(_manifest(storage.join(above, name)))
         except FileNotFoundError:
@@ -89,9 +98,9 @@ def _all_damaged(run_uri: str, problems: list[str]) -> str:
 
 def _manifest(uri: str) -> Manifest:
     present = storage.files(uri)
-    if "manifest.json" not in present:
+    if MANIFEST not in present:
         raise FileNotFoundError(uri)
-    values = storage.read_json(storage.join(uri, "manifest.json"))
+    values = storage.read_json(storage.join(uri, MANIFEST))
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"its manifest.json is of another format than {FORMAT}, which this version of raykiln reads")
     try:
@@ -221,7 +230,7 @@ class Checkpointer:
         Raises:
             ValueError: there are checkpoints, and every one is damaged.
         """
-        found = self._from_first(lambda: complete(self.run_uri))
+        found = self._agree(lambda: complete(self.run_uri) if self.rank == 0 else [])[0]
         problems = []
         for manifest in found:
             state, problem = self._read(manifest)
@@ -357,7 +366,7 @@ class Checkpointer:
 
     def _finish(self, uri: str, manifest: Manifest) -> None:
         self._refuse_if_overtaken()
-        storage.write_json(storage.join(uri, "manifest.json"), asdict(manifest))
+        storage.write_json(storage.join(uri, MANIFEST), asdict(manifest))
 
     def _prune(self, step: int) -> None:
         """Deletes what is older than the checkpoint of `step` and not to be kept: others, and what a killed attempt left.
@@ -367,13 +376,13 @@ class Checkpointer:
         above = storage.join(self.run_uri, "checkpoints")
         try:
             found = [one for one in complete(self.run_uri) if one.step <= step]
-            kept = {one.folder for one in [*found[: self.keep_last], *best(found)[: self.keep_best]]}
-            older = [name for name in storage.names(above) if name.startswith("step_") and name < _folder(step)]
-            for name in older:
-                finished = storage.exists(storage.join(above, name, "manifest.json"))
-                if name not in kept and (not finished or name in {one.folder for one in found}):
-                    storage.delete(storage.join(above, name, "manifest.json"))  # first: what is left of it is no checkpoint
-                    storage.delete(storage.join(above, name))
+            kept = [*found[: self.keep_last], *best(found)[: self.keep_best]]
+            unfinished = [
+                name for name in _folders(above) if _step(name) < step and not storage.exists(storage.join(above, name, MANIFEST))
+            ]
+            for name in [*(one.folder for one in found if one not in kept), *unfinished]:
+                storage.delete(storage.join(above, name, MANIFEST))  # first: what is left of it is no checkpoint
+                storage.delete(storage.join(above, name))
         except (ValueError, OSError) as problem:
             log.warning("old checkpoints could not be deleted: %s", problem)
 
@@ -393,10 +402,6 @@ class Checkpointer:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
-
-    def _from_first(self, act: Callable[[], Any]) -> Any:
-        """What `act` gives on rank 0, or the ValueError that it raises there, on every worker."""
-        return self._agree(act if self.rank == 0 else lambda: None)[0]
 
 
 def _is_tensors(values: dict[str, Any]) -> bool:
