@@ -52,14 +52,15 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
 
         last = step == config.steps
         if worker.measures_at(step):
-            recorder.scalars(step, {**finite(strategy.mean({tag: float(value) for tag, value in figures.items()}), step), **meter.read()})
+            measured = finite(strategy.mean({tag: float(value) for tag, value in figures.items()}), step)
+            recorder.scalars(step, {**measured, **meter.read()})
         with meter.paused():
             judged: dict[str, float] = {}
             if step % config.log.eval_every == 0 or last:
                 with meter.waiting("eval"):
                     judged = finite(judge(), step)
                 recorder.scalars(step, judged)
-                final = {**judged, **strategy.mean({tag: float(value) for tag, value in figures.items()})}
+                final = {**judged, **measured}
                 worker.report({"step": step, **final, **meter.total()})
             if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
                 with meter.waiting("sample"):

@@ -81,7 +81,7 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
                 with meter.waiting("eval"), judged_weights():
                     judged = finite(evaluate(model, heldout, strategy), step)
                 recorder.scalars(step, judged)
-                final = {**judged, **strategy.mean({"loss": float(loss)})}
+                final = {**judged, "loss": figures["loss"]}
                 worker.report({"step": step, **final, **meter.total()})
             if step % config.log.sample_every == 0 or last:
                 # Every worker writes the same text, though one is enough: under ZeRO-3 none has the weights alone.

@@ -39,8 +39,13 @@ FREE: tuple[str, ...] = (
     "parallel.strategy",
     "parallel.zero_stage",
     "parallel.offload",
+    "checkpoint.",
+    "log.",
+    "sample.",
+    "batch.micro_size",
+    "steps",
+    "compile",
 )
-FREE += ("checkpoint.", "log.", "sample.", "batch.micro_size", "steps", "compile")
 
 
 @dataclass(frozen=True)

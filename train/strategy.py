@@ -70,6 +70,13 @@ class Strategy:
             saved: a checkpoint's state, to go on from.
             core: the module inside `module` that is saved under its own names; by default `module`.
         """
+        learner = self._kind()(self, name, module, optimizer, clip, core)
+        if saved is not None:
+            learner.restore(saved)
+        return learner
+
+    def _kind(self) -> "type[Learner]":
+        """Which backend's learner trains."""
         raise NotImplementedError
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -117,9 +124,22 @@ class Learner:
     ) -> None:
         self.strategy, self.name, self.optimizer, self.clip = strategy, name, optimizer, clip
         self.core = core or module
-        self.module = module  # what a forward goes through; a backend wraps it
+        self.module = self._wrap(module)  # what a forward goes through
         self.scaler = torch.amp.GradScaler(strategy.device.type) if strategy.precision == "fp16" else None
         self._parts = 1
+
+    def _wrap(self, module: nn.Module) -> Any:
+        if self.strategy.world_size == 1:
+            return module
+        device = self.strategy.device
+        return DistributedDataParallel(
+            module,
+            device_ids=[device] if device.type == "cuda" else None,
+            # Buffers are not broadcast at each forward: two forwards before one backward (a GAN's critic) would find them
+            # changed in place.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -160,7 +180,7 @@ class Learner:
         """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = None if self.clip is None else nn.utils.clip_grad_norm_(self.core.parameters(), self.clip or math.inf)
+        norm = self._clip()
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -168,6 +188,10 @@ class Learner:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _clip(self) -> torch.Tensor | None:
+        """Clips whole gradients; their norm before it."""
+        return None if self.clip is None else nn.utils.clip_grad_norm_(self.core.parameters(), self.clip or math.inf)
 
     def figures(self, norm: torch.Tensor | None) -> dict[str, float]:
         """What is worth watching of a step: the gradient's norm, and the scale that keeps fp16 gradients in range."""
@@ -219,11 +243,12 @@ class Learner:
         return {f"{key}/{name}": state[p][key] for name, p in self.core.named_parameters() if p in state for key in MOMENTS}
 
     def _set_moments(self, saved: Any, updates: int) -> None:
+        if not updates:
+            return  # fp16 has left out every one so far
         for name, parameter in self.core.named_parameters():
-            if updates:  # fp16 may have left out every one so far
-                self.optimizer.state[parameter] = adam_state(parameter, updates)
-                for key in MOMENTS:
-                    self.optimizer.state[parameter][key].copy_(saved[f"{key}/{name}"])
+            self.optimizer.state[parameter] = adam_state(parameter, updates)
+            for key in MOMENTS:
+                self.optimizer.state[parameter][key].copy_(saved[f"{key}/{name}"])
 
 
 def adam_state(parameter: torch.Tensor, updates: int) -> dict[str, torch.Tensor]:
@@ -238,28 +263,8 @@ class Ddp(Strategy):
 
     name = "ddp"
 
-    def learner(
-        self,
-        name: str,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        clip: float | None = None,
-        saved: State | None = None,
-        core: nn.Module | None = None,
-    ) -> Learner:
-        learner = Learner(self, name, module, optimizer, clip, core)
-        if self.world_size > 1:
-            # Buffers are not broadcast at each forward: two forwards before one backward (a GAN's critic) would
-            # find them changed in place.
-            learner.module = DistributedDataParallel(
-                module,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-        if saved is not None:
-            learner.restore(saved)
-        return learner
+    def _kind(self) -> type[Learner]:
+        return Learner
 
 
 class Average:

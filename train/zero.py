@@ -5,7 +5,6 @@ parameters too. Checkpoints are not DeepSpeed's: each worker writes its shares u
 number of workers, any stage, and DDP can go on from them, and nothing is pickled.
 """
 
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from train.strategy import MOMENTS, Fragment, Learner, State, Strategy, adam_state
+from train.strategy import MOMENTS, Fragment, Learner, Strategy, adam_state
 
 BUCKET_ELEMENTS = 50_000_000  # exchanged at once; DeepSpeed's default of 5e8 costs 2 GB of buffers
 
@@ -39,20 +38,8 @@ class DeepSpeed(Strategy):
         self.stage, self.offload, self.micro_size, self.accumulation = stage, offload, micro_size, accumulation
         self.deepspeed = _import(self.device)
 
-    def learner(
-        self,
-        name: str,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        clip: float | None = None,
-        saved: State | None = None,
-        core: nn.Module | None = None,
-    ) -> Learner:
-        kinds: list[type[_Engine]] = [_Replicated, _SpreadOptimizer, _SpreadOptimizer, _SpreadParameters]
-        learner = kinds[self.stage](self, name, module, optimizer, clip, core)
-        if saved is not None:
-            learner.restore(saved)
-        return learner
+    def _kind(self) -> "type[Learner]":
+        return [_Replicated, _SpreadOptimizer, _SpreadOptimizer, _SpreadParameters][self.stage]
 
     def settings(self, clip: float | None) -> dict[str, Any]:
         """DeepSpeed's config."""
@@ -102,48 +89,37 @@ class _Engine(Learner):
 
     strategy: DeepSpeed
 
-    def __init__(
-        self,
-        strategy: DeepSpeed,
-        name: str,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        clip: float | None,
-        core: nn.Module | None,
-    ) -> None:
-        super().__init__(strategy, name, module, optimizer, clip, core)
+    def _wrap(self, module: nn.Module) -> Any:
         assert dist.is_initialized(), "DeepSpeed needs a process group"
-        self.engine = strategy.deepspeed.initialize(
-            model=module, optimizer=optimizer, config=strategy.settings(clip), dist_init_required=False
-        )[0]
-        self.module = self.engine
+        settings = self.strategy.settings(self.clip)
+        return self.strategy.deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings, dist_init_required=False)[0]
 
     @property
     def zero(self) -> Any:
         """DeepSpeed's own optimizer around torch's."""
-        return self.engine.optimizer
+        return self.module.optimizer
 
     @contextmanager
     def accumulating(self, number: int, parts: int) -> Iterator[None]:
         assert parts == self.strategy.accumulation, (parts, self.strategy.accumulation)
         self._parts = parts
-        self.engine.set_gradient_accumulation_boundary(number == parts - 1)
+        self.module.set_gradient_accumulation_boundary(number == parts - 1)
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss / self._parts, scale_wrt_gas=False)
+        self.module.backward(loss / self._parts, scale_wrt_gas=False)
 
     def step(self) -> torch.Tensor | None:
-        self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm())
+        self.module.step()
+        return None if self.clip is None else torch.as_tensor(self.module.get_global_grad_norm())
 
 
 class _Replicated(_Engine):
     """Stage 0: the optimizer is torch's own over whole parameters."""
 
     def step(self) -> torch.Tensor | None:
-        norm = None if self.clip is None else nn.utils.clip_grad_norm_(self.core.parameters(), self.clip or math.inf)
-        self.engine.step()
+        norm = self._clip()
+        self.module.step()
         return norm
 
 
@@ -184,11 +160,10 @@ class _SpreadParameters(_Engine):
         return {name: self._owned(parameter, parameter.ds_tensor.data) for name, parameter in self.core.named_parameters()}  # type: ignore[attr-defined]
 
     def spread(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Fragment]:
-        parameters = dict(self.core.named_parameters())
-        return {name: self._fragment(parameters[name], value) for name, value in values.items() if value.numel()}
+        return {name: self._fragment(self.core.get_parameter(name), value) for name, value in values.items() if value.numel()}
 
     def share(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        parameter = dict(self.core.named_parameters())[name]
+        parameter = self.core.get_parameter(name)
         start = self._start(parameter)
         return whole.flatten()[start : start + parameter.ds_tensor.numel()]  # type: ignore[attr-defined]
 
