@@ -156,13 +156,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def weights(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
-    """The state under transformers' names, without the output matrix: it is the token embedding."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-
-
 def restore(model: GPT2LMHeadModel, state: dict[str, torch.Tensor]) -> None:
-    """Loads what `weights` gave."""
+    """Loads a model's parameters by transformers' names, the output matrix left out: it is the token embedding."""
     model.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
 
 

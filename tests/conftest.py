@@ -40,6 +40,14 @@ def ray_address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small text file, in a folder of its own."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("".join(f"{number}: Shall I compare thee to a summer's day?\n" for number in range(200)))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python -m ARGS...` from the repository's root as a user would and returns what came out."""
 

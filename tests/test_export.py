@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import bundle, gpt, registry, storage
+from models import bundle, registry, storage
 from models.dcgan import DcganConfig, Generator
 from serve.session import ImageSession, TextSession
 from tests.bundles import TEXT, tiny_gan_bundle, tiny_generator, tiny_gpt, tiny_gpt_bundle, tiny_tokenizer
@@ -198,7 +198,7 @@ def gpt_run(tmp_path: Path) -> str:
     facts = {"kind": "text", "name": "plays", "fingerprint": "0123", "dtype": "uint16", "vocab_size": 320, "eos_token_id": 0}
     storage.write_json(dataset / "dataset.json", facts | {"splits": shards})
     settings = config.load("gpt", None, {"model.width": 32, "model.layers": 2, "model.heads": 2, "model.context": 32, "steps": 20})
-    _leave_run(root, "shake", settings, {step: {"model": gpt.weights(tiny_gpt(step, context=32))} for step in (10, 20)})
+    _leave_run(root, "shake", settings, {step: {"model": dict(tiny_gpt(step, context=32).named_parameters())} for step in (10, 20)})
     return root
 
 

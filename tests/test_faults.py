@@ -46,13 +46,6 @@ TRAIN_LIMIT_S = 180
 Command = Callable[..., CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text("".join(f"{number}: Shall I compare thee to a summer's day?\n" for number in range(200)))
-    return str(path)
-
-
 def config_of(corpus: str, name: str | None = None, **values: Any) -> configs.Config:
     return configs.load("gpt", "gpt-tiny", {**SHAPE, "data.source": corpus, "run.name": name, **values})
 

@@ -1,21 +1,21 @@
 """The loss of a long batch is the loss of its parts: the same value and gradients, and never all of its logits."""
 
-import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
+import workers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2LMHeadModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from models import gpt
+from train.strategy import Ddp, Strategy
+from train.zero import DeepSpeed
 
 VOCABULARY, CONTEXT, BATCH = 97, 12, 5
 LOGITS = BATCH * CONTEXT * VOCABULARY
@@ -155,60 +155,31 @@ def test_the_logits_of_a_long_batch_never_exist(judge: bool, monkeypatch: pytest
 
 def five_steps(rank: int, folder: str) -> None:
     """Two workers, five steps in every way; each writes its losses and its final embedding (which is the head too)."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     result = {}
     for stage in (None, 1, 2, 3):
         for piece in (LOGITS, PIECE):
             gpt.LOGITS_AT_ONCE = piece
-            result[stage, piece] = with_ddp(small_model(), rank) if stage is None else with_deepspeed(small_model(), rank, stage)
+            result[stage, piece] = trained(Ddp() if stage is None else DeepSpeed(stage=stage, micro_size=BATCH))
     torch.save(result, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-def with_ddp(model: GPT2LMHeadModel, rank: int) -> tuple[list[float], torch.Tensor]:
-    parallel, optimizer = DistributedDataParallel(gpt.NextTokenLoss(model)), torch.optim.AdamW(model.parameters(), lr=1e-2)
+def trained(spread: Strategy) -> tuple[list[float], torch.Tensor]:
+    model = small_model()
+    learner = spread.learner("model", gpt.NextTokenLoss(model), torch.optim.AdamW(model.parameters(), lr=1e-2), clip=1.0, core=model)
     losses = []
     for step in range(5):
-        loss = parallel(*batch(10 * step + rank))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        with learner.accumulating(0, 1):
+            loss = learner(*batch(10 * step + spread.rank))
+            learner.backward(loss)
+        learner.step()
         losses.append(float(loss))
-    return losses, model.lm_head.weight.detach().clone()
-
-
-def with_deepspeed(model: GPT2LMHeadModel, rank: int, stage: int) -> tuple[list[float], torch.Tensor]:
-    import deepspeed
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled
-    # Nothing is kept whole for being small: stage 3 must gather the head's matrix as it would a large one.
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    config = {
-        "train_micro_batch_size_per_gpu": BATCH,
-        "gradient_clipping": 1.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-    }
-    engine, *_ = deepspeed.initialize(
-        model=gpt.NextTokenLoss(model), optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2), config=config
-    )
-    losses = []
-    for step in range(5):
-        loss = engine(*batch(10 * step + rank))
-        engine.backward(loss)
-        engine.step()
-        losses.append(float(loss))
-    with deepspeed.zero.GatheredParameters([model.lm_head.weight], enabled=stage == 3):
-        return losses, model.lm_head.weight.detach().clone()
+    head = model.lm_head.weight
+    with spread.deepspeed.zero.GatheredParameters([head]) if isinstance(spread, DeepSpeed) and spread.stage == 3 else nullcontext():
+        return losses, head.detach().clone()
 
 
 def test_two_workers_learn_the_same_in_pieces(tmp_path: Path) -> None:
-    mp.spawn(five_steps, (str(tmp_path),), nprocs=2)
+    workers.spawn(2, five_steps, str(tmp_path))
     untrained = small_model().lm_head.weight.detach()
     for rank in range(2):
         result = torch.load(tmp_path / f"{rank}.pt")

@@ -54,13 +54,6 @@ def config_of(corpus: str, **values: Any) -> configs.GptConfig:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text("".join(f"{number}: Shall I compare thee to a summer's day?\n" for number in range(200)))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def dataset(ray_address: str, corpus: str) -> str:
     return launch.prepare(config_of(corpus), str(Path(corpus).parent))
 
