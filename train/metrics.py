@@ -40,6 +40,7 @@ class Silent:
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
     def image(self, step: int, tag: str, picture: np.ndarray) -> None: ...
     def text(self, step: int, tag: str, content: str) -> None: ...
+    def alarm(self, step: int, kind: str, sentence: str) -> None: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
 
@@ -63,11 +64,12 @@ class Recorder(Silent):
         self._feed = feed
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         if self._remote:
-            for name in {"metrics.jsonl", "starts.jsonl"} & set(storage.names(self._remote)):
+            for name in {"metrics.jsonl", "starts.jsonl", "alarms.jsonl"} & set(storage.names(self._remote)):
                 (self.folder / name).write_bytes(storage.read_bytes(storage.join(self._remote, name)))
         self._log = self.folder / "metrics.jsonl"
         kept = [row for row in read(str(self.folder)) if row["step"] <= start] if self._log.exists() else []
         _write_jsonl(self._log, kept)
+        _write_jsonl(self.folder / "alarms.jsonl", [alarm for alarm in alarms(str(self.folder)) or [] if alarm["step"] <= start])
         begun = [*starts(str(self.folder)), {"time": round(time.time(), 3), "step": start}]
         _write_jsonl(self.folder / "starts.jsonl", begun)
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start + 1)
@@ -106,6 +108,13 @@ class Recorder(Silent):
         if self._mirror is not None:
             self._mirror.text(step, tag, content)
         self.flush()
+
+    def alarm(self, step: int, kind: str, sentence: str) -> None:
+        """One line in alarms.jsonl, a text in TensorBoard, a warning on the driver's terminal."""
+        with (self.folder / "alarms.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, "sentence": sentence}) + "\n")
+        self._board.add_text("alarm", f"**{kind}**: {sentence}", step)
+        logger.warning("%s at step %d: %s", kind, step, sentence)
 
     def flush(self) -> None:
         """What was recorded so far is on the run's storage."""
@@ -211,7 +220,13 @@ def starts(run_uri: str) -> list[dict[str, float]]:
     return _jsonl(place) if storage.exists(place) else []
 
 
-def _jsonl(place: str) -> list[dict[str, float]]:
+def alarms(run_uri: str) -> list[dict[str, Any]] | None:
+    """What a run was warned of, {"step", "kind", "sentence"}; None where nobody looked: a run of an older version."""
+    place = storage.join(run_uri, "alarms.jsonl")
+    return _jsonl(place) if storage.exists(place) else None
+
+
+def _jsonl(place: str) -> list[dict[str, Any]]:
     rows = []
     for line in storage.read_bytes(place).decode().splitlines():
         with contextlib.suppress(json.JSONDecodeError):  # the line that a killed process was writing
@@ -219,7 +234,7 @@ def _jsonl(place: str) -> list[dict[str, float]]:
     return rows
 
 
-def _write_jsonl(place: Path, rows: list[dict[str, float]]) -> None:
+def _write_jsonl(place: Path, rows: list[dict[str, Any]]) -> None:
     storage.write_bytes(place, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
