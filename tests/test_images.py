@@ -67,6 +67,17 @@ def test_the_shipped_garments_keep_their_splits(tmp_path: Path) -> None:
     assert splits["train"].meta["classes"][9] == "Ankle boot"
 
 
+def test_the_shipped_emoji_are_in_colour_and_every_tenth_of_a_class_is_held_out(tmp_path: Path) -> None:
+    dataset = prepare(data_of("emoji", size=64, channels=3), str(tmp_path), conditional=True)
+    splits = both_splits(dataset, 64)
+    counts = {split: np.bincount(pictures.labels).tolist() for split, pictures in splits.items()}  # type: ignore[arg-type]
+    assert counts == {"train": [153, 144, 118, 197, 77, 238], "heldout": [16, 15, 13, 21, 8, 26]}
+    assert splits["train"].meta["classes"][0] == "Smileys & Emotion"
+    assert splits["train"].pixels.shape[1:] == (64, 64, 3)
+    seen = {pixels.tobytes() for pixels in splits["train"].pixels}
+    assert not [pixels for pixels in splits["heldout"].pixels if pixels.tobytes() in seen], "a held-out picture is trained on"
+
+
 def test_class_folders(tmp_path: Path) -> None:
     files = {f"pets/{name}/{index}.png": png(40 * index + level) for index in range(5) for name, level in (("cat", 1), ("dog", 2))}
     source = folder_of(tmp_path, files) + "/pets"

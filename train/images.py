@@ -37,6 +37,7 @@ from train.dataset import HELDOUT_NAMES, find_files, identity
 from train.order import Order, rng
 from train.shipped import hub_parquet, shipped
 
+SHIPPED = ("fashion-mnist", "emoji")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMAT = 1  # part of the fingerprint: raise it when decoding, resizing or splitting changes
 AUGMENTATION, HELDOUT = 1, 2  # purposes of random draws: what sets their keys apart
@@ -69,8 +70,8 @@ def find(data: ImageData) -> Source:
         ValueError: nothing is there, something is no picture, kinds are mixed; names the file and what was expected.
     """
     first = data.source[0]
-    if data.source == ["fashion-mnist"]:
-        return _from_parquet([str(shipped("fashion-mnist.parquet"))], data)
+    if data.source in [[name] for name in SHIPPED]:
+        return _from_parquet([str(shipped(f"{first}.parquet"))], data)
     if first.startswith("torchvision:") and len(data.source) == 1:
         return _from_torchvision(first.removeprefix("torchvision:"))
     places = [str(hub_parquet(first.removeprefix("hf:")))] if first.startswith("hf:") and len(data.source) == 1 else data.source
@@ -78,7 +79,7 @@ def find(data: ImageData) -> Source:
     for place in places:
         matching = find_files(place, (*SUFFIXES, ".parquet"))
         if not matching:
-            expected = "a folder of class folders or of pictures, parquet files, 'fashion-mnist', torchvision:NAME or hf:NAME"
+            expected = "a folder of class folders or of pictures, parquet files, 'fashion-mnist', 'emoji', torchvision:NAME or hf:NAME"
             raise ValueError(f"data.source: there are no pictures at {place}: expected {expected}")
         found |= matching
     parquet = sorted(uri for uri in found if uri.lower().endswith(".parquet"))
