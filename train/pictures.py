@@ -98,23 +98,23 @@ def spread(steps: Sequence[int], count: int = FRAMES) -> list[int]:
     return sorted({ordered[0], ordered[-1], *(min(ordered, key=lambda step: abs(math.log(max(step, 1) / target))) for target in wanted)})
 
 
-def film(frames: Sequence[tuple[int, np.ndarray]], class_names: Sequence[str] = (), real: np.ndarray | None = None) -> bytes:
+def film(frames: Sequence[tuple[int, np.ndarray]], class_names: Sequence[str] | None = None, real: np.ndarray | None = None) -> bytes:
     """A training as a strip, a PNG: one row a step, in each the same latents, and real pictures below them.
 
     Args:
         frames: (step, grid of `GRID_COLUMNS` columns), each drawn from the same latents; in the order of their rows.
-        class_names: of a conditional generator, whose grids have one row a class: one picture of each is shown, below its name.
-            Without classes, a grid's first row is shown.
+        class_names: of a conditional generator, whose grids have one row a class: one picture of each is shown, below its name
+            if that is known. None: a grid's first row is shown.
         real: a grid of the same layout of real pictures.
     """
-    rows = [(f"step {step:,}", _shown(sheet, bool(class_names))) for step, sheet in frames]
+    rows = [(f"step {step:,}", _shown(sheet, class_names is not None)) for step, sheet in frames]
     if real is not None:
-        rows.append(("real", _shown(real, bool(class_names))))
+        rows.append(("real", _shown(real, class_names is not None)))
     side = rows[0][1].shape[1]
     scale = max(1, round(CELL / side))
     pitch = scale * side + GUTTER
     columns = len(rows[0][1])
-    head = _head(class_names[:columns], pitch)
+    head = _head((class_names or [])[:columns], pitch)
     below = [head.height + number * pitch + (8 if label == "real" else 0) for number, (label, _) in enumerate(rows)]
     sheet = Image.new("RGB", (MARGIN + columns * pitch, below[-1] + pitch), PAPER)
     sheet.paste(head, (MARGIN, 0))
