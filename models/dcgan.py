@@ -2,13 +2,16 @@
 
 Radford et al. 2015 (https://arxiv.org/abs/1511.06434) for the shape, Gulrajani et al. 2017
 (https://arxiv.org/abs/1704.00028) for what changes with a gradient penalty: the critic ends in a plain number,
-without a sigmoid, and no layer looks across the batch, since the penalty is a statement about each picture alone.
+without a sigmoid, and none of its layers looks across the batch, since the penalty is a statement about each picture alone.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from models.norm import GlobalBatchNorm
 
 BASE_SIZES = {28: 7, 32: 4, 64: 4, 128: 4}  # picture size -> size of the smallest feature map
 
@@ -22,6 +25,8 @@ class DcganConfig:
     latent_dim: int = 128
     width: int = 32  # feature maps at half the picture's size; doubled with every further halving
     num_classes: int = 0  # 0: no class condition
+    norm: str = "group"  # the generator's: group or batch
+    critic_norm: str = "none"  # none or layer
 
     def __post_init__(self) -> None:
         if self.image_size not in BASE_SIZES:
@@ -30,6 +35,8 @@ class DcganConfig:
             raise ValueError(f"channels {self.channels} is not supported: use 1 (grey) or 3 (colour)")
         if min(self.latent_dim, self.width) < 1 or self.num_classes < 0:
             raise ValueError(f"latent_dim and width must be positive and num_classes at least 0, not {self}")
+        if self.norm not in ("group", "batch") or self.critic_norm not in ("none", "layer"):
+            raise ValueError(f"norm is group or batch and critic_norm none or layer, not {self}")
 
     @property
     def base_size(self) -> int:
@@ -45,8 +52,8 @@ class DcganConfig:
 class Generator(nn.Module):
     """Pictures from noise: transposed convolutions that double the size, from `base_size` to `image_size`.
 
-    GroupNorm with one group stands where the paper has BatchNorm: it normalises each picture by itself, so that a
-    picture does not depend on its company: not on the other workers' batches in training, not on a request's in serving.
+    norm group: GroupNorm with one group stands where the paper has BatchNorm. It normalises each picture by itself: a
+    picture does not depend on its company, neither in training nor in serving. norm batch: the paper's, over the global batch.
     The class condition is an embedding beside the latent (Mirza & Osindero 2014, https://arxiv.org/abs/1411.1784).
     """
 
@@ -54,16 +61,17 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         *inner, widest = config.widths
+        norm = GlobalBatchNorm if config.norm == "batch" else partial(nn.GroupNorm, 1)
         self.embed = nn.Embedding(config.num_classes, config.latent_dim) if config.num_classes else None
         inputs = config.latent_dim * (2 if self.embed else 1)
         stages: list[nn.Module] = [
             nn.Linear(inputs, widest * config.base_size**2, bias=False),
             nn.Unflatten(1, (widest, config.base_size, config.base_size)),
-            nn.GroupNorm(1, widest),
+            norm(widest),
             nn.ReLU(),
         ]
         for width in reversed(inner):
-            stages += [nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False), nn.GroupNorm(1, width), nn.ReLU()]
+            stages += [nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False), norm(width), nn.ReLU()]
         stages += [nn.ConvTranspose2d(config.width, config.channels, 4, stride=2, padding=1), nn.Tanh()]
         self.stages = nn.Sequential(*stages)
 
@@ -83,7 +91,9 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """One number a picture: how real it looks, on a scale without ends. Strided convolutions, no norm.
+    """One number a picture: how real it looks, on a scale without ends. Strided convolutions, the first of them without a norm.
+
+    critic_norm layer: LayerNorm over each picture's features, as the paper of the penalty has it where one is wanted.
 
     The class condition is a projection: the class embedding's inner product with the features is added to the number
     (Miyato & Koyama 2018, https://arxiv.org/abs/1802.05637).
@@ -95,7 +105,10 @@ class Critic(nn.Module):
         stages: list[nn.Module] = []
         inputs = config.channels
         for width in config.widths:
-            stages += [nn.Conv2d(inputs, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            stages.append(nn.Conv2d(inputs, width, 4, stride=2, padding=1))
+            if config.critic_norm == "layer" and inputs != config.channels:
+                stages.append(nn.GroupNorm(1, width))
+            stages.append(nn.LeakyReLU(0.2))
             inputs = width
         self.features = nn.Sequential(*stages, nn.Flatten())
         num_features = inputs * config.base_size**2

@@ -36,6 +36,7 @@ def test_defaults_are_below_the_file_and_the_file_below_the_command_line(tmp_pat
         (["--optim.lrr", "1"], "there is no option --optim.lrr, did you mean optim.lr?"),
         (["--learning_rate", "1"], "there is no option --learning_rate"),
         (["--optim.lr"], "argument --optim.lr: expected one argument"),
+        (["--parallel.static_graph", "true"], "option --parallel.static_graph is refused"),
     ],
 )
 def test_a_wrong_option_is_named(arguments: list[str], sentence: str) -> None:
@@ -62,7 +63,10 @@ def test_a_wrong_option_is_named(arguments: list[str], sentence: str) -> None:
         ("gpt", {"parallel.precision": "fp16", "parallel.strategy": "deepspeed"}, ["parallel.precision fp16", "bf16"]),
         ("gpt", {"compile": True, "parallel.strategy": "deepspeed", "parallel.zero_stage": 3}, ["compile", "stage 3", "--compile false"]),
         ("gan", {"compile": True}, ["compile", "penalty"]),
-        ("gan", {"parallel.strategy": "deepspeed"}, ["parallel.strategy is deepspeed", "ddp"]),
+        ("gan", {"parallel.strategy": "deepspeed", "parallel.zero_stage": 3}, ["parallel.zero_stage is 3", "penalty", "use 0, 1 or 2"]),
+        ("gan", {"model.critic_norm": "batch"}, ["model.critic_norm batch", "penalty", "layer or none"]),
+        ("gan", {"model.norm": "batch", "batch.global_size": 32, "batch.micro_size": 8}, ["4 micro-batches", "--batch.micro_size 32"]),
+        ("gan", {"parallel.static_graph": True}, ["parallel.static_graph is refused", "without an error"]),
     ],
 )
 def test_a_wrong_value_is_named(kind: str, values: dict[str, object], parts: list[str]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.dcgan import Critic, DcganConfig, Generator
+from models.norm import GlobalBatchNorm
 
 CONFIGS = [
     DcganConfig(image_size=size, channels=channels, latent_dim=16, width=4, num_classes=classes)
@@ -45,8 +46,38 @@ def test_a_picture_does_not_depend_on_its_company(net: str, num_classes: int) ->
     assert torch.equal(module.eval()(inputs, labels), together)
 
 
+def test_global_batch_norm_in_one_process_is_torchs() -> None:
+    torch.manual_seed(0)
+    ours, theirs = GlobalBatchNorm(3).double(), nn.BatchNorm2d(3).double()
+    for _ in range(3):
+        inputs = 2 + 3 * torch.randn(4, 3, 5, 5, dtype=torch.float64)
+        one, two = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
+        made, expected = ours(one), theirs(two)
+        assert torch.allclose(made, expected, atol=1e-12)
+        weights = torch.randn_like(made)
+        (made * weights).sum().backward()
+        (expected * weights).sum().backward()
+        assert torch.allclose(one.grad, two.grad, atol=1e-12)  # type: ignore[arg-type]
+    assert torch.allclose(ours.running_mean, theirs.running_mean, atol=1e-12)  # type: ignore[arg-type]
+    assert torch.allclose(ours.running_var, theirs.running_var, atol=1e-12)  # type: ignore[arg-type]
+    assert torch.allclose(ours.eval()(inputs), theirs.eval()(inputs), atol=1e-12)
+
+
+def test_norms_are_where_they_are_asked_for() -> None:
+    config = DcganConfig(width=4, latent_dim=16, norm="batch", critic_norm="layer")
+    assert sum(isinstance(module, GlobalBatchNorm) for module in Generator(config).modules()) == 3
+    assert sum(isinstance(module, nn.GroupNorm) for module in Critic(config).modules()) == 2
+    assert not any(isinstance(module, nn.GroupNorm) for module in Generator(config).modules())
+    served = Generator(config).eval()
+    latents = torch.randn(4, 16)
+    alone = torch.cat([served(latents[i : i + 1]) for i in range(4)])
+    assert torch.allclose(served(latents), alone, atol=1e-6), "served, a picture does not depend on its company"
+    with pytest.raises(ValueError, match=r"norm is group or batch and critic_norm none or layer"):
+        DcganConfig(critic_norm="batch")
+
+
 def test_the_critic_has_no_sigmoid_and_no_batch_norm() -> None:
-    forbidden = (nn.Sigmoid, nn.Tanh, nn.BatchNorm2d, nn.SyncBatchNorm)
+    forbidden = (nn.Sigmoid, nn.Tanh, nn.BatchNorm2d, nn.SyncBatchNorm, GlobalBatchNorm)
     for config in CONFIGS:
         assert not [module for module in Critic(config).modules() if isinstance(module, forbidden)]
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
-"""The WGAN-GP objective against values worked out by hand."""
+"""The objectives and penalties against values worked out by hand."""
 
 import math
 
 import pytest
 import torch
 
-from models.losses import gradient_penalty, interpolate, wasserstein_critic_loss, wasserstein_generator_loss
+from models.losses import OBJECTIVES, gradient_penalty, interpolate, r1_penalty, wasserstein_critic_loss, wasserstein_generator_loss
 
 
 def linear(weight: torch.Tensor):  # type: ignore[no-untyped-def]
@@ -23,6 +23,70 @@ def test_the_critic_loss_pulls_real_up_and_fake_down() -> None:
     wasserstein_critic_loss(real, fake).backward()
     assert torch.equal(real.grad, torch.full((4,), -0.25))  # type: ignore[arg-type]
     assert torch.equal(fake.grad, torch.full((4,), 0.25))  # type: ignore[arg-type]
+
+
+REAL, FAKE = torch.tensor([1.0, 3.0, -0.5]), torch.tensor([-2.0, 0.0, 0.5])
+BY_HAND = {  # the critic's loss of REAL and FAKE, the generator's of FAKE
+    "wgan-gp": (-0.5 - 3.5 / 3, 0.5),
+    "lsgan": ((0 + 4 + 2.25) / 6 + (4 + 0 + 0.25) / 6, (9 + 1 + 0.25) / 6),
+    "hinge": ((0 + 0 + 1.5) / 3 + (0 + 1 + 1.5) / 3, 0.5),
+    "non-saturating": (
+        sum(math.log1p(math.exp(-x)) for x in (1, 3, -0.5)) / 3 + sum(math.log1p(math.exp(x)) for x in (-2, 0, 0.5)) / 3,
+        sum(math.log1p(math.exp(-x)) for x in (-2, 0, 0.5)) / 3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_by_hand(name: str) -> None:
+    objective = OBJECTIVES[name]
+    assert (objective.critic_loss(REAL, FAKE).item(), objective.generator_loss(FAKE).item()) == pytest.approx(BY_HAND[name])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_critic_learns_to_tell_and_a_generator_to_please_it(name: str) -> None:
+    real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+    OBJECTIVES[name].critic_loss(real, fake).backward()
+    assert (real.grad < 0).all()  # type: ignore[operator]  # a higher score of a real picture is a smaller loss
+    assert (fake.grad >= 0).all()  # type: ignore[operator]
+    pleased = torch.full((4,), 0.5, requires_grad=True)
+    OBJECTIVES[name].generator_loss(pleased).backward()
+    assert (pleased.grad < 0).all()  # type: ignore[operator]
+
+
+def test_r1_by_hand() -> None:
+    """A linear critic's gradient is its weight everywhere: here of norm 5, so 25 / 2, and the derivative is w."""
+    weight = torch.tensor([3.0, 4.0, 0.0, 0.0]).view(1, 2, 2).requires_grad_()
+    penalty = r1_penalty(linear(weight), torch.rand(6, 1, 2, 2))
+    penalty.backward()
+    assert penalty.item() == pytest.approx(12.5)
+    assert torch.allclose(weight.grad, weight.detach())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("wgan-gp", 0.25), *((name, 0.5) for name in OBJECTIVES if name != "wgan-gp")])
+def test_where_the_penalty_looks(name: str, expected: float) -> None:
+    """The critic |x|^2 / 2 has the gradient x. wgan-gp looks halfway between 1 and 0, R1 at the real picture, of norm 1."""
+    real, fake = torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
+    real[:, 0, 0, 0] = 1.0
+    penalty = OBJECTIVES[name].penalty(lambda images: images.flatten(1).square().sum(dim=1) / 2, real, fake, torch.full((2,), 0.5))
+    assert penalty.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("penalty", [gradient_penalty, r1_penalty])
+def test_penalties_are_computed_in_fp32_under_autocast(penalty) -> None:  # type: ignore[no-untyped-def]
+    layer = torch.nn.Linear(4, 1)
+    points = torch.rand(5, 1, 2, 2)
+    seen = []
+
+    def critic(images: torch.Tensor) -> torch.Tensor:
+        scores = layer(images.flatten(1)).squeeze(1)
+        seen.append(scores.dtype)
+        return scores
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = penalty(critic, points)
+    assert seen == [torch.float32]
+    assert torch.equal(inside, penalty(critic, points))
 
 
 def test_penalty_of_a_linear_critic() -> None:
@@ -55,8 +119,7 @@ def test_interpolation_mixes_each_picture_by_itself() -> None:
     real, fake = torch.ones(3, 1, 2, 2, requires_grad=True), torch.zeros(3, 1, 2, 2, requires_grad=True)
     points = interpolate(real, fake, torch.tensor([0.0, 0.25, 1.0]))
     assert torch.equal(points.detach(), torch.tensor([0.0, 0.25, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2))
-    assert points.is_leaf
-    assert points.requires_grad
+    assert not points.requires_grad  # neither net is to learn by way of the points
 
 
 def test_penalty_stays_in_float32_under_autocast() -> None:

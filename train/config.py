@@ -25,6 +25,15 @@ def _integer(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
+def _no_batch_norm(value: Any) -> Any:
+    if value == "batch":
+        raise ValueError(
+            "model.critic_norm batch: a critic's score of one picture would depend on the others beside it, "
+            "and the gradient penalty is a statement about each alone; use layer or none"
+        )
+    return value
+
+
 class Section(BaseModel):
     """A part of the config; unknown keys are refused and docstrings below fields become their help."""
 
@@ -251,15 +260,32 @@ class GanModel(Section):
     """Channels at the finest resolution; they double with each halving of it."""
     conditional: bool = False
     """Generator and critic are told the class."""
+    norm: Literal["group", "batch"] = "group"
+    """The generator's: group normalises each picture by itself, batch by the statistics of the global batch."""
+    critic_norm: Annotated[Literal["none", "layer"], BeforeValidator(_no_batch_norm)] = "none"
+    """layer: each picture's features are normalised by themselves."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """The averaged generator, which is sampled, judged and exported, keeps this share of itself at each step."""
 
 
+# The paper's of WGAN-GP; the others' R1 holds their critics back just enough (measured: docs/gan.md).
+PENALTY_WEIGHTS = {"wgan-gp": 10.0, "lsgan": 1.0, "hinge": 1.0, "non-saturating": 1.0}
+
+
 class GanObjective(Section):
+    objective: Literal["wgan-gp", "lsgan", "hinge", "non-saturating"] = "wgan-gp"
+    """What critic and generator minimise."""
     critic_steps: Positive = 5
     """Critic updates before each generator update."""
-    penalty_weight: Annotated[float, Field(ge=0)] = 10.0
-    """Weight of the gradient penalty."""
+    penalty_weight: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the critic's gradient penalty (wgan-gp: between real and fake pictures; the others: R1); by default 10 for wgan-gp, else 1."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """What happens when the generator is seen to collapse: a warning, or the end of the run too."""
+
+    @property
+    def weight(self) -> float:
+        """The penalty's weight, resolved."""
+        return PENALTY_WEIGHTS[self.objective] if self.penalty_weight is None else self.penalty_weight
 
 
 class GanOptim(Section):
@@ -270,11 +296,19 @@ class GanOptim(Section):
     beta2: Fraction = 0.9
 
 
+class Quality(Section):
+    samples: Annotated[int, Field(ge=2)] = 2000
+    """Pictures judged: generated ones against as many held-out ones, as far as there are."""
+    inception: str | None = None
+    """A file with Inception's weights (pt_inception-2015-12-05-6726825d.pth), to have the FID too; needs the extra `inception`."""
+
+
 class GanConfig(Base):
     data: ImageData = ImageData()
     model: GanModel = GanModel()
     gan: GanObjective = GanObjective()
     optim: GanOptim = GanOptim()
+    quality: Quality = Quality()
 
     @property
     def kind(self) -> str:
@@ -282,16 +316,30 @@ class GanConfig(Base):
 
     @model_validator(mode="after")
     def _what_a_gan_bears(self) -> "GanConfig":
+        parallel = self.parallel
         if self.compile:
             raise ValueError("compile: torch.compile can't differentiate the critic's penalty twice; leave it false for a GAN")
-        if self.parallel.strategy != "ddp":
-            raise ValueError("parallel.strategy is deepspeed, and the GAN trains with ddp: its nets are small enough to be replicated")
+        if parallel.strategy == "deepspeed" and parallel.zero_stage == 3:
+            raise ValueError(
+                "parallel.zero_stage is 3, whose parameters are scattered again before the critic's penalty is differentiated twice; use 0, 1 or 2"
+            )
+        if self.model.norm == "batch" and self.accumulation > 1:
+            raise ValueError(
+                f"model.norm batch takes its statistics from the global batch, which {self.accumulation} micro-batches a step would split: "
+                f"use --batch.micro_size {self.batch.global_size // parallel.workers}, or --model.norm group"
+            )
         return self
 
 
 Config = GptConfig | GanConfig
 KINDS: dict[str, type[GptConfig] | type[GanConfig]] = {"gpt": GptConfig, "gan": GanConfig}
 Model = TypeVar("Model", bound=Base)
+
+
+# What DDP and others offer and we refuse to: said where a bare "there is no key" would send one searching.
+REFUSED = {
+    "parallel.static_graph": "DDP would plan the exchange of gradients at the first step, and leaves out part of a critic's whose penalty is differentiated twice, without an error",
+}
 
 
 def keys(model: type[BaseModel], above: str = "") -> list[str]:
@@ -314,6 +362,10 @@ def nearest(key: str, valid: list[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
+def _no_such(what: str, key: str, valid: list[str]) -> str:
+    return f"{what} {key} is refused: {REFUSED[key]}" if key in REFUSED else f"there is no {what} {key}{nearest(key, valid)}"
+
+
 def build(model: type[Model], values: dict[str, Any], where: str) -> Model:
     """The validated config.
 
@@ -326,7 +378,7 @@ def build(model: type[Model], values: dict[str, Any], where: str) -> Model:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
         if problem["type"] == "extra_forbidden":
-            raise ValueError(f"{where}: there is no key {key}{nearest(key, keys(model))}") from None
+            raise ValueError(f"{where}: {_no_such('key', key, keys(model))}") from None
         message = problem["msg"].removeprefix("Value error, ")
         raise ValueError(
             f"{where}: {message}" if problem["type"] == "value_error" else f"{where}: {key} is {problem['input']!r}: {message}"
@@ -392,7 +444,7 @@ def parse(kind: str, arguments: list[str]) -> dict[str, Any]:
     for argument in arguments:
         name = argument.split("=", 1)[0].removeprefix("--")
         if argument.startswith("--") and name not in [*valid, *model.model_fields, "help"]:
-            raise ValueError(f"there is no option --{name}{nearest(name, valid)}")
+            raise ValueError(_no_such("option", name, valid).replace(f" {name}", f" --{name}", 1))
     command_line = type("CommandLine", (BaseSettings, model), {})
     try:
         return CliSettingsSource(command_line, cli_prog_name=f"python -m train {kind}", cli_parse_args=arguments, cli_exit_on_error=False)()

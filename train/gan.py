@@ -1,4 +1,4 @@
-"""Trains a WGAN-GP DCGAN with Ray Train: `python -m train gan --config gan-tiny`."""
+"""Trains a DCGAN with Ray Train, as a WGAN-GP or by another objective: `python -m train gan --config gan-tiny`."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from models.dcgan import Critic, DcganConfig, Generator
-from models.losses import gradient_penalty, interpolate, wasserstein_critic_loss, wasserstein_generator_loss
+from models.losses import OBJECTIVES
 from train import images, quality
 from train.config import GanConfig
 from train.dataset import fetch
 from train.launch import Worker
 from train.metrics import Meter, finite
 from train.order import Order, positions, rng
-from train.strategy import Average, State, Strategy
+from train.strategy import Average, Learner, State, Strategy
 
 CRITIC, GENERATOR, SAMPLES, JUDGED = 2, 3, 4, 5  # purposes of random draws: what sets their keys apart
 GRID_ROWS, GRID_COLUMNS = 10, 10
@@ -29,21 +29,19 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     folder = fetch(worker.dataset)
     pictures = images.Pictures(folder, "train", config.data.size, config.data.horizontal_flip)
     heldout = images.Pictures(folder, "heldout", config.data.size)
-    gan = Gan(config, shape(config, pictures.meta), strategy)
+    step, saved = start or (0, None)
+    gan = Gan(config, shape(config, pictures.meta), strategy, saved)
     judge = partial(quality.judge, partial(gan.like, pictures), pictures, heldout)
-    step = 0
-    if start is not None:
-        step, state = start
-        gan.restore(state)
 
     gan.rehearse(pictures)
     meter = Meter("images_per_s", config.gan.critic_steps * config.batch.global_size)
     final: dict[str, Any] = {}
+    figures: dict[str, Tensor] = {}
     while step < config.steps:
-        for turn in range(config.gan.critic_steps):
+        while gan.turn < config.gan.critic_steps:
             with meter.waiting("data"):
-                batches = gan.critic_batches(step * config.gan.critic_steps + turn, pictures)
-            figures = gan.update_critic(batches)
+                batches = gan.critic_batches(gan.critic_updates, pictures)
+            figures |= gan.update_critic(batches)
         worker.reached("update", step + 1)
         figures |= gan.update_generator(gan.generator_batches(step))
         gan.average.update(step)
@@ -85,6 +83,8 @@ def shape(config: GanConfig, dataset: dict[str, Any]) -> DcganConfig:
         latent_dim=config.model.latent_dim,
         width=config.model.width,
         num_classes=len(dataset["classes"]) if config.model.conditional else 0,
+        norm=config.model.norm,
+        critic_norm=config.model.critic_norm,
     )
 
 
@@ -103,38 +103,48 @@ class Gan:
 
     Critic and generator updates leave the same parameters at any number of workers: losses are means over the
     global batch, and every draw is a function of (seed, global position, purpose).
+
+    Args:
+        saved: the state of a checkpoint to go on from.
+
+    Attributes:
+        critic_updates: how many there have been; the next one's real pictures follow from it.
+        turn: how many of them since the generator's last update: where in the cadence the run is.
     """
 
-    def __init__(self, config: GanConfig, shape: DcganConfig, strategy: Strategy) -> None:
+    def __init__(self, config: GanConfig, shape: DcganConfig, strategy: Strategy, saved: State | None = None) -> None:
         self.config, self.shape, self.strategy = config, shape, strategy
+        self.objective = OBJECTIVES[config.gan.objective]
         torch.manual_seed(config.run.seed)
-        generator, critic = Generator(shape).to(strategy.device), Critic(shape).to(strategy.device)
-        self.generator = strategy.learner("generator", generator, self._adam(generator, config.optim.lr))
-        self.critic = strategy.learner("critic", critic, self._adam(critic, config.optim.critic_lr or config.optim.lr))
-        self.average = Average(self.generator, config.model.ema_decay)
+        generator, critic = Generator(shape), Critic(shape)
+        self.generator = self._learner("generator", generator, config.optim.lr, saved)
+        self.critic = self._learner("critic", critic, config.optim.critic_lr or config.optim.lr, saved)
+        self.average = Average(self.generator, config.model.ema_decay, saved)
+        progress = saved["gan_progress"] if saved is not None else {"critic_updates": 0, "turn": 0}
+        self.critic_updates, self.turn = progress["critic_updates"], progress["turn"]
 
-    def _adam(self, net: nn.Module, lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(net.parameters(), lr, (self.config.optim.beta1, self.config.optim.beta2), fused=True)
+    def _learner(self, name: str, net: nn.Module, lr: float, saved: State | None) -> Learner:
+        net.to(self.strategy.device)
+        if saved is not None:
+            net.load_state_dict(dict(saved[name]))  # before DeepSpeed takes its copies
+        optimizer = torch.optim.Adam(net.parameters(), lr, (self.config.optim.beta1, self.config.optim.beta2), fused=True)
+        return self.strategy.learner(name, net, optimizer, saved=saved)
 
     # ------------------------------------------------------------ updates
 
     def update_critic(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """One step of the critic over this worker's micro-batches; the means of their losses."""
+        """One step of the critic over this worker's micro-batches; the means of what it minimises and of its scores."""
         self.critic.core.requires_grad_(True)
-        distances, penalties = [], []
+        found = []
         for number, batch in enumerate(batches):
             with self.critic.accumulating(number, len(batches)):
-                loss, penalty = self._critic_losses(batch)
-                self.critic.backward(loss + self.config.gan.penalty_weight * penalty)
-            distances.append(-loss.detach())
-            penalties.append(penalty.detach())
+                loss, figures = self._critic_loss(batch)
+                self.critic.backward(loss)
+            found.append({"critic_loss": loss, **figures})
         self.critic.step()
-        distance, penalty = torch.stack(distances).mean(), torch.stack(penalties).mean()
-        return {
-            "critic_loss": self.config.gan.penalty_weight * penalty - distance,
-            "gradient_penalty": penalty,
-            "wasserstein_distance": distance,
-        }
+        self.critic_updates += 1
+        self.turn += 1
+        return {tag: torch.stack([figures[tag].detach() for figures in found]).mean() for tag in found[0]}
 
     def update_generator(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One step of the generator over this worker's micro-batches; the mean of their losses."""
@@ -146,17 +156,18 @@ class Gan:
                 self.generator.backward(loss)
             losses.append(loss.detach())
         self.generator.step()
+        self.turn = 0
         return {"generator_loss": torch.stack(losses).mean()}
 
     def rehearse(self, pictures: images.Pictures) -> None:
         """What a process does before its first step: see `Learner.rehearse`."""
         batch = self.critic_batches(0, pictures)[0]
-        self.critic.rehearse(lambda: torch.stack(self._critic_losses(batch)).sum())
+        self.critic.rehearse(lambda: self._critic_loss(batch)[0])
         self.critic.core.requires_grad_(False)
         self.generator.rehearse(lambda: self._generator_loss(batch))
 
-    def _critic_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The Wasserstein loss and the gradient penalty of a micro-batch."""
+    def _critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the critic minimises over a micro-batch, penalty included, and the figures behind it."""
         assert batch.real is not None
         assert batch.mix is not None
         # Three forwards and one backward: DDP exchanges gradients once, when all of them have come together.
@@ -164,13 +175,21 @@ class Gan:
             with torch.no_grad():
                 fake = self.generator.core(batch.latents, batch.labels).to(batch.real.dtype)
             real_scores, fake_scores = (self.critic(pictures, batch.labels).to(batch.real.dtype) for pictures in (batch.real, fake))
-        penalty = gradient_penalty(partial(self.critic, labels=batch.labels), interpolate(batch.real, fake, batch.mix))
-        return wasserstein_critic_loss(real_scores, fake_scores), penalty
+        loss = self.objective.critic_loss(real_scores, fake_scores)
+        figures = {"real_score": real_scores.mean(), "fake_score": fake_scores.mean()}
+        if self.config.gan.objective == "wgan-gp":
+            figures["wasserstein_distance"] = figures["real_score"] - figures["fake_score"]
+        if self.config.gan.weight:
+            # Past the wrapper, whose hooks (DeepSpeed's) would take the inner differentiation for the backward.
+            critic = partial(self.critic.core, labels=batch.labels)
+            figures["gradient_penalty"] = self.objective.penalty(critic, batch.real, fake, batch.mix)
+            loss = loss + self.config.gan.weight * figures["gradient_penalty"]
+        return loss, figures
 
     def _generator_loss(self, batch: Batch) -> Tensor:
         with self.strategy.autocast():
             scores = self.critic.core(self.generator(batch.latents, batch.labels), batch.labels)
-        return wasserstein_generator_loss(scores.to(batch.latents.dtype))
+        return self.objective.generator_loss(scores.to(batch.latents.dtype))
 
     # ------------------------------------------------------------ batches, by position
 
@@ -230,16 +249,14 @@ class Gan:
 
     def _averaged(self, batch: Batch) -> Tensor:
         with self.average.applied():
-            return self.generator.core(batch.latents, batch.labels)
+            self.generator.core.eval()
+            pictures = self.generator.core(batch.latents, batch.labels)
+            self.generator.core.train()
+        return pictures
 
     # ------------------------------------------------------------ checkpoints
 
     def state(self) -> State:
-        """All that a resumed run needs, as `restore` takes it."""
-        return {**self.generator.state(), **self.average.state(), **self.critic.state()}
-
-    def restore(self, state: State) -> None:
-        for learner in (self.generator, self.critic):
-            learner.core.load_state_dict(dict(state[learner.name]))
-            learner.restore(state)
-        self.average.restore(state)
+        """All that a resumed run needs, as the constructor takes it, after any update of either net."""
+        cadence = {"gan_progress": {"critic_updates": self.critic_updates, "turn": self.turn}}
+        return {**self.generator.state(), **self.average.state(), **self.critic.state(), **cadence}

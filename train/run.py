@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10
 STALE_S = 60  # a driver on another machine that has not been heard of for this long is dead
-# What may differ between the parts of one run: it changes neither the samples nor the mathematics.
+# What may differ between the parts of one run: it changes neither the samples nor, but for how often a critic steps, the mathematics.
 FREE: tuple[str, ...] = (
     "run.name",
     "run.resume",
@@ -42,6 +42,9 @@ FREE: tuple[str, ...] = (
     "checkpoint.",
     "log.",
     "sample.",
+    "quality.",
+    "gan.critic_steps",
+    "gan.on_collapse",
     "batch.micro_size",
     "steps",
     "compile",

@@ -101,6 +101,14 @@ class Strategy:
             dist.all_reduce(total)
         return total.tolist()
 
+    def of_first(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What rank 0 makes, on every worker; the others wait."""
+        found = [make() if self.rank == 0 else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(found, device=self.device)
+        assert found[0] is not None
+        return found[0]
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -170,8 +178,12 @@ class Learner:
         decides in which order an element is summed: a resumed run would differ from an uninterrupted one in the last bits.
         """
         if isinstance(self.module, DistributedDataParallel) and self.strategy.world_size > 2:
+            kept = [buffer.clone() for buffer in self.core.buffers()]
             loss().backward()
             self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, value in zip(self.core.buffers(), kept, strict=True):
+                    buffer.copy_(value)
 
     def step(self) -> torch.Tensor | None:
         """One update and gradients cleared; the gradient's norm before it was clipped (None where clip is None).
@@ -218,7 +230,8 @@ class Learner:
     def restore(self, saved: State) -> None:
         """Goes on from what `state` gave, at any number of workers and with any backend; the weights are there already."""
         progress = saved[f"{self.name}_progress"]
-        self._set_moments(saved[f"{self.name}_optimizer"], progress["updates"])
+        if progress["updates"]:  # else there are no moments yet: fp16 has left out every update so far, or it is the other net's turn
+            self._set_moments(saved[f"{self.name}_optimizer"], progress["updates"])
         if self.scaler is not None:
             self.scaler.load_state_dict(progress["scaler"])
 
@@ -243,8 +256,6 @@ class Learner:
         return {f"{key}/{name}": state[p][key] for name, p in self.core.named_parameters() if p in state for key in MOMENTS}
 
     def _set_moments(self, saved: Any, updates: int) -> None:
-        if not updates:
-            return  # fp16 has left out every one so far
         for name, parameter in self.core.named_parameters():
             self.optimizer.state[parameter] = adam_state(parameter, updates)
             for key in MOMENTS:
@@ -268,7 +279,7 @@ class Ddp(Strategy):
 
 
 class Average:
-    """The moving average of a learner's weights, spread like them.
+    """The moving average of a learner's weights, spread like them, and of its running statistics (BatchNorm's), which belong to them.
 
     It forgets faster at first (TensorFlow's `num_updates` rule), so that it is not held back by the initial weights.
     """
@@ -276,6 +287,7 @@ class Average:
     def __init__(self, learner: Learner, decay: float, saved: State | None = None) -> None:
         self.learner, self.decay, self.part = learner, decay, f"{learner.name}_ema"
         self.values = {name: value.clone() for name, value in learner.local().items()}
+        self.buffers = {name: value.clone() for name, value in learner.core.named_buffers() if value.is_floating_point()}
         if saved is not None:
             self.restore(saved)
 
@@ -283,8 +295,8 @@ class Average:
     def update(self, step: int) -> None:
         """After step `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in self.learner.local().items():
-            self.values[name].lerp_(value, 1 - decay)
+        for value, average in self._pairs():
+            average.lerp_(value, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -297,17 +309,26 @@ class Average:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for name, value in self.learner.local().items():
+        for value, average in self._pairs():
             kept = value.clone()
-            value.copy_(self.values[name])
-            self.values[name].copy_(kept)
+            value.copy_(average)
+            average.copy_(kept)
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each of the learner's tensors and its average."""
+        for name, value in self.learner.local().items():
+            yield value, self.values[name]
+        for name, average in self.buffers.items():
+            yield self.learner.core.get_buffer(name), average
 
     def state(self) -> State:
-        return {self.part: self.learner.spread(self.values)}
+        return {self.part: self.learner.spread(self.values) | self.buffers}
 
     def restore(self, saved: State) -> None:
         for name, value in self.values.items():
             value.copy_(self.learner.share(name, saved[self.part][name]))
+        for name, value in self.buffers.items():
+            value.copy_(saved[self.part][name])
 
 
 def build(config: Config, device: torch.device | None = None) -> Strategy:

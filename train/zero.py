@@ -128,6 +128,8 @@ class _SpreadOptimizer(_Engine):
 
     def _moments(self) -> dict[str, torch.Tensor | Fragment]:
         found: dict[str, torch.Tensor | Fragment] = {}
+        if not self._updates():
+            return found
         for name, parameter, flat, place in self._owned():
             here, whole = place.hp_fragment_address, place.lp_fragment_address
             for key in MOMENTS:
