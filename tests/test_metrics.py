@@ -1,4 +1,4 @@
-"""What people watch: the meter, the recorder, its copy in Weights & Biases, the report."""
+"""What people watch: the meter, the recorder, its copy in Weights & Biases."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from models import gpt, storage
-from train import flops, metrics, mirror, report
+from train import flops, metrics, mirror
 from train.metrics import Meter, Recorder
 
 WANDB = {"mode": "offline", "project": "kiln", "name": "watched", "config": {"optim": {"lr": 0.1}}}
@@ -172,6 +172,29 @@ def test_rows_come_back_bit_for_bit_and_a_resume_drops_what_came_after_it(tmp_pa
     assert [start["step"] for start in metrics.starts(str(tmp_path))] == [0, 3]
     Recorder(str(tmp_path), start=3).close()
     assert [start["step"] for start in metrics.starts(str(tmp_path))] == [0, 3, 3]
+
+
+def test_an_alarm_is_recorded_and_said_and_a_resume_drops_those_beyond_it(tmp_path: Path, warned: list[str]) -> None:
+    recorder = Recorder(str(tmp_path))
+    assert metrics.alarms(str(tmp_path)) == [], "somebody looks, and there is nothing"
+    recorder.alarm(2, "collapse", "heldout_recall fell")
+    recorder.alarm(4, "critic has won", "it is always right")
+    recorder.close()
+    assert warned == ["collapse at step 2: heldout_recall fell", "critic has won at step 4: it is always right"]
+    Recorder(str(tmp_path), start=3).close()
+    assert metrics.alarms(str(tmp_path)) == [{"step": 2, "kind": "collapse", "sentence": "heldout_recall fell"}]
+    storage.delete(str(tmp_path / "alarms.jsonl"))
+    assert metrics.alarms(str(tmp_path)) is None, "a run of an older version: nobody looked"
+    metrics.Silent().alarm(1, "collapse", "nobody hears it")
+
+
+def test_a_remote_run_keeps_its_alarms_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "local_path", lambda uri: None)
+    for start, step in [(0, 1), (1, 2)]:
+        recorder = Recorder(str(tmp_path), start)
+        recorder.alarm(step, "divergence", f"of step {step}")
+        recorder.close()
+    assert [alarm["sentence"] for alarm in metrics.alarms(str(tmp_path)) or []] == ["of step 1", "of step 2"]
 
 
 # ---------------------------------------------------------------- Weights & Biases
@@ -346,50 +369,3 @@ def test_online_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match=r"does not let us in \(WANDB_API_KEY invalid: .*\): check WANDB_API_KEY"):
         mirror.check_wandb("online")
     assert services() == []
-
-
-# ---------------------------------------------------------------- the report
-
-
-def test_the_report_says_where_time_went_and_how_often_the_run_was_resumed(tmp_path: Path) -> None:
-    for start, stop in [(0, 4), (2, 6)]:
-        recorder = Recorder(str(tmp_path), start)
-        for step in range(start + 1, stop + 1):
-            recorder.scalars(step, {"loss": 1 / step, "grad_norm": 1.0, "lr": 0.1, "tokens_per_s": 5.0})
-        recorder.text(stop, "text", f"written at step {stop}")
-        recorder.close()
-    spent = {"train_s": 1234.56, "data_s": 2.5, "eval_s": 3.0, "checkpoint_s": 0.25}
-    summary = {
-        "run": "watched",
-        "kind": "gpt",
-        "steps": 6,
-        "workers": 1,
-        "seconds": 9.9,
-        "dataset": "d",
-        "resumed_from": 2,
-        "metrics": {"loss": 1 / 6, "mfu": 0.4, **spent},
-    }
-    report.write(str(tmp_path), summary)
-    page = (tmp_path / "report.md").read_text()
-    assert "Time: 1,234.6 s training, 2.5 s of it waiting for data, 3.0 s evaluation, 0.2 s blocked by checkpoints." in page
-    assert "Resumed 1 time(s):\n\n- from step 2 at 2" in page
-    assert "| mfu | 0.4 |" in page
-    assert "| train_s" not in page
-    assert "written at step 6" in page
-
-    summary["metrics"] = {"loss": 1 / 6}
-    storage.delete(str(tmp_path / "starts.jsonl"))  # a run of an older version
-    report.write(str(tmp_path), summary)
-    page = (tmp_path / "report.md").read_text()
-    assert "Time:" not in page
-    assert "Resumed" not in page
-
-
-def test_panels_stand_in_rows_of_three(tmp_path: Path) -> None:
-    from PIL import Image
-
-    rows = [{"step": step, "loss": 1.0, "tokens_per_s": 5.0, "grad_norm": 1.0, "lr": 0.1} for step in range(1, 4)]
-    (tmp_path / "four.png").write_bytes(report.curves(rows, "gpt", "four panels"))
-    (tmp_path / "one.png").write_bytes(report.curves([{"step": 1, "loss": 1.0}], "gpt", "one panel"))
-    four, one = Image.open(tmp_path / "four.png"), Image.open(tmp_path / "one.png")
-    assert (four.width, four.height) == (3 * one.width, pytest.approx(2 * one.height, abs=2))

@@ -101,7 +101,7 @@ def curves(rows: list[dict[str, float]], kind: str, title: str, alarms: Sequence
         axes = figure.add_subplot(rows_of_panels, min(len(panels), COLUMNS), place)
         _panel(axes, rows, tags, fit=kind == "gan")
         for alarm in alarms:
-            axes.axvline(alarm["step"], color=ALARM_COLOURS[alarm["kind"]], linewidth=1, zorder=1)
+            axes.axvline(alarm["step"], color=ALARM_COLOURS[alarm["kind"]], linewidth=1.5, zorder=1)
         axes.set_xlabel("step")
         axes.set_title(label, fontsize=10)
     if kinds := sorted({alarm["kind"] for alarm in alarms}):
@@ -154,6 +154,8 @@ def _head(uri: str, summary: dict[str, Any]) -> list[str]:
         f"{summary['steps']} steps on {summary['workers']} worker(s) in {summary['seconds']} s, data {summary['dataset']}.",
         "",
     ]
+    if "failed" in summary:
+        lines = [*lines[:2], f"**It did not reach its {summary['steps']} steps.** {summary['failed']}.", ""]
     if summary["resumed_from"]:
         lines += [f"Went on from step {summary['resumed_from']}; the seconds are those of this part.", ""]
     lines += _starts(metrics.starts(uri))

@@ -1,0 +1,260 @@
+"""A run's page: what it says, what it leaves out, and that its pictures show what they should."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from models import storage
+from train import pictures, report
+from train.metrics import Recorder
+
+CLASSES = ["Ankle boot", "Bag"]
+QUALITY = {
+    "heldout_frechet_distance": 1.25,
+    "heldout_frechet_distance_floor": 0.014,
+    "heldout_kid": 0.0301,
+    "heldout_kid_floor": -0.0003,
+    "heldout_kid_spread": 0.002,
+    "heldout_precision": 0.88,
+    "heldout_precision_floor": 0.955,
+    "heldout_recall": 0.51,
+    "heldout_recall_floor": 0.96,
+    "heldout_density": 0.9,
+    "heldout_density_floor": 1.015,
+    "heldout_coverage": 0.8,
+    "heldout_coverage_floor": 0.97,
+    "heldout_modes": 9.0,
+    "heldout_modes_floor": 10.0,
+    "heldout_mode_kl": 0.04,
+    "heldout_mode_kl_floor": 0.004,
+    "heldout_sliced_wasserstein": 0.04,
+    "heldout_sliced_wasserstein_floor": 0.03,
+    "heldout_samples": 1000.0,
+}
+
+
+def summary_of(kind: str, **figures: float) -> dict[str, Any]:
+    return {
+        "run": "watched",
+        "kind": kind,
+        "steps": 400,
+        "workers": 2,
+        "seconds": 9.9,
+        "dataset": "d",
+        "resumed_from": 0,
+        "metrics": {"critic_loss": -1.5, "train_s": 8.0, **figures},
+    }
+
+
+def sheet(level: int) -> np.ndarray:
+    """A grid of two classes: row r is of level + 50 r."""
+    levels = torch.tensor([level + 50 * row for row in range(2) for _ in range(pictures.GRID_COLUMNS)]) / 127.5 - 1
+    return pictures.grid(levels.view(-1, 1, 1, 1).expand(-1, 1, 28, 28), pictures.GRID_COLUMNS)
+
+
+def record(run: str, dataset: Path, steps: tuple[int, ...] = (100, 200, 400)) -> Recorder:
+    """A GAN's run up to its summary."""
+    recorder = Recorder(run)
+    for step in steps:
+        recorder.scalars(step, {"critic_loss": -100 / step, "generator_loss": 2.0, "wasserstein_distance": 1.0, "gradient_penalty": 0.1})
+        recorder.scalars(step, {**QUALITY, "heldout_recall": step / 800})
+        recorder.image(step, "pictures", sheet(step // 8))
+        recorder.image(step, "interpolation", sheet(0))
+    recorder.image(steps[0], "real", sheet(180))
+    storage.write_bytes(storage.join(run, "run.yaml"), yaml.safe_dump({"model": {"conditional": True}}).encode())
+    storage.write_json(dataset / "dataset.json", {"classes": CLASSES})
+    extractor = {"sha256": "ab" * 32, "accuracy": 0.913, "task": "classes", "uri": "there"}
+    storage.write_json(storage.join(run, "lineage.json"), {"dataset": {"uri": str(dataset)}, "extractor": extractor})
+    return recorder
+
+
+def opened(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+
+def shown(film: np.ndarray) -> list[list[int]]:
+    """The levels of each column of a film of two classes at 28 pixels, from top to bottom."""
+    pitch = 2 * 28 + pictures.GUTTER
+    columns = [film[:, pictures.MARGIN + number * pitch + pitch // 2, 0] for number in range(2)]
+    return [[int(level) for level, count in zip(*np.unique(column, return_counts=True), strict=True) if count == 56] for column in columns]
+
+
+# ---------------------------------------------------------------- a GAN's page
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_gan_s_page_has_all_that_was_recorded(tmp_path: Path, remote: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if remote:
+        monkeypatch.setattr(storage, "local_path", lambda uri: None)
+    folder = tmp_path / "run"
+    run = f"file://{folder}" if remote else str(folder)
+    recorder = record(run, tmp_path / "data")
+    recorder.alarm(200, "collapse", "heldout_recall fell from 0.5 to 0.1")
+    recorder.close()
+    report.write(run, summary_of("gan", **QUALITY))
+    page = (folder / "report.md").read_text()
+    assert "- step 200, **collapse**: heldout_recall fell from 0.5 to 0.1" in page
+    assert "No alarms." not in page
+    assert "1,000 generated pictures against as many held-out real ones" in page
+    assert f"an extractor trained on classes, 91.3% right, sha256 `{'ab' * 32}`" in page
+    for line in (
+        "| Frechet distance | 1.25 | 0.014 | lower |",
+        "| KID | 0.0301 ± 0.002 | -0.0003 | lower |",
+        "| recall | 0.51 | 0.96 | higher |",
+        "| coverage | 0.8 | 0.97 | higher |",
+        "| modes | 9 | 10 | higher |",
+        "| critic_loss | -1.5 |",
+    ):
+        assert line in page.splitlines(), line
+    assert "heldout_" not in page.split("## Curves")[1], "said above, in words"
+    assert "| generated, step 400 | real |" in page
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert set(links) == {f"samples/{name}" for name in ("pictures_000400.png", "real_000100.png", "interpolation_000400.png")} | {
+        "film.png",
+        "curves.png",
+    }
+    assert not [link for link in links if not (folder / link).is_file()]
+    assert shown(opened(folder / "film.png")) == [[12, 25, 50, 180], [62, 75, 100, 230]]
+
+
+def test_no_alarms_is_said_only_where_somebody_looked(tmp_path: Path) -> None:
+    record(str(tmp_path / "run"), tmp_path / "data").close()
+    report.write(str(tmp_path / "run"), summary_of("gan"))
+    assert "## Alarms\n\nNo alarms.\n" in (tmp_path / "run" / "report.md").read_text()
+    (tmp_path / "run" / "alarms.jsonl").unlink()
+    report.write(str(tmp_path / "run"), summary_of("gan"))
+    assert "larms" not in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_what_an_older_run_lacks_is_left_out(tmp_path: Path) -> None:
+    """One grid, one number: no real pictures, no walks, no extractor, no names, a data set that is gone."""
+    recorder = Recorder(str(tmp_path))
+    recorder.scalars(400, {"critic_loss": -1.5, "heldout_sliced_wasserstein": 0.04})
+    recorder.image(400, "pictures", sheet(100))
+    recorder.close()
+    for name in ("alarms.jsonl", "starts.jsonl"):
+        (tmp_path / name).unlink()
+    old = summary_of("gan", heldout_sliced_wasserstein=0.04)
+    for lineage, config in [(None, None), ({"dataset": {"uri": str(tmp_path / "gone")}, "commit": None}, {"model": {"conditional": True}})]:
+        if lineage and config:
+            storage.write_json(tmp_path / "lineage.json", lineage)
+            (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        report.write(str(tmp_path), old)
+        page = (tmp_path / "report.md").read_text()
+        assert "![film](film.png)" in page
+        assert "| sliced Wasserstein distance of the pixels | 0.04 |  | lower |" in page
+        assert "| generated, step 400 |\n" in page
+        assert not [word for word in ("real.", "| real |", "latents, step", "extractor", "larms") if word in page]
+    assert shown(opened(tmp_path / "film.png")) == [[100], [150]], "a column a class, though nobody knows the names"
+
+
+def test_a_run_without_a_single_picture_has_a_page(tmp_path: Path) -> None:
+    recorder = Recorder(str(tmp_path))
+    recorder.scalars(1, {"critic_loss": 1.0})
+    recorder.close()
+    report.write(str(tmp_path), summary_of("gan"))
+    assert not (tmp_path / "film.png").exists()
+    assert "film" not in (tmp_path / "report.md").read_text()
+
+
+# ---------------------------------------------------------------- curves
+
+
+def reddish(png: bytes) -> int:
+    """How many pixels are more red than anything else."""
+    red, *others = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int).transpose(2, 0, 1)
+    return int((red - np.maximum(*others) > 60).sum())
+
+
+def test_alarms_are_lines_in_every_panel() -> None:
+    rows = [{"step": step, "critic_loss": 1.0 / step, "wasserstein_distance": 1.0} for step in range(1, 40)]
+    alarm = {"step": 20, "kind": "collapse", "sentence": "of recall"}
+    without, one, two = (reddish(report.curves(rows, "gan", "r", alarms)) for alarms in ([], [alarm], [alarm, {**alarm, "step": 30}]))
+    assert without == 0
+    assert one > 2 * 100, "a hundred pixels and more in each of two panels"
+    assert two > 1.5 * one
+
+
+def test_a_floor_is_dashed_and_a_spread_a_band() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    rows = [{"step": step, "heldout_kid": 1.0 / step, "heldout_kid_floor": 0.1, "heldout_kid_spread": 0.5} for step in (1, 2, 3)]
+    report._panel(axes, rows, ["heldout_kid"], fit=True)
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "--"]
+    assert axes.lines[0].get_color() == axes.lines[1].get_color()
+    assert np.allclose(axes.lines[1].get_ydata(), 0.1)
+    (band,) = axes.collections
+    heights = np.array(band.get_paths()[0].vertices)[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((1 / 3 - 0.5, 1.5))
+
+
+def test_a_wild_curve_leaves_the_rest_visible() -> None:
+    """What has diverged is drawn too: 2e9 beside 3, and NaN."""
+    from matplotlib.figure import Figure
+
+    wild = [3.0, -2.0, 4.0, 2e9, float("nan"), 5.0]
+    axes = Figure().add_subplot()
+    report._panel(axes, [{"step": step, "critic_loss": value} for step, value in enumerate(wild)], ["critic_loss"], fit=True)
+    assert axes.get_yscale() == "symlog"
+    report.curves([{"step": 1, "critic_loss": float("nan")}], "gan", "nothing to see")
+    tame = Figure().add_subplot()
+    report._panel(
+        tame, [{"step": step, "critic_loss": value} for step, value in enumerate([-15.0, -3.0, -2.0, -1.0])], ["critic_loss"], True
+    )
+    assert tame.get_yscale() == "linear"
+
+
+# ---------------------------------------------------------------- a GPT's page, and what both have
+
+
+def test_the_report_says_where_time_went_and_how_often_the_run_was_resumed(tmp_path: Path) -> None:
+    for start, stop in [(0, 4), (2, 6)]:
+        recorder = Recorder(str(tmp_path), start)
+        for step in range(start + 1, stop + 1):
+            recorder.scalars(step, {"loss": 1 / step, "grad_norm": 1.0, "lr": 0.1, "tokens_per_s": 5.0})
+        recorder.text(stop, "text", f"written at step {stop}")
+        recorder.close()
+    spent = {"train_s": 1234.56, "data_s": 2.5, "eval_s": 3.0, "checkpoint_s": 0.25}
+    summary = {
+        "run": "watched",
+        "kind": "gpt",
+        "steps": 6,
+        "workers": 1,
+        "seconds": 9.9,
+        "dataset": "d",
+        "resumed_from": 2,
+        "metrics": {"loss": 1 / 6, "mfu": 0.4, **spent},
+    }
+    report.write(str(tmp_path), summary)
+    page = (tmp_path / "report.md").read_text()
+    assert "Time: 1,234.6 s training, 2.5 s of it waiting for data, 3.0 s evaluation, 0.2 s blocked by checkpoints." in page
+    assert "Resumed 1 time(s):\n\n- from step 2 at 2" in page
+    assert "| mfu | 0.4 |" in page
+    assert "| train_s" not in page
+    assert "written at step 6" in page
+    assert "larms" not in page
+
+    summary["metrics"] = {"loss": 1 / 6}
+    storage.delete(str(tmp_path / "starts.jsonl"))  # a run of an older version
+    report.write(str(tmp_path), summary)
+    page = (tmp_path / "report.md").read_text()
+    assert "Time:" not in page
+    assert "Resumed" not in page
+
+
+def test_panels_stand_in_rows_of_three(tmp_path: Path) -> None:
+    from PIL import Image
+
+    rows = [{"step": step, "loss": 1.0, "tokens_per_s": 5.0, "grad_norm": 1.0, "lr": 0.1} for step in range(1, 4)]
+    (tmp_path / "four.png").write_bytes(report.curves(rows, "gpt", "four panels"))
+    (tmp_path / "one.png").write_bytes(report.curves([{"step": 1, "loss": 1.0}], "gpt", "one panel"))
+    four, one = Image.open(tmp_path / "four.png"), Image.open(tmp_path / "one.png")
+    assert (four.width, four.height) == (3 * one.width, pytest.approx(2 * one.height, abs=2))
