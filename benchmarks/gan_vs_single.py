@@ -1,11 +1,11 @@
 """What two workers gain a GAN beside what one would write by hand: a WGAN-GP loop in one process, with a DataLoader.
 
-    python benchmarks/gan_vs_single.py [--rounds 4] [--steps 120]
+    python benchmarks/gan_vs_single.py [--rounds 4] [--steps 350]
 
 Both train the demo's GAN (gan-demo) on the same pictures for as many generator steps, in turn, in one run: ours on Ray with two
 workers of one thread, the other with two threads of torch. Nets, losses, critic steps, batch size and optimizers are the same.
-The figure is images a second once both run steadily, ours over theirs, round by round (each with a seed of its own), and the
-held-out sliced Wasserstein distance of both at the end, of generators averaged by the same rule.
+The figure is images a second once both run steadily, ours over theirs, round by round (each with a seed of its own), and how good
+the pictures of both are at the end, of generators averaged by the same rule and judged alike.
 """
 
 import argparse
@@ -34,17 +34,17 @@ from models import cli  # noqa: E402  # needs the path above
 from models.dcgan import Critic, Generator  # noqa: E402
 from models.losses import gradient_penalty, interpolate, wasserstein_critic_loss, wasserstein_generator_loss  # noqa: E402
 from train import config as configs  # noqa: E402
-from train import images, quality  # noqa: E402
+from train import extractor, images, quality  # noqa: E402
 from train.gan import shape  # noqa: E402
 
+SHOWN = {"frechet_distance": 3, "kid": 4, "recall": 2, "coverage": 2}  # of the figures of quality, with so many digits
 LOG_EVERY = WARM_UP = 10  # generator steps; the clock counts after WARM_UP: allocator, caches, the first exchange of gradients
 
 
 @dataclass(frozen=True)
 class Trained:
     images_per_s: float  # real pictures that the critic has seen
-    distance: float  # held-out sliced Wasserstein
-    floor: float  # the same of real pictures
+    quality: dict[str, float]  # what `train.quality.Judge` finds
 
 
 def demo() -> configs.GanConfig:
@@ -56,7 +56,7 @@ def demo() -> configs.GanConfig:
 # ---- one process
 
 
-def single(folder: Path, seed: int, steps: int) -> Trained:
+def single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
     """The loop as the tutorials have it, on the data set prepared in `folder`."""
     config = demo()
     torch.set_num_threads(config.parallel.workers)
@@ -90,7 +90,8 @@ def single(folder: Path, seed: int, steps: int) -> Trained:
         return average(torch.randn(len(indices), sizes.latent_dim), torch.from_numpy(pictures.labels[indices]))
 
     images_per_s = (steps - WARM_UP) * config.gan.critic_steps * config.batch.global_size / seconds
-    return trained(images_per_s, quality.judge(like, pictures, heldout))
+    judge = quality.Judge(pictures, heldout, extractor.load(judged_by, "cpu"), config.quality.samples, "cpu")
+    return Trained(images_per_s, judge(like))
 
 
 def critic_step(
@@ -124,8 +125,8 @@ def moved(decay: float, slow: Tensor, fast: Tensor, num_averaged: Tensor) -> Ten
 # ---- both, as commands
 
 
-def by_single(folder: Path, seed: int, steps: int) -> Trained:
-    command = [sys.executable, __file__, "--single", str(folder), "--seed", str(seed), "--steps", str(steps)]
+def by_single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
+    command = [sys.executable, __file__, "--single", str(folder), "--extractor", judged_by, "--seed", str(seed), "--steps", str(steps)]
     printed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     return Trained(**json.loads(printed.splitlines()[-1]))
 
@@ -141,11 +142,7 @@ def by_us(storage: Path, seed: int, steps: int) -> Trained:
     rows = [json.loads(line) for line in (storage / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     steady = [row["images_per_s"] for row in rows if row["step"] > WARM_UP and "critic_loss" in row]
     summary = json.loads((storage / "runs" / name / "summary.json").read_text())
-    return trained(statistics.harmonic_mean(steady), summary["metrics"])
-
-
-def trained(images_per_s: float, judged: dict[str, float]) -> Trained:
-    return Trained(images_per_s, judged["heldout_sliced_wasserstein"], judged["heldout_sliced_wasserstein_floor"])
+    return Trained(statistics.harmonic_mean(steady), summary["metrics"])
 
 
 # ---- the comparison
@@ -155,42 +152,46 @@ def row(pairs: list[tuple[Trained, Trained]], steps: int) -> str:
     """The row for BENCHMARKS.md, from (ours, theirs) of each round."""
     ratios = [ours.images_per_s / theirs.images_per_s for ours, theirs in pairs]
     ours, theirs = (
-        f"{statistics.median(side.images_per_s for side in column):,.0f} images/s, distance {spread([side.distance for side in column], 4)}"
+        f"{statistics.median(side.images_per_s for side in column):,.0f} images/s, {figures([side.quality for side in column])}"
         for column in zip(*pairs, strict=True)
     )
-    floor = f"distance of real pictures {pairs[0][0].floor:.4f}"
+    floor = ", ".join(f"{name} {pairs[0][0].quality[f'heldout_{name}_floor']:.{digits}f}" for name, digits in SHOWN.items())
     workers = demo().parallel.workers
-    name = f"train gan-demo, {workers} workers, {steps} steps ({floor})"
+    name = f"train gan-demo, {workers} workers, {steps} steps (real pictures: {floor})"
     return f"| {name} | {ours} | one process, {workers} threads: {theirs} | {spread(ratios, 2)} |"
+
+
+def figures(judged: list[dict[str, float]]) -> str:
+    return ", ".join(f"{name} {spread([one[f'heldout_{name}'] for one in judged], digits)}" for name, digits in SHOWN.items())
 
 
 def spread(values: list[float], digits: int) -> str:
     """The median, and from where to where."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def main(argv: list[str]) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=4)
-    options.add_argument("--steps", type=int, default=120, help="generator steps")
+    options.add_argument("--steps", type=int, default=350, help="generator steps")
     options.add_argument("--single", type=Path, help=argparse.SUPPRESS)
+    options.add_argument("--extractor", help=argparse.SUPPRESS)
     options.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     given = options.parse_args(argv)
     if given.steps <= WARM_UP or given.steps % LOG_EVERY:
         raise ValueError(f"--steps is {given.steps}: use a multiple of {LOG_EVERY} above {WARM_UP}")
     if given.single:
-        print(json.dumps(asdict(single(given.single, given.seed, given.steps))))
+        print(json.dumps(asdict(single(given.single, given.extractor, given.seed, given.steps))))
         return 0
     config, pairs = demo(), []
     with tempfile.TemporaryDirectory() as storage:
         folder = Path(images.prepare(config.data, storage, config.model.conditional))
+        judged_by = extractor.prepare(config, str(folder))
         for seed in range(given.rounds):
-            pairs.append((by_us(Path(storage), seed, given.steps), by_single(folder, seed, given.steps)))
-            print(
-                f"round {seed}: raykiln {pairs[-1][0].images_per_s:,.0f} images/s, distance {pairs[-1][0].distance:.4f}; "
-                f"one process {pairs[-1][1].images_per_s:,.0f} images/s, distance {pairs[-1][1].distance:.4f}",
-                flush=True,
-            )
+            pairs.append((by_us(Path(storage), seed, given.steps), by_single(folder, judged_by, seed, given.steps)))
+            for who, side in zip(("raykiln", "one process"), pairs[-1], strict=True):
+                print(f"round {seed}: {who} {side.images_per_s:,.0f} images/s, {figures([side.quality])}", flush=True)
     print(row(pairs, given.steps))
     return 0
 

@@ -168,8 +168,7 @@ class Demo:
             "seconds": round(seconds, 1),
             "legs_s": self.legs,
             "heldout_bits_per_byte": measured["gpt"]["heldout_bits_per_byte"],
-            "heldout_sliced_wasserstein": measured["gan"]["heldout_sliced_wasserstein"],
-            "heldout_sliced_wasserstein_floor": measured["gan"]["heldout_sliced_wasserstein_floor"],
+            **{tag: measured["gan"][tag] for tag in ("heldout_frechet_distance", "heldout_frechet_distance_floor", "heldout_recall")},
             "train_tokens_per_s": measured["gpt"]["tokens_per_s"],
             "train_images_per_s": measured["gan"]["images_per_s"],
             "served_tokens_per_s": answers["tokens_per_s"],
@@ -193,10 +192,10 @@ class Demo:
             table.add_row(leg, f"{seconds:.0f} s")
         table.add_section()
         table.add_row("held-out text", f"{summary['heldout_bits_per_byte']:.2f} bits a byte (four plays it never saw)")
-        floor = summary["heldout_sliced_wasserstein_floor"]
         table.add_row(
             "held-out pictures",
-            f"{summary['heldout_sliced_wasserstein']:.3f} sliced Wasserstein distance ({floor:.3f} between real and real)",
+            f"Frechet distance {summary['heldout_frechet_distance']:.2f} ({summary['heldout_frechet_distance_floor']:.2f} between real and real), "
+            f"recall {summary['heldout_recall']:.2f}",
         )
         table.add_row("training", f"{summary['train_tokens_per_s']:,.0f} tokens/s, {summary['train_images_per_s']:,.0f} images/s")
         table.add_row(

@@ -119,4 +119,4 @@ def test_a_generator_is_rebuilt_from_its_arguments() -> None:
 )
 def test_a_shape_that_cannot_be_is_refused(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):
-        DcganConfig(**{field: value})
+        DcganConfig(**{field: value})  # type: ignore[arg-type]

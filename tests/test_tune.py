@@ -325,7 +325,7 @@ def test_a_gan_search_ends_in_a_config_that_trains_and_curves_that_compare(comma
     search = tmp_path / "searches" / "g"
     trials = rows(search)
     assert len(trials) == 2
-    best = min(trials, key=lambda row: float(row["heldout_sliced_wasserstein"]))
+    best = min(trials, key=lambda row: float(row["heldout_frechet_distance"]))
     written = yaml.safe_load((search / "best.yaml").read_text())
     assert written["optim"]["critic_lr"] == float(best["optim.critic_lr"])
     assert written["gan"]["critic_steps"] == int(best["gan.critic_steps"])
@@ -337,5 +337,5 @@ def test_a_gan_search_ends_in_a_config_that_trains_and_curves_that_compare(comma
 
     curves = EventAccumulator(str(search / best["run"]))
     curves.Reload()
-    assert "ray/tune/heldout_sliced_wasserstein" in curves.Tags()["scalars"]
+    assert "ray/tune/heldout_frechet_distance" in curves.Tags()["scalars"]
     assert "hparams" in {metadata.plugin_data.plugin_name for metadata in curves.summary_metadata.values()}

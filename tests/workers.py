@@ -30,12 +30,16 @@ class Kept(metrics.Silent):
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self.texts: list[str] = []
+        self.alarms: list[tuple[int, str, str]] = []
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.rows.append({"step": step, **values})
 
     def text(self, step: int, tag: str, content: str) -> None:
         self.texts.append(content)
+
+    def alarm(self, step: int, kind: str, sentence: str) -> None:
+        self.alarms.append((step, kind, sentence))
 
 
 def spawn(world_size: int, function: Callable[..., None], *args: Any) -> None:

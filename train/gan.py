@@ -1,26 +1,31 @@
 """Trains a DCGAN with Ray Train, as a WGAN-GP or by another objective: `python -m train gan --config gan-tiny`."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from models.dcgan import Critic, DcganConfig, Generator
 from models.losses import OBJECTIVES
-from train import images, quality
+from train import extractor, images
+from train.alarms import Alarm, Alarms
 from train.config import GanConfig
 from train.dataset import fetch
 from train.launch import Worker
-from train.metrics import Meter, finite
+from train.metrics import Meter, Silent, finite
 from train.order import Order, positions, rng
-from train.strategy import Average, Learner, State, Strategy
+from train.pictures import GRID_COLUMNS, GRID_ROWS, grid, interpolations
+from train.quality import Judge
+from train.strategy import Average, Halt, Learner, State, Strategy
 
 CRITIC, GENERATOR, SAMPLES, JUDGED = 2, 3, 4, 5  # purposes of random draws: what sets their keys apart
-GRID_ROWS, GRID_COLUMNS = 10, 10
+BEST = "heldout_frechet_distance"  # what tells one checkpoint's pictures from another's: the smaller the better
 
 
 def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
@@ -28,10 +33,10 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     config, strategy, recorder = worker.config, worker.strategy, worker.recorder
     folder = fetch(worker.dataset)
     pictures = images.Pictures(folder, "train", config.data.size, config.data.horizontal_flip)
-    heldout = images.Pictures(folder, "heldout", config.data.size)
     step, saved = start or (0, None)
     gan = Gan(config, shape(config, pictures.meta), strategy, saved)
-    judge = partial(quality.judge, partial(gan.like, pictures), pictures, heldout)
+    alarms = Alarms(config.gan.objective, saved["alarms"] if saved else None)
+    judge = _judge(worker, gan, pictures, folder)
 
     gan.rehearse(pictures)
     meter = Meter("images_per_s", config.gan.critic_steps * config.batch.global_size)
@@ -50,28 +55,55 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
 
         last = step == config.steps
         if worker.measures_at(step):
-            measured = finite(strategy.mean({tag: float(value) for tag, value in figures.items()}), step)
-            recorder.scalars(step, {**measured, **meter.read()})
+            measured = strategy.mean({tag: float(value) for tag, value in figures.items()})
+            _say(worker, alarms.measured(step, measured))
+            recorder.scalars(step, {**finite(measured, step), **meter.read()})
         with meter.paused():
             judged: dict[str, float] = {}
             if step % config.log.eval_every == 0 or last:
                 with meter.waiting("eval"):
-                    judged = finite(judge(), step)
-                recorder.scalars(step, judged)
+                    judged = strategy.of_first(judge)
+                recorder.scalars(step, finite(judged, step))
+                _say(worker, alarms.judged(step, judged))
                 final = {**judged, **measured}
                 worker.report({"step": step, **final, **meter.total()})
             if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
                 with meter.waiting("sample"):
-                    recorder.image(step, "pictures", gan.grid())
+                    gan.draw(recorder, step, pictures)
             if worker.saves_at(step, bool(judged)):
                 recorder.flush()  # a run resumed from here has its curves up to here
                 with meter.waiting("checkpoint"):
-                    worker.checkpoints.save(step, gan.state(), judged.get("heldout_sliced_wasserstein"))
+                    worker.checkpoints.save(step, gan.state() | {"alarms": alarms.state()}, judged.get(BEST))
     with meter.waiting("checkpoint"):
         worker.checkpoints.join()
     strategy.barrier()
     # Interrupted between its last checkpoint and its end: nothing is left to train, and still to be judged.
-    return (final or judge()) | meter.total()
+    return (final or strategy.of_first(judge)) | meter.total()
+
+
+def _judge(worker: Worker, gan: "Gan", pictures: images.Pictures, folder: Path) -> Callable[[], dict[str, float]]:
+    """What judges the averaged generator, on rank 0."""
+    config, device = worker.config, worker.strategy.device
+    heldout = images.Pictures(folder, "heldout", config.data.size)
+
+    @functools.cache
+    def judge() -> Judge:
+        return Judge(pictures, heldout, extractor.load(worker.extractor, device), config.quality.samples, device, config.quality.inception)
+
+    return lambda: judge()(partial(gan.like, pictures))
+
+
+def _say(worker: Worker, alarms: list[Alarm]) -> None:
+    """Puts down what was seen.
+
+    Raises:
+        Halt: the generator collapses, and the run is to end then.
+    """
+    for alarm in alarms:
+        worker.recorder.alarm(alarm.step, alarm.kind, alarm.sentence)
+    for alarm in alarms:
+        if alarm.kind == "collapse" and worker.config.gan.on_collapse == "stop":
+            raise Halt(f"collapse at step {alarm.step} (gan.on_collapse is stop): {alarm.sentence}")
 
 
 def shape(config: GanConfig, dataset: dict[str, Any]) -> DcganConfig:
@@ -235,17 +267,40 @@ class Gan:
             batch.labels = torch.from_numpy(pictures.labels[indices]).to(self.strategy.device)
         return self._averaged(batch)
 
+    def draw(self, recorder: Silent, step: int, pictures: images.Pictures) -> None:
+        """What the averaged generator makes of latents that never change, walks between some of them, and real pictures once."""
+        recorder.image(step, "pictures", self.grid())
+        recorder.image(step, "interpolation", self.walks())
+        if step == min(self.config.log.sample_every, self.config.steps):
+            recorder.image(step, "real", self.real(pictures))
+
     @torch.no_grad()
     def grid(self) -> np.ndarray:
-        """(H, W, 3) uint8 from latents that never change; a conditional generator makes one row a class, one latent a column."""
-        count = GRID_COLUMNS * GRID_ROWS
-        batch = self._noise(SAMPLES, np.arange(count))
+        """(H, W, 3) uint8; a conditional generator makes one row a class, one latent a column."""
+        batch = self._noise(SAMPLES, np.arange(GRID_COLUMNS * GRID_ROWS))
         if self.shape.num_classes:
-            count = GRID_COLUMNS * min(GRID_ROWS, self.shape.num_classes)
-            batch.latents = batch.latents[torch.arange(count) % GRID_COLUMNS]
-            batch.labels = torch.arange(count, device=self.strategy.device) // GRID_COLUMNS
-        made = make_grid(self._averaged(batch), nrow=GRID_COLUMNS, normalize=True, value_range=(-1, 1))
-        return (made * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            batch.labels = torch.arange(min(GRID_ROWS, self.shape.num_classes), device=self.strategy.device).repeat_interleave(GRID_COLUMNS)
+            batch.latents = batch.latents[:GRID_COLUMNS].repeat(len(batch.labels) // GRID_COLUMNS, 1)
+        return grid(self._averaged(batch), GRID_COLUMNS)
+
+    @torch.no_grad()
+    def walks(self) -> np.ndarray:
+        """(H, W, 3) uint8: each row from one latent to the next, of one class where there are classes."""
+        batch = self._noise(SAMPLES, np.arange(GRID_ROWS))
+        batch.latents = interpolations(batch.latents, GRID_COLUMNS)
+        if self.shape.num_classes:
+            classes = torch.arange(GRID_ROWS, device=self.strategy.device) % self.shape.num_classes
+            batch.labels = classes.repeat_interleave(GRID_COLUMNS)
+        return grid(self._averaged(batch), GRID_COLUMNS)
+
+    def real(self, pictures: images.Pictures) -> np.ndarray:
+        """(H, W, 3) uint8: real pictures, laid out as `grid`'s."""
+        chosen = rng(self.config.run.seed, SAMPLES).permutation(len(pictures))
+        if self.shape.num_classes and pictures.labels is not None:
+            labels = pictures.labels[chosen]
+            rows = [chosen[labels == label][:GRID_COLUMNS] for label in range(min(GRID_ROWS, self.shape.num_classes))]
+            chosen = np.concatenate([np.resize(row, GRID_COLUMNS) for row in rows])  # a rare class's pictures again and again
+        return grid(torch.from_numpy(pictures.centred(chosen[: GRID_COLUMNS * GRID_ROWS])), GRID_COLUMNS)
 
     def _averaged(self, batch: Batch) -> Tensor:
         with self.average.applied():

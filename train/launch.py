@@ -34,6 +34,7 @@ class Worker:
     checkpoints: Checkpointer
     recorder: metrics.Silent
     dataset: str
+    extractor: str = ""  # a GAN's, by which its pictures are judged (see train/extractor.py)
     reached: Callable[[str, int], None] = lambda moment, step: None  # see train/faults.py
 
     def measures_at(self, step: int) -> bool:
@@ -84,32 +85,42 @@ def fit(
     with open_run(config, root, stem or config.kind) as run:
         say = (lambda *_: None) if quiet else print
         say(f"run {run.name}: " + (f"goes on from step {run.start}" if run.start else "starts") + f", in {run.uri}")
-        if summary := _complete(config, run):
+        if finished := _complete(config, run):
             say(f"it has all its {config.steps} steps: nothing to do (more --steps, or another --run.name)")
-            return summary
+            return finished
         private = connect()
         _refuse_impossible(config, private)
         begun = time.monotonic()
         dataset = prepare(config, root)
         say(f"data: {dataset} ({time.monotonic() - begun:.1f} s)")
-        _describe(run, dataset)
         _refuse_misfit(config, dataset)
+        judge = judged_by(config, dataset, say)
+        _describe(run, dataset, judge)
         begun = time.monotonic()
-        with metrics.watch(run.name, config.steps, _SPEED[config.kind], quiet) as feed:
-            final = _train(config, run, dataset, feed, callbacks or [], plan or [], sabotage)
-        summary = {
-            "run": run.name,
-            "kind": config.kind,
-            "steps": config.steps,
-            "workers": config.parallel.workers,
-            "seconds": round(time.monotonic() - begun, 1),
-            "dataset": dataset.rsplit("/", 1)[-1],
-            "resumed_from": int(metrics.starts(run.uri)[-1]["step"]),
-            "metrics": final,
-        }
-        storage.write_json(storage.join(run.uri, "summary.json"), summary)
-        report.write(run.uri, summary)
-        return summary
+
+        def summary(final: dict[str, Any]) -> dict[str, Any]:
+            return {
+                "run": run.name,
+                "kind": config.kind,
+                "steps": config.steps,
+                "workers": config.parallel.workers,
+                "seconds": round(time.monotonic() - begun, 1),
+                "dataset": dataset.rsplit("/", 1)[-1],
+                "resumed_from": int(metrics.starts(run.uri)[-1]["step"]),
+                "metrics": final,
+            }
+
+        try:
+            with metrics.watch(run.name, config.steps, _SPEED[config.kind], quiet) as feed:
+                final = _train(config, run, dataset, judge, feed, callbacks or [], plan or [], sabotage)
+        except TrainingFailed as failure:
+            with suppress(OSError):  # it may be the disk that is full
+                report.write(run.uri, summary({}) | {"failed": str(failure)})
+            raise
+        done = summary(final)
+        storage.write_json(storage.join(run.uri, "summary.json"), done)
+        report.write(run.uri, done)
+        return done
 
 
 def _complete(config: Config, run: Run) -> dict[str, Any] | None:
@@ -152,25 +163,37 @@ def _refuse_impossible(config: Config, private: bool) -> None:
         print(f"{sentence}: waiting for nodes to join", flush=True)
 
 
-def _describe(run: Run, dataset: str) -> None:
-    """Writes down the lineage that a bundle will carry: the data set and the commit.
+def judged_by(config: Config, dataset: str, say: Callable[..., None] = print) -> str:
+    """The URI of what a GAN's pictures are judged by, trained if it is not there yet."""
+    if isinstance(config, GptConfig):
+        return ""
+    from train import extractor
+
+    return extractor.prepare(config, dataset, say)
+
+
+def _describe(run: Run, dataset: str, judge: str) -> None:
+    """Writes down the lineage that a bundle will carry: the data set, the commit, and what judged a GAN's pictures.
 
     Raises:
         ValueError: the run goes on, and its data are not those that it was begun with.
     """
     place = storage.join(run.uri, "lineage.json")
     facts = storage.read_json(storage.join(dataset, "dataset.json"))
+    lineage = {"dataset": {"name": facts["name"], "fingerprint": facts["fingerprint"], "uri": dataset}, "commit": _commit()}
     if run.start and storage.exists(place):
-        before = storage.read_json(place)["dataset"]["fingerprint"]
+        lineage = storage.read_json(place)
+        before = lineage["dataset"]["fingerprint"]
         if before != facts["fingerprint"]:
             raise ValueError(
                 f"run {run.name} was begun on data {before}, and data.source now gives {facts['fingerprint']}: "
                 "its files, or how they are prepared, have changed; restore them, or use another --run.name"
             )
-        return
-    storage.write_json(
-        place, {"dataset": {"name": facts["name"], "fingerprint": facts["fingerprint"], "uri": dataset}, "commit": _commit()}
-    )
+    if judge:
+        from train import extractor
+
+        lineage["extractor"] = extractor.facts(judge)
+    storage.write_json(place, lineage)
 
 
 def _commit() -> str | None:
@@ -191,7 +214,7 @@ def _refuse_misfit(config: Config, dataset: str) -> None:
 
 
 def _train(
-    config: Config, run: Run, dataset: str, feed: Any, callbacks: list[Any], plan: list[faults.Fault], sabotage: str | None
+    config: Config, run: Run, dataset: str, judge: str, feed: Any, callbacks: list[Any], plan: list[faults.Fault], sabotage: str | None
 ) -> dict[str, Any]:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -206,6 +229,7 @@ def _train(
         "start": run.start,
         "token": run.token,
         "dataset": dataset,
+        "extractor": judge,
         "feed": feed,
         "faults": [asdict(fault) for fault in plan],
         "sabotage": sabotage,
@@ -274,7 +298,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
             start = start[0], state
         recorder = _recorder(payload, spread, start)
         try:
-            return loop(Worker(config, spread, checkpoints, recorder, payload["dataset"], reached), start)
+            return loop(Worker(config, spread, checkpoints, recorder, payload["dataset"], payload["extractor"], reached), start)
         finally:
             recorder.close()
     except Halt as sentence:

@@ -28,7 +28,7 @@ from tune import results
 from tune import space as spaces
 from tune.table import Progress
 
-METRICS = {"gpt": "heldout_bits_per_byte", "gan": "heldout_sliced_wasserstein"}  # both: the smaller the better
+METRICS = {"gpt": "heldout_bits_per_byte", "gan": "heldout_frechet_distance"}  # both: the smaller the better
 DRIVER = {"node:__internal_head__": 0.001}  # on the head, which outlives spot nodes; Tune wants some resource to be named
 JUDGEMENTS = 8  # a trial's results; after 1, 2 and 4 of them the worse half is stopped
 
@@ -110,7 +110,7 @@ def search(plan: Plan, root: str) -> dict[str, Any]:
     with _cluster() as private:
         num_trials = at_once(plan, ray.nodes(), private)
         # Once, before trials would race for it.
-        launch.prepare(plan.config({}), root)
+        launch.judged_by(plan.config({}), launch.prepare(plan.config({}), root))
         storage.write_json(storage.join(uri, "search.json"), plan.record())
         tuner = _tuner(plan, root, uri, num_trials)
         try:
