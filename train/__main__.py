@@ -1,4 +1,4 @@
-"""`python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--KEY VALUE ...]` and `python -m train verify-resume|export`."""
+"""`python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--KEY VALUE ...]` and `python -m train verify-resume|export|extractor`."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ from train import config as configs
 USAGE = """usage: python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--debug] [--KEY VALUE ...]
        python -m train verify-resume gpt|gan [--steps N] [--kills LIST] [--config NAME|FILE] [--storage URI] [--KEY VALUE ...]
        python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--storage URI]
+       python -m train extractor [--config NAME|FILE] [--storage URI] [--KEY VALUE ...]
 
 `python -m train gpt --help` lists the keys. Presets: {presets}"""
 
@@ -35,8 +36,10 @@ def main(argv: list[str]) -> int:
         return verify.command(rest)
     if command == "export":
         return export(rest)
-    near = configs.nearest(command, [*configs.KINDS, "verify-resume", "export"])
-    raise ValueError(f"there is no command {command!r}{near}: use gpt, gan, verify-resume or export")
+    if command == "extractor":
+        return extractor(rest)
+    near = configs.nearest(command, [*configs.KINDS, "verify-resume", "export", "extractor"])
+    raise ValueError(f"there is no command {command!r}{near}: use gpt, gan, verify-resume, export or extractor")
 
 
 def train(kind: str, argv: list[str]) -> int:
@@ -101,6 +104,22 @@ def export(argv: list[str]) -> int:
     print(
         f"exported {done.name}/{done.version}: {done.uri} (ONNX differs from torch by at most {parity['max_abs_diff']:.1e}, {parity['tolerance']:.0e} allowed)"
     )
+    return 0
+
+
+def extractor(argv: list[str]) -> int:
+    """Trains or finds the extractor of a GAN config's data."""
+    options = argparse.ArgumentParser(prog="python -m train extractor", add_help=False, allow_abbrev=False)
+    options.add_argument("--config")
+    options.add_argument("--storage", default=cli.storage_default())
+    given, rest = options.parse_known_args(argv)
+    config = configs.load("gan", given.config, configs.parse("gan", rest))
+    assert isinstance(config, configs.GanConfig)
+
+    from train import extractor as extractors
+    from train import images
+
+    extractors.prepare(config, images.prepare(config.data, given.storage, config.model.conditional))
     return 0
 
 

@@ -86,7 +86,7 @@ def prepare(config: GanConfig, dataset: str, say: Callable[[str], None] = print)
     if found is None:
         say(f"extractor: training on {meta['splits']['train']['pictures']:,} pictures, once for this data set")
         found = _train_on_cluster(config, dataset)
-    say(f"extractor: {describe(read(found)[1])}: {found}")
+    say(f"extractor {found[-24:-12]}: {describe(read(found)[1])}: {found}")
     return found
 
 
@@ -121,7 +121,8 @@ def _refuse_too_few(splits: dict[str, dict[str, int]], dataset: str) -> None:
 def pack(extractor: Extractor, card: Card) -> bytes:
     """An extractor's file: safetensors with its config and card in the header."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in extractor.state_dict().items()}
-    return save(tensors, {"config": json.dumps(asdict(extractor.config)), "card": json.dumps(asdict(card))})
+    about = {"config": asdict(extractor.config), "card": asdict(card)}
+    return save(tensors, {"extractor": json.dumps(about)})  # one key: safetensors would shuffle several
 
 
 def publish(content: bytes, dataset: str, size: int) -> str:
@@ -164,10 +165,11 @@ def unpack(content: bytes, where: str) -> tuple[Extractor, Card]:
     """
     try:
         tensors = parse(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        extractor = Extractor(ExtractorConfig(**json.loads(header["config"])))
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = json.loads(header["__metadata__"]["extractor"])
+        extractor = Extractor(ExtractorConfig(**about["config"]))
         extractor.load_state_dict(tensors)
-        return extractor.eval().requires_grad_(False), Card(**json.loads(header["card"]))
+        return extractor.eval().requires_grad_(False), Card(**about["card"])
     except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         problem = str(error).splitlines()[0]
         raise ValueError(f"{where} is no extractor of this version ({problem}): delete it, and one will be trained") from None
@@ -187,7 +189,7 @@ def _train_on_cluster(config: GanConfig, dataset: str) -> str:
     parallel = config.parallel
     largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
     cpus = max(parallel.cpus_per_worker, min(parallel.workers * parallel.cpus_per_worker, largest))
-    task = ray.remote(num_cpus=cpus, num_gpus=int(parallel.gpu), max_retries=parallel.workers)(_task)
+    task = ray.remote(num_cpus=cpus, num_gpus=int(parallel.gpu))(_task)
     try:
         return ray.get(task.remote(dataset, config.data.size, max(1, int(cpus)), "cuda" if parallel.gpu else "cpu"))
     except ray.exceptions.RayTaskError as error:
@@ -217,7 +219,7 @@ def train(folder: Path, size: int, device: torch.device | str = "cpu", steps: in
         num_classes=len(classes) if telling else 4,
         num_modes=0 if telling else min(max(len(heldout) // PICTURES_PER_MODE, 2), MAX_MODES),
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         extractor = Extractor(config).to(device).to(memory_format=torch.channels_last)  # about a third faster on a CPU
     _fit(extractor, pictures, telling, steps or min(max(EPOCHS * len(pictures) // _batch_size(pictures), MIN_STEPS), MAX_STEPS))
