@@ -130,11 +130,12 @@ def test_density_and_coverage_are_the_paper_s(features: tuple[Tensor, Tensor], b
     assert quality.density_coverage(torch.from_numpy(real), torch.from_numpy(made)) == pytest.approx(expected)
 
 
-def test_copies_are_within_their_originals_ball() -> None:
-    """Distances by matrix products would make far-off copies differ from their originals."""
-    points = 1e4 + torch.from_numpy(np.random.default_rng(0).standard_normal((50, 8))) * 1e-3
+def test_near_copies_far_from_the_origin() -> None:
+    """Copies are within their originals' balls, and what is a hundred radii away is not: distances by matrix products would not tell."""
+    points = 1e7 + torch.from_numpy(np.random.default_rng(0).standard_normal((50, 8))) * 1e-3
     assert quality.precision_recall(points, points.clone(), k=1) == (1, 1)
     assert quality.density_coverage(points, points.clone(), k=1)[1] == 1
+    assert quality.precision_recall(points, points + 0.1, k=1) == (0, 0)
 
 
 # ---------------------------------------------------------------- modes and slices
@@ -149,6 +150,7 @@ def test_mode_figures_by_hand() -> None:
     assert divergence == pytest.approx(float((shares * np.log(shares / smoothed)).sum()))
     assert quality.mode_figures(real, real, 4)[0] == 3
     assert quality.mode_figures(real, torch.full((7,), -1), 4)[0] == 0
+    assert quality.mode_figures(torch.tensor([0, -1]), torch.tensor([0, -1]), 1)[0] == 1, "pictures of no mode are none"
 
 
 def test_distance_by_hand() -> None:

@@ -23,7 +23,6 @@ NUM_SUBSETS, SUBSET_SIZE = 100, 1000  # KID's
 # The part of its real share from which on a mode is there. Real garments of one class alone look like at most 0.19 of
 # another's share; a thousand of all classes have at least 0.61 of each (200 draws).
 PRESENT = 1 / 3
-MAX_SAMPLES = 2000
 BATCH = 100  # pictures at once through generator and extractor
 BLOCK = 500  # rows at once of a matrix of distances
 DIRECTIONS, CHOICE, SUBSETS = 6, 7, 11  # purposes of random draws
@@ -250,20 +249,6 @@ class Judge:
         if real.inception is not None and made.inception is not None:
             figures["heldout_fid"] = frechet_distance(real.inception, made.inception)
         return figures
-
-
-def judge(generate: Callable[[np.ndarray], Tensor], train: Pictures, heldout: Pictures) -> dict[str, float]:
-    """The sliced Wasserstein distance alone, without an extractor; what `Judge` replaces."""
-    count = min(len(heldout), len(train), MAX_SAMPLES)
-    real, others = (np.array_split(rng(len(side), CHOICE).permutation(len(side))[:count], -(-count // BATCH)) for side in (heldout, train))
-    target = torch.cat([project(torch.from_numpy(heldout.centred(part))) for part in real])
-    floor = torch.cat([project(torch.from_numpy(train.centred(part))) for part in others])
-    made = torch.cat([project(generate(part)).cpu() for part in others])
-    return {
-        "heldout_sliced_wasserstein": sliced_wasserstein(made, target),
-        "heldout_sliced_wasserstein_floor": sliced_wasserstein(floor, target),
-        "heldout_samples": float(count),
-    }
 
 
 # ---------------------------------------------------------------- Inception, where the user has its weights
