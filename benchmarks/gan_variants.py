@@ -1,0 +1,81 @@
+"""What the choices in a GAN's config come to: norms, objectives and penalties beside each other, in turn, in one run.
+
+    python benchmarks/gan_variants.py [--steps 350] [--seeds 3] ['gan.objective=hinge gan.penalty_weight=0' ...]
+
+Each variant is the demo's GAN (gan-demo: Fashion-MNIST, 2 workers of one thread) with the keys given, trained once for each seed.
+The figures are of held-out quality at the end, median and range over the seeds, and images a second.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models import cli  # noqa: E402  # needs the path above
+from train import config as configs  # noqa: E402
+
+DEFAULT = ["", "model.norm=batch", "model.critic_norm=layer", "gan.objective=lsgan", "gan.objective=hinge", "gan.objective=non-saturating"]
+SHOWN = {"frechet_distance": 2, "recall": 2, "coverage": 2}  # of the figures of quality, with so many digits
+
+
+def keys_of(variant: str) -> dict[str, str]:
+    """ "a=1 b=2" as {"a": "1", "b": "2"}."""
+    pairs = [word.partition("=") for word in variant.split()]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise ValueError(f"variant {variant!r}: {wrong[0]!r} has no value: write key=value, several in one word of the command line")
+    return {key: value for key, _, value in pairs}
+
+
+def trained(variant: str, seed: int, steps: int, storage: str) -> dict[str, float]:
+    """The final metrics of one run."""
+    name = f"{variant.replace(' ', '-').replace('=', '-') or 'default'}-{seed}"
+    options = {"steps": steps, "run.name": name, "run.seed": seed, **keys_of(variant)}
+    options |= dict.fromkeys(("log.eval_every", "log.sample_every", "checkpoint.every"), steps)
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "train", "gan", "--config", "gan-demo", "--storage", storage, *words]
+    # Without RAY_ADDRESS: a cluster of its own.
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True, env={**os.environ, "RAY_ADDRESS": ""})
+    return json.loads((Path(storage) / "runs" / name / "summary.json").read_text())["metrics"]
+
+
+def row(variant: str, found: list[dict[str, float]]) -> str:
+    cells = [spread([metrics[f"heldout_{name}"] for metrics in found], digits) for name, digits in SHOWN.items()]
+    return f"| {variant or 'as it is'} | {' | '.join(cells)} | {spread([metrics['images_per_s'] for metrics in found], 0)} |"
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The median, and from where to where."""
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def main(argv: list[str]) -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--steps", type=int, default=350, help="generator steps")
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("variants", nargs="*", default=DEFAULT)
+    given = options.parse_args(argv)
+    for variant in given.variants:
+        configs.load("gan", "gan-demo", keys_of(variant))
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in given.variants}
+    with tempfile.TemporaryDirectory() as storage:
+        for seed in range(given.seeds):
+            for variant, runs in found.items():
+                runs.append(trained(variant, seed, given.steps, storage))
+                print(f"seed {seed} {row(variant, runs[-1:])}", flush=True)
+    print(f"| gan-demo, {given.steps} steps | {' | '.join(SHOWN)} | images/s |")
+    for variant, runs in found.items():
+        print(row(variant, runs))
+    floors = [f"{runs[0][f'heldout_{name}_floor']:.{digits}f}" for name, digits in SHOWN.items()]
+    print(f"| real pictures | {' | '.join(floors)} | |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
