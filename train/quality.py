@@ -40,7 +40,12 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
     Args:
         first, second: (N, D) and (M, D) float64.
+
+    Returns:
+        NaN where a point is not finite: the singular values would raise.
     """
+    if not (first.isfinite().all() and second.isfinite().all()):
+        return float("nan")
     means = [points.mean(dim=0) for points in (first, second)]
     roots = [
         torch.linalg.qr(points - mean, mode="r").R / (len(points) - 1) ** 0.5 for points, mean in zip((first, second), means, strict=True)
