@@ -45,7 +45,13 @@ PANELS = {
 COLUMNS = 3  # panels side by side
 LOGARITHMIC = {"heldout_fid", "heldout_frechet_distance"}  # from first blots to the floor they fall a thousandfold
 WILD = 50.0  # a peak of so many times the median would leave nothing to see of the rest on a linear scale
-ALARM_COLOURS = {"collapse": "tab:red", "divergence": "tab:purple", "critic has won": "tab:brown", "critic has given up": "tab:pink"}
+# Colour and width: those of one step lie upon each other, the narrower above.
+ALARMS = {
+    "collapse": ("tab:red", 4.0),
+    "divergence": ("tab:purple", 2.5),
+    "critic has won": ("tab:brown", 1.5),
+    "critic has given up": ("tab:pink", 1.5),
+}
 
 # Seconds that a loop's meter counted, and what they were spent on. In training's time it may wait for data.
 TIMES = {
@@ -101,11 +107,12 @@ def curves(rows: list[dict[str, float]], kind: str, title: str, alarms: Sequence
         axes = figure.add_subplot(rows_of_panels, min(len(panels), COLUMNS), place)
         _panel(axes, rows, tags, fit=kind == "gan")
         for alarm in alarms:
-            axes.axvline(alarm["step"], color=ALARM_COLOURS[alarm["kind"]], linewidth=1.5, zorder=1)
+            colour, width = ALARMS[alarm["kind"]]
+            axes.axvline(alarm["step"], color=colour, linewidth=width, zorder=1 - width / 10)
         axes.set_xlabel("step")
         axes.set_title(label, fontsize=10)
-    if kinds := sorted({alarm["kind"] for alarm in alarms}):
-        lines = [Line2D([], [], color=ALARM_COLOURS[kind], label=f"alarm: {kind}") for kind in kinds]
+    if kinds := {alarm["kind"] for alarm in alarms}:
+        lines = [Line2D([], [], color=ALARMS[kind][0], linewidth=ALARMS[kind][1], label=f"alarm: {kind}") for kind in sorted(kinds)]
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
@@ -140,7 +147,8 @@ def _fit(axes: Any, values: np.ndarray, logarithmic: bool) -> None:
     if logarithmic and sizes.size and values.min() > 0:
         axes.set_yscale("log")
     elif middle > 0 and sizes.max() > WILD * middle:
-        axes.set_yscale("symlog", linthresh=middle)
+        axes.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(middle)))
+        axes.yaxis.get_major_locator().set_params(numticks=7)
 
 
 # ---------------------------------------------------------------- the page
