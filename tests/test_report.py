@@ -103,7 +103,7 @@ def test_a_gan_s_page_has_all_that_was_recorded(tmp_path: Path, remote: bool, mo
     assert "- step 200, **collapse**: heldout_recall fell from 0.5 to 0.1" in page
     assert "No alarms." not in page
     assert "1,000 generated pictures against as many held-out real ones" in page
-    assert f"an extractor trained on classes, 91.3% right, sha256 `{'ab' * 32}`" in page
+    assert f"an extractor trained on classes (91.3% of held-out pictures right), sha256 `{'ab' * 32}`" in page
     for line in (
         "| Frechet distance | 1.25 | 0.014 | lower |",
         "| KID | 0.0301 ± 0.002 | -0.0003 | lower |",

@@ -134,14 +134,25 @@ def _shown(sheet: np.ndarray, conditional: bool) -> np.ndarray:
 
 
 def _head(names: Sequence[str], pitch: int) -> Image.Image:
-    """The classes' names above their columns, word below word."""
+    """The classes' names above their columns, in as many lines as they need."""
     font = ImageFont.load_default(11)
-    lines = max((len(name.split()) for name in names), default=0)
-    head = Image.new("RGB", (max(1, len(names)) * pitch, 14 * lines + 6 if lines else 6), PAPER)
+    wrapped = [_wrap(name, font, pitch - 4) for name in names]
+    lines = max((len(words) for words in wrapped), default=0)
+    head = Image.new("RGB", (max(1, len(names)) * pitch, 14 * lines + 6), PAPER)
     draw = ImageDraw.Draw(head)
-    for column, name in enumerate(names):
-        draw.multiline_text((column * pitch + pitch // 2, head.height - 4), "\n".join(name.split()), INK, font, "md", 2, "center")
+    for column, words in enumerate(wrapped):
+        draw.multiline_text((column * pitch + pitch // 2, head.height - 4), "\n".join(words), INK, font, "md", 2, "center")
     return head
+
+
+def _wrap(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    lines: list[str] = []
+    for word in name.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def png(picture: np.ndarray | Image.Image) -> bytes:
