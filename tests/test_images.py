@@ -370,6 +370,9 @@ def test_a_damaged_data_set_is_named(tmp_path: Path) -> None:
     truncated(str(dataset / "train.npy"))
     with pytest.raises(ValueError, match=r"train\.npy is missing or truncated: delete"):
         Pictures(dataset, "train", 32)
+    (dataset / "heldout.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"heldout\.npy is missing or truncated: delete"):
+        Pictures(dataset, "heldout", 32)
 
 
 def test_the_same_position_is_the_same_picture_at_any_number_of_workers(tmp_path: Path) -> None:

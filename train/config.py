@@ -300,7 +300,7 @@ class Quality(Section):
     samples: Annotated[int, Field(ge=2)] = 2000
     """Pictures judged: generated ones against as many held-out ones, as far as there are."""
     inception: str | None = None
-    """A file with Inception's weights (pt_inception-2015-12-05-6726825d.pth), to have the FID too; needs the extra `inception`."""
+    """A file with Inception's weights (torch-fidelity's weights-inception-2015-12-05-6726825d.pth), to have the FID too; needs the extra `inception`."""
 
 
 class GanConfig(Base):

@@ -462,7 +462,7 @@ def to_model(pixels: np.ndarray) -> np.ndarray:
 def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r")
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):  # EOFError: it is empty
         array = None
     if array is None or array.shape != shape:
         raise ValueError(f"{file} is missing or truncated: delete {file.parent} and it will be prepared again")
