@@ -301,10 +301,8 @@ def _extractor(uri: str) -> list[str]:
     extractor = storage.read_json(place).get("extractor") if storage.exists(place) else None
     if extractor is None:
         return []
-    return [
-        f"Features: an extractor trained on {extractor['task']}, {extractor['accuracy']:.1%} right, sha256 `{extractor['sha256']}`.",
-        "",
-    ]
+    right = f"{extractor['accuracy']:.1%} of held-out pictures right"
+    return [f"Features: those of an extractor trained on {extractor['task']} ({right}), sha256 `{extractor['sha256']}`.", ""]
 
 
 def _row(cells: list[str]) -> list[str]:
