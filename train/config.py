@@ -240,7 +240,7 @@ class GptConfig(Base):
 
 class ImageData(Section):
     source: Paths = ["fashion-mnist"]
-    """fashion-mnist (shipped), a folder of class folders, parquet files with an image column, torchvision:NAME or hf:NAME."""
+    """fashion-mnist, emoji (shipped; emoji are in colour), a folder of class folders, parquet files with an image column, torchvision:NAME or hf:NAME."""
     image_column: str = "image"
     label_column: str = "label"
     size: Annotated[Literal[28, 32, 64, 128], BeforeValidator(_integer)] = 32
