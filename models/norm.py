@@ -1,5 +1,7 @@
 """Batch normalisation whose batch is the global one, at any number of workers."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -43,9 +45,23 @@ class GlobalBatchNorm(nn.Module):
         return (inputs * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(inputs.dtype)
 
 
-def _mean_over_workers(values: Tensor) -> Tensor:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    from torch.distributed.nn.functional import all_reduce  # the gradient goes back through it
+class _MeanOverWorkers(torch.autograd.Function):
+    """The mean of each worker's values, on every worker; its gradient is the mean of each worker's gradients."""
 
-    return all_reduce(values) / dist.get_world_size()
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _mean(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _mean(gradient)
+
+
+def _mean(values: Tensor) -> Tensor:
+    total = values.contiguous().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def _mean_over_workers(values: Tensor) -> Tensor:
+    return _MeanOverWorkers.apply(values) if dist.is_initialized() and dist.get_world_size() > 1 else values

@@ -78,9 +78,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     **{f"zero{stage}": {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage} for stage in range(3)},
 }
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
-# Largest difference of a gradient and of a parameter. bfloat16 rounds other sums where the batch is split: there the norm of the
-# difference may be as large as that between bf16 and fp32 in one process, and a fifth of what it is compared with.
-TOLERANCES = {"fp32": 1e-5, "fp64": 1e-12}
+# Largest difference of a gradient and of a parameter. bfloat16 rounds other sums where the batch is split, and Adam makes whole steps
+# of it: there it is the norm of the first gradients' difference, relative to theirs.
+TOLERANCES = {"fp32": 1e-5, "fp64": 1e-12, "bf16": 0.05}
+ONCE = {"gan.critic_steps": 1, "steps": 1}
 MATRIX = [
     f"{norm} {objective} {precision} {strategy}"
     for norm, objective, precision, strategy in itertools.product(NORMS, OBJECTIVES, PRECISIONS, STRATEGIES)
@@ -95,6 +96,7 @@ Tensors = dict[str, Tensor]
 def config_of_cell(cell: str, source: Path, workers: int) -> GanConfig:
     kind, objective, precision, strategy = cell.split()
     values = {"gan.objective": objective, "parallel.precision": "bf16" if precision == "bf16" else "fp32", "parallel.workers": workers}
+    values |= ONCE if precision == "bf16" else {}
     more = NORMS.get(kind, {}) | (STRATEGIES[strategy] if workers > 1 else {"batch.micro_size": 16})  # alone, nothing is accumulated
     return config_of("plain" if kind in NORMS else kind, source, **values, **more)
 
@@ -108,7 +110,7 @@ def after_training(cell: str, source: Path, root: Path, workers: int) -> State:
         pictures = images.Pictures(Path(images.prepare(config.data, str(root))), "train", config.data.size, config.data.horizontal_flip)
         trained = Gan(config, shape(config, pictures.meta), strategy.build(config))
         before = copy.deepcopy(trained.state())
-        for step in range(STEPS):
+        for step in range(config.steps):
             while trained.turn < config.gan.critic_steps:
                 trained.update_critic(trained.critic_batches(trained.critic_updates, pictures))
             trained.update_generator(trained.generator_batches(step))
@@ -188,14 +190,10 @@ def test_two_workers_have_the_gradients_and_end_where_one_process_does(
 ) -> None:
     kind, objective, precision, _ = cell.split()
     alone, together = by_one_process(f"{kind} {objective} {precision} ddp"), by_two_workers[cell]
-    exact = by_one_process(f"{kind} {objective} fp32 ddp")
-    for part in PARTS:
+    for part in OPTIMIZERS if precision == "bf16" else PARTS:
         one, two = compared(alone, part), compared(together, part)
-        if precision == "bf16":
-            rounding = norm(apart(compared(exact, part), one))
-            assert norm(apart(one, two)) < rounding < norm(one) / 5, (part, norm(apart(one, two)), rounding, norm(one))
-        else:
-            assert largest(apart(one, two)) < TOLERANCES[precision], (part, largest(apart(one, two)))
+        difference = norm(apart(one, two)) / norm(one) if precision == "bf16" else largest(apart(one, two))
+        assert difference < TOLERANCES[precision], (part, difference)
         assert norm(one) > 1e-2, "nothing was learned, so nothing was compared"
 
 
@@ -432,10 +430,9 @@ def test_pictures_are_the_same_each_time_and_one_row_a_class(source: Path, tmp_p
 # ---------------------------------------------------------------- alarms
 
 
-@pytest.mark.parametrize("on_collapse", ["warn", "stop"])
-def test_a_collapse_is_put_down_and_stops_where_that_is_asked_for(on_collapse: str, source: Path, tmp_path: Path) -> None:
-    """A judgement that falls is planted: recall goes from 0.9 to 0."""
-    config = config_of("plain", source, **{"steps": 4, "log.eval_every": 1, "gan.on_collapse": on_collapse})
+def collapsing(rank: int, source: Path, root: Path, on_collapse: str) -> None:
+    """Trains two workers whose generator is seen to collapse: recall goes from 0.9 to 0. Leaves each one's alarms and end."""
+    config = config_of("plain", source, **{"parallel.workers": 2, "steps": 4, "log.eval_every": 1, "gan.on_collapse": on_collapse})
     recorder = workers.Kept()
     falling = iter([0.9, 0.9, 0.0, 0.0])
     judge = gan.Judge.__call__
@@ -443,16 +440,36 @@ def test_a_collapse_is_put_down_and_stops_where_that_is_asked_for(on_collapse: s
     def judged(self: Any, generate: Any) -> dict[str, float]:
         return judge(self, generate) | {"heldout_recall": next(falling), "heldout_recall_floor": 0.95, "heldout_samples": 1000.0}
 
+    gan.Judge.__call__ = judged  # type: ignore[method-assign]
+    dataset = images.prepare(config.data, str(root))
+    worker = workers.Alone(config, Ddp(), Checkpointer(str(root / "run"), {}), recorder, dataset, judged_by(config, dataset))
+    try:
+        gan.train(worker, None)
+        end = "reached"
+    except Halt as sentence:
+        end = str(sentence)
+    alarms = [(step, kind) for step, kind, _ in recorder.alarms if kind == "collapse"]
+    (root / f"{rank}.json").write_text(json.dumps({"alarms": alarms, "end": end}))
+
+
+@pytest.mark.parametrize("on_collapse", ["warn", "stop"])
+def test_a_collapse_is_put_down_and_stops_every_worker_where_that_is_asked_for(on_collapse: str, source: Path, tmp_path: Path) -> None:
+    images.prepare(config_of("plain", source).data, str(tmp_path))
+    workers.spawn(2, collapsing, source, tmp_path, on_collapse)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert found[0]["alarms"] == [[3, "collapse"]]
+    stopped = "collapse at step 3 (gan.on_collapse is stop): heldout_recall fell from 0.9 at step 1 to 0 "
+    assert found[0]["end"].startswith(stopped if on_collapse == "stop" else "reached")
+
+
+def test_what_rank_0_cannot_judge_by_is_said_once(source: Path, tmp_path: Path) -> None:
+    config = config_of("plain", source, steps=2)
     dataset = images.prepare(config.data, str(tmp_path))
-    worker = workers.Alone(config, Ddp(), Checkpointer(str(tmp_path / "run"), {}), recorder, dataset, judged_by(config, dataset))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gan.Judge, "__call__", judged)
-        if on_collapse == "stop":
-            with pytest.raises(Halt, match=r"collapse at step 3 \(gan.on_collapse is stop\): heldout_recall fell from 0.9 at step 1 to 0"):
-                gan.train(worker, None)
-        else:
-            gan.train(worker, None)
-    assert [(step, kind) for step, kind, _ in recorder.alarms if kind == "collapse"] == [(3, "collapse")]
+    judge = Path(judged_by(config, dataset))
+    judge.write_bytes(judge.read_bytes()[:-1])
+    with pytest.raises(Halt, match=r"is damaged"):
+        gan.train(workers.Alone(config, Ddp(), Checkpointer(str(tmp_path / "run"), {}), workers.Kept(), dataset, str(judge)), None)
 
 
 def test_nan_is_an_alarm_before_it_ends_the_run(source: Path, tmp_path: Path) -> None:

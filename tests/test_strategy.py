@@ -204,18 +204,25 @@ def by_three(rank: int, corpus: str, dataset: str, pictures: str, root: str) -> 
         config = config_of(corpus, **values, **WIDE)
         workers.run(config, dataset, f"{root}/{name}")
         resume(rank, config, dataset, f"{root}/{name}", f"{root}/{name} resumed")
-    gan = gan_of(**{"parallel.workers": 3})
-    workers.run(gan, pictures, f"{root}/gan")
-    resume(rank, gan, pictures, f"{root}/gan", f"{root}/gan resumed")
+    for name, values in GANS.items():
+        gan = gan_of(**{"parallel.workers": 3}, **values)
+        workers.run(gan, pictures, f"{root}/{name}")
+        resume(rank, gan, pictures, f"{root}/{name}", f"{root}/{name} resumed")
 
 
 def gan_of(**values: Any) -> configs.GanConfig:
     shape = {"batch.global_size": 24, "batch.micro_size": 8, "model.width": 32, "steps": STEPS, "log.every": 1, "log.eval_every": STEPS}
-    config = configs.load("gan", "gan-tiny", {**shape, "checkpoint.every": STEPS // 2, **values})
+    config = configs.load("gan", "gan-tiny", {**shape, "quality.samples": 50, "checkpoint.every": STEPS // 2, **values})
     assert isinstance(config, configs.GanConfig)
     return config
 
 
+GANS: dict[str, dict[str, Any]] = {
+    "gan": {},
+    "gan batch": {"model.norm": "batch"},
+    "gan zero1": ZERO["zero1"],
+    "gan zero2 batch": {**ZERO["zero2"], "model.norm": "batch"},
+}
 WIDE = {"parallel.workers": 3, "batch.micro_size": 8, "model.width": 256, "optim.lr": 1e-3}  # several buckets of gradients
 
 
@@ -227,12 +234,12 @@ def three(corpus: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -
     return root
 
 
-@pytest.mark.parametrize("variant", [*THREE, "gan"])
+@pytest.mark.parametrize("variant", [*THREE, *GANS])
 def test_three_workers_resume_bit_for_bit(three: str, variant: str) -> None:
     """With three, the order in which gradients are summed shows in the last bits."""
     straight, resumed = state(three, variant), state(three, f"{variant} resumed")
     assert straight.keys() == resumed.keys()
     for part, values in straight.items():
         assert all(torch.equal(resumed[part][name], value) if torch.is_tensor(value) else True for name, value in values.items()), part
-    if variant != "gan":
+    if variant in THREE:
         assert losses(three, f"{variant} resumed") == losses(three, variant)[STEPS // 2 :]

@@ -12,7 +12,7 @@ from conftest import free_port
 
 from models import storage
 from train import config as configs
-from train import gan, gpt, metrics, strategy
+from train import gan, gpt, launch, metrics, strategy
 from train.checkpoint import Checkpointer
 from train.launch import Worker
 
@@ -61,7 +61,8 @@ def run(config: configs.Config, dataset: str, run_uri: str | Path) -> Kept:
     checkpoints = Checkpointer(str(run_uri), config.model_dump(), spread.name, config.checkpoint.keep_last, config.checkpoint.keep_best)
     recorder = Kept()
     loop = gpt.train if isinstance(config, configs.GptConfig) else gan.train
-    loop(Alone(config, spread, checkpoints, recorder, dataset), checkpoints.load())
+    judge = launch.judged_by(config, dataset, lambda line: None)
+    loop(Alone(config, spread, checkpoints, recorder, dataset, judge), checkpoints.load())
     if spread.rank == 0:
         storage.write_json(storage.join(run_uri, "rows.json"), recorder.rows)
     return recorder

@@ -116,9 +116,11 @@ def extractor(argv: list[str]) -> int:
     config = configs.load("gan", given.config, configs.parse("gan", rest))
     assert isinstance(config, configs.GanConfig)
 
+    from cluster.connect import connect
     from train import extractor as extractors
-    from train import images
+    from train import images, launch
 
+    launch.refuse_impossible(config, connect())
     extractors.prepare(config, images.prepare(config.data, given.storage, config.model.conditional))
     return 0
 

@@ -20,7 +20,7 @@ from typing import Any
 WINDOW = 9  # measurements
 BEGINNING = 24  # measurements in which a critic comes to what it is
 WATCHED = ("critic_loss", "gradient_penalty", "gap", "width")  # the gap: real_score - fake_score, and its width without the sign
-LONG = 100  # measurements in which a generator has followed its critic, if it can
+LONG, LONG_STEPS = 100, 1000  # measurements, and steps, in which a generator has followed its critic, if it can
 EASED = 0.7
 CALM = {"measured": WINDOW, "judged": 1}
 
@@ -79,9 +79,8 @@ class Alarms:
             figures: critic_loss, generator_loss, real_score and fake_score (means of the critic's scores), and
                 gradient_penalty where there is a penalty; others only have to be finite.
         """
-        for tag, value in figures.items():
-            if not math.isfinite(value):
-                return self._new(step, "measured", [("divergence", math.inf, f"{tag} is {value}; use a lower optim.lr")])
+        if broken := _not_finite(step, figures):
+            return broken
         self._measurements += 1
         gap = figures["real_score"] - figures["fake_score"]
         for tag, value in {**figures, "gap": gap, "width": abs(gap)}.items():
@@ -91,6 +90,7 @@ class Alarms:
             return []
         now = {tag: median(values) for tag, values in self._recent.items()}
         self._remember(step, now)
+        now["step"] = step
         rules = self._wasserstein if self._blind is None else self._bounded
         return self._new(step, "measured", [*rules(now), *self._given_up(now)])
 
@@ -101,12 +101,16 @@ class Alarms:
             figures: heldout_recall, heldout_coverage, heldout_modes, heldout_frechet_distance, as far as they are known,
                 each with its `_floor`, and heldout_samples.
         """
+        if broken := _not_finite(step, figures):
+            return broken
         found = []
         for tag, rule in {"heldout_recall": _share_lost, "heldout_coverage": _share_lost, "heldout_modes": _modes_lost}.items():
             if tag in figures:
                 best, at = self._best_yet(tag, figures[tag], step)
                 lost = f"{tag} fell from {best:.3g} at step {at:,.0f} to {figures[tag]:.3g} (floor {figures[f'{tag}_floor']:.3g})"
-                way_out = "the generator makes ever fewer kinds of pictures; go on from an older checkpoint with a lower optim.lr or more gan.critic_steps"
+                way_out = (
+                    "the generator makes ever fewer kinds of pictures; start another run with a lower optim.lr or more gan.critic_steps"
+                )
                 found.append(
                     ("collapse", rule(best, figures[tag], figures[f"{tag}_floor"], figures["heldout_samples"]), f"{lost}: {way_out}")
                 )
@@ -116,7 +120,7 @@ class Alarms:
             # The floor is the noise of so many samples.
             severity = figures[tag] / (3 * (best + figures[f"{tag}_floor"]))
             risen = f"{tag} rose from {best:.3g} at step {at:,.0f} to {figures[tag]:.3g}"
-            found.append(("divergence", severity, f"{risen}: go on from an older checkpoint with a lower optim.lr"))
+            found.append(("divergence", severity, f"{risen}: start another run with a lower optim.lr"))
         return self._new(step, "judged", found)
 
     # ------------------------------------------------------------ what is remembered
@@ -184,7 +188,8 @@ class Alarms:
             severity = min(_ratio(paid, width), penalty / 2)
             outweighs = f"gradient_penalty, {penalty:.3g}, outweighs the wasserstein_distance of {gap:.3g} that it stands for"
             yield "divergence", severity, f"{outweighs}: the critic overshoots; use a lower optim.lr, or optim.critic_lr"
-            flat = penalty / 0.8 if penalty <= 1 and self._measurements >= BEGINNING else 0.0
+            # Slopes near 0 cost 1 each, and tell next to nothing apart; slopes near 2 cost as much, and tell a lot.
+            flat = penalty / 0.8 if penalty <= 1 and width < paid / 10 and self._measurements >= BEGINNING else 0.0
             sentence = (
                 f"gradient_penalty is {penalty:.3g}, the critic scores every picture alike: its optim.critic_lr is too low, or broke it"
             )
@@ -192,9 +197,9 @@ class Alarms:
         won, stuck = 0.0, 0.0
         if self._measurements > BEGINNING and low <= peak / 2:
             won = gap / (3 * peak) if low > 0 else 0.0
-        elif self._measurements > LONG:
+        elif self._measurements > LONG and now["step"] >= LONG_STEPS:
             stuck = gap / (0.9 * peak)
-        risen = f"wasserstein_distance rose from {low:.3g} at step {self._gap['low_step']:,} to {gap:.3g}, past its first {peak:.3g}"
+        risen = f"wasserstein_distance rose from {low:.3g} at step {self._gap['low_step']:,} to {gap:.3g}, far past its first {peak:.3g}"
         way_out = "the generator no longer follows; use a lower optim.critic_lr or fewer gan.critic_steps"
         yield "critic has won", won, f"{risen}: {way_out}"
         still = f"wasserstein_distance is {gap:.3g} and was hardly more at its most, {peak:.3g} at step {self._gap['peak_step']:,}"
@@ -213,6 +218,14 @@ class Alarms:
         sure = "it is always right, and the generator learns nothing more; use a larger gan.penalty_weight or a lower optim.critic_lr"
         won = _ratio(0.05 * self._blind, loss) if self._measurements >= BEGINNING else 0.0  # a first generator is easily seen through
         yield "critic has won", won, f"{times}: {sure}"
+
+
+def _not_finite(step: int, figures: dict[str, float]) -> list[Alarm]:
+    """The first figure that is NaN or infinite: always said, since it ends the run."""
+    wrong = [
+        Alarm(step, "divergence", f"{tag} is {value}; use a lower optim.lr") for tag, value in figures.items() if not math.isfinite(value)
+    ]
+    return wrong[:1]
 
 
 # ---------------------------------------------------------------- rules on judgements

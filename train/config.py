@@ -268,7 +268,7 @@ class GanModel(Section):
     """The averaged generator, which is sampled, judged and exported, keeps this share of itself at each step."""
 
 
-# The paper's of WGAN-GP; the others' R1 holds their critics back just enough (measured: docs/gan.md).
+# The paper's of WGAN-GP; the others': R1.
 PENALTY_WEIGHTS = {"wgan-gp": 10.0, "lsgan": 1.0, "hinge": 1.0, "non-saturating": 1.0}
 
 
@@ -297,9 +297,9 @@ class GanOptim(Section):
 
 
 class Quality(Section):
-    samples: Annotated[int, Field(ge=2)] = 2000
+    samples: Annotated[int, Field(ge=10)] = 2000
     """Pictures judged: generated ones against as many held-out ones, as far as there are."""
-    inception: str | None = None
+    inception: Annotated[str | None, BeforeValidator(lambda value: value and str(Path(str(value)).absolute()))] = None
     """A file with Inception's weights (torch-fidelity's weights-inception-2015-12-05-6726825d.pth), to have the FID too; needs the extra `inception`."""
 
 

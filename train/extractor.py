@@ -187,13 +187,15 @@ def _train_on_cluster(config: GanConfig, dataset: str) -> str:
     """Trains as a task where the run's workers will be, which have not started yet: with their CPUs as far as one node has them."""
     connect()
     parallel = config.parallel
-    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = max((node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= parallel.gpu), default=0)
     cpus = max(parallel.cpus_per_worker, min(parallel.workers * parallel.cpus_per_worker, largest))
     task = ray.remote(num_cpus=cpus, num_gpus=int(parallel.gpu))(_task)
     try:
-        return ray.get(task.remote(dataset, config.data.size, max(1, int(cpus)), "cuda" if parallel.gpu else "cpu"))
+        found = ray.get(task.remote(dataset, config.data.size, max(1, int(cpus)), "cuda" if parallel.gpu else "cpu"))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error  # its sentence, without the task's traceback around it
+    return find(dataset, config.data.size) or found  # another driver's, where that is found first
 
 
 def _task(dataset: str, size: int, threads: int, device: str) -> str:

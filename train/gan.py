@@ -63,8 +63,8 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
             if step % config.log.eval_every == 0 or last:
                 with meter.waiting("eval"):
                     judged = strategy.of_first(judge)
-                recorder.scalars(step, finite(judged, step))
                 _say(worker, alarms.judged(step, judged))
+                recorder.scalars(step, finite(judged, step))
                 final = {**judged, **measured}
                 worker.report({"step": step, **final, **meter.total()})
             if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
@@ -154,6 +154,7 @@ class Gan:
         self.average = Average(self.generator, config.model.ema_decay, saved)
         progress = saved["gan_progress"] if saved is not None else {"critic_updates": 0, "turn": 0}
         self.critic_updates, self.turn = progress["critic_updates"], progress["turn"]
+        self.real_drawn = False  # by this process
 
     def _learner(self, name: str, net: nn.Module, lr: float, saved: State | None) -> Learner:
         net.to(self.strategy.device)
@@ -192,11 +193,14 @@ class Gan:
         return {"generator_loss": torch.stack(losses).mean()}
 
     def rehearse(self, pictures: images.Pictures) -> None:
-        """What a process does before its first step: see `Learner.rehearse`."""
+        """What a process does before its first step: see `Learner.rehearse`. Nothing is left of it, of running statistics neither."""
         batch = self.critic_batches(0, pictures)[0]
+        kept = [(buffer, buffer.clone()) for learner in (self.generator, self.critic) for buffer in learner.core.buffers()]
         self.critic.rehearse(lambda: self._critic_loss(batch)[0])
         self.critic.core.requires_grad_(False)
         self.generator.rehearse(lambda: self._generator_loss(batch))
+        for buffer, value in kept:
+            buffer.copy_(value)
 
     def _critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """What the critic minimises over a micro-batch, penalty included, and the figures behind it."""
@@ -271,8 +275,10 @@ class Gan:
         """What the averaged generator makes of latents that never change, walks between some of them, and real pictures once."""
         recorder.image(step, "pictures", self.grid())
         recorder.image(step, "interpolation", self.walks())
-        if step == min(self.config.log.sample_every, self.config.steps):
+        if not self.real_drawn:
             recorder.image(step, "real", self.real(pictures))
+            self.real_drawn = True
+        recorder.flush()
 
     @torch.no_grad()
     def grid(self) -> np.ndarray:
@@ -296,11 +302,14 @@ class Gan:
     def real(self, pictures: images.Pictures) -> np.ndarray:
         """(H, W, 3) uint8: real pictures, laid out as `grid`'s."""
         chosen = rng(self.config.run.seed, SAMPLES).permutation(len(pictures))
-        if self.shape.num_classes and pictures.labels is not None:
-            labels = pictures.labels[chosen]
-            rows = [chosen[labels == label][:GRID_COLUMNS] for label in range(min(GRID_ROWS, self.shape.num_classes))]
-            chosen = np.concatenate([np.resize(row, GRID_COLUMNS) for row in rows])  # a rare class's pictures again and again
-        return grid(torch.from_numpy(pictures.centred(chosen[: GRID_COLUMNS * GRID_ROWS])), GRID_COLUMNS)
+        if not self.shape.num_classes or pictures.labels is None:
+            return grid(torch.from_numpy(pictures.centred(chosen[: GRID_COLUMNS * GRID_ROWS])), GRID_COLUMNS)
+        rows = []
+        for label in range(min(GRID_ROWS, self.shape.num_classes)):
+            shown = pictures.centred(chosen[pictures.labels[chosen] == label][:GRID_COLUMNS])
+            blank = np.zeros((GRID_COLUMNS - len(shown), *shown.shape[1:]), np.float32)  # a rare class, or one that is only held out
+            rows.append(np.concatenate([shown, blank]))
+        return grid(torch.from_numpy(np.concatenate(rows)), GRID_COLUMNS)
 
     def _averaged(self, batch: Batch) -> Tensor:
         with self.average.applied():

@@ -20,7 +20,7 @@ from cluster.connect import connect
 from models import storage
 from train import faults, metrics, mirror, report, strategy
 from train.checkpoint import Checkpointer
-from train.config import KINDS, Config, GptConfig, build
+from train.config import KINDS, Config, GanConfig, GptConfig, build
 from train.run import Run, open_run
 from train.strategy import Halt, State, Strategy
 
@@ -88,14 +88,14 @@ def fit(
         if finished := _complete(config, run):
             say(f"it has all its {config.steps} steps: nothing to do (more --steps, or another --run.name)")
             return finished
-        private = connect()
-        _refuse_impossible(config, private)
+        refuse_impossible(config, connect())
         begun = time.monotonic()
         dataset = prepare(config, root)
         say(f"data: {dataset} ({time.monotonic() - begun:.1f} s)")
         _refuse_misfit(config, dataset)
+        lineage = _lineage(run, dataset)
         judge = judged_by(config, dataset, say)
-        _describe(run, dataset, judge)
+        _describe(run, lineage, judge)
         begun = time.monotonic()
 
         def summary(final: dict[str, Any]) -> dict[str, Any]:
@@ -146,8 +146,12 @@ def prepare(config: Config, root: str) -> str:
     return images.prepare(config.data, root, config.model.conditional)
 
 
-def _refuse_impossible(config: Config, private: bool) -> None:
+def refuse_impossible(config: Config, private: bool) -> None:
     """Ray would wait for ever for what the machine does not have; a real cluster may still grow, so there it waits aloud."""
+    if isinstance(config, GanConfig) and config.quality.inception is not None:
+        from train import quality
+
+        quality.check_inception(config.quality.inception)
     parallel, have = config.parallel, ray.cluster_resources()
     needs = {"CPU": parallel.workers * parallel.cpus_per_worker, "GPU": parallel.workers if parallel.gpu else 0}
     for kind, amount in needs.items():
@@ -172,28 +176,43 @@ def judged_by(config: Config, dataset: str, say: Callable[..., None] = print) ->
     return extractor.prepare(config, dataset, say)
 
 
-def _describe(run: Run, dataset: str, judge: str) -> None:
-    """Writes down the lineage that a bundle will carry: the data set, the commit, and what judged a GAN's pictures.
+def _lineage(run: Run, dataset: str) -> dict[str, Any]:
+    """What a bundle will tell of where it is from: the data set and the commit.
 
     Raises:
         ValueError: the run goes on, and its data are not those that it was begun with.
     """
     place = storage.join(run.uri, "lineage.json")
     facts = storage.read_json(storage.join(dataset, "dataset.json"))
-    lineage = {"dataset": {"name": facts["name"], "fingerprint": facts["fingerprint"], "uri": dataset}, "commit": _commit()}
-    if run.start and storage.exists(place):
-        lineage = storage.read_json(place)
-        before = lineage["dataset"]["fingerprint"]
-        if before != facts["fingerprint"]:
-            raise ValueError(
-                f"run {run.name} was begun on data {before}, and data.source now gives {facts['fingerprint']}: "
-                "its files, or how they are prepared, have changed; restore them, or use another --run.name"
-            )
+    if not run.start or not storage.exists(place):
+        return {"dataset": {"name": facts["name"], "fingerprint": facts["fingerprint"], "uri": dataset}, "commit": _commit()}
+    lineage = storage.read_json(place)
+    before = lineage["dataset"]["fingerprint"]
+    if before != facts["fingerprint"]:
+        raise ValueError(
+            f"run {run.name} was begun on data {before}, and data.source now gives {facts['fingerprint']}: "
+            "its files, or how they are prepared, have changed; restore them, or use another --run.name"
+        )
+    return lineage
+
+
+def _describe(run: Run, lineage: dict[str, Any], judge: str) -> None:
+    """Writes the lineage down, with what judges a GAN's pictures.
+
+    Raises:
+        ValueError: the run goes on, and its pictures were judged by something else.
+    """
     if judge:
         from train import extractor
 
-        lineage["extractor"] = extractor.facts(judge)
-    storage.write_json(place, lineage)
+        before, now = lineage.get("extractor"), extractor.facts(judge)
+        if before is not None and before["sha256"] != now["sha256"]:
+            raise ValueError(
+                f"run {run.name} was judged by {before['uri']}, and now there is {judge}, whose figures don't compare with those: "
+                "restore that file, or use another --run.name"
+            )
+        lineage = lineage | {"extractor": now}
+    storage.write_json(storage.join(run.uri, "lineage.json"), lineage)
 
 
 def _commit() -> str | None:

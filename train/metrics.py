@@ -99,7 +99,6 @@ class Recorder(Silent):
         self._board.add_image(tag, picture, step, dataformats="HWC")
         if self._mirror is not None:
             self._mirror.image(step, tag, drawn)
-        self.flush()
 
     def text(self, step: int, tag: str, content: str) -> None:
         """Text as samples/<tag>_<step>.txt and in TensorBoard."""
@@ -142,7 +141,7 @@ def finite(figures: dict[str, float], step: int) -> dict[str, float]:
     """
     for tag, value in figures.items():
         if not math.isfinite(value):
-            raise Halt(f"{tag} is {value} at step {step}: training has diverged; use a lower optim.lr, or go on from an older checkpoint")
+            raise Halt(f"{tag} is {value} at step {step}: training has diverged; start another run with a lower optim.lr")
     return figures
 
 

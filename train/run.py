@@ -42,7 +42,7 @@ FREE: tuple[str, ...] = (
     "checkpoint.",
     "log.",
     "sample.",
-    "quality.",
+    "quality.inception",
     "gan.critic_steps",
     "gan.on_collapse",
     "batch.micro_size",

@@ -102,11 +102,21 @@ class Strategy:
         return total.tolist()
 
     def of_first(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What rank 0 makes, on every worker; the others wait."""
-        found = [make() if self.rank == 0 else None]
+        """What rank 0 makes, on every worker; the others wait.
+
+        Raises:
+            Halt: rank 0 met a ValueError: on every worker alike.
+        """
+        found: list[dict[str, float] | str] = [{}]
+        if self.rank == 0:
+            try:
+                found = [make()]
+            except ValueError as problem:
+                found = [str(problem)]
         if self.world_size > 1:
             dist.broadcast_object_list(found, device=self.device)
-        assert found[0] is not None
+        if isinstance(found[0], str):
+            raise Halt(found[0])
         return found[0]
 
     def barrier(self) -> None:
@@ -178,12 +188,8 @@ class Learner:
         decides in which order an element is summed: a resumed run would differ from an uninterrupted one in the last bits.
         """
         if isinstance(self.module, DistributedDataParallel) and self.strategy.world_size > 2:
-            kept = [buffer.clone() for buffer in self.core.buffers()]
             loss().backward()
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, value in zip(self.core.buffers(), kept, strict=True):
-                    buffer.copy_(value)
 
     def step(self) -> torch.Tensor | None:
         """One update and gradients cleared; the gradient's norm before it was clipped (None where clip is None).

@@ -29,6 +29,7 @@ DISTRIBUTIONS: dict[str, Callable[..., Any]] = {
 LISTS = {"choice", "grid"}
 # What the search itself decides: names and rungs of trials, and how many fit beside each other.
 RESERVED = ("run.name", "run.resume", "steps", "parallel.", "log.eval_every")
+JUDGED_BY = {"gpt": (), "gan": ("data.", "quality.")}  # a GAN's figures are of one data set, its extractor and a number of pictures
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def check(space: Space, kind: str, base: dict[str, Any]) -> None:
             raise ValueError(f"search space: there is no key {key}{configs.nearest(key, valid)}")
         if key.startswith(RESERVED):
             raise ValueError(f"search space: {key} says how trials run and is the same for all: give it as --{key}, not in the space")
+        if key.startswith(JUDGED_BY[kind]):
+            raise ValueError(f"search space: {key} changes what trials are judged by, so they could not be compared: give it as --{key}")
         for value in distribution.extremes():
             configs.build(model, configs.merge(base, configs.nested({key: value})), f"search space, {key}")
 
