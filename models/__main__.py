@@ -13,6 +13,8 @@ from models import bundle, cli, registry, storage
 
 EPILOG = "REF is NAME (its alias production, else its newest version), NAME/VERSION or NAME@ALIAS."
 
+IN_A_LIST = ("heldout_loss", "heldout_bits_per_byte", "heldout_frechet_distance", "heldout_recall")  # `show` has all figures
+
 
 def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
@@ -62,7 +64,7 @@ def list_models(root: str, console: Console) -> None:
                 manifest["kind"],
                 ", ".join(alias for alias, target in names_of.items() if target == version),
                 f"{manifest['run']['name']}, step {manifest['run']['step']}",
-                _metrics(manifest, "\n", "heldout_"),
+                _metrics(manifest, "\n", IN_A_LIST),
                 f"{bundle.size(manifest) / 1e6:.1f}",
                 manifest["created"][:16].replace("T", " "),
             )
@@ -99,9 +101,9 @@ def verify(root: str, reference: str, console: Console) -> None:
     console.print(f"{name}/{version}: {len(manifest['files'])} files, {bundle.size(manifest):,} bytes, all as published")
 
 
-def _metrics(manifest: bundle.Manifest, separator: str, prefix: str = "") -> str:
-    metrics = {name: value for name, value in manifest["metrics"].items() if name.startswith(prefix)}
-    return separator.join(f"{name.removeprefix(prefix)} {value:.4g}" for name, value in metrics.items())
+def _metrics(manifest: bundle.Manifest, separator: str, wanted: tuple[str, ...] | None = None) -> str:
+    metrics = {name: value for name, value in manifest["metrics"].items() if wanted is None or name in wanted}
+    return separator.join(f"{name.removeprefix('heldout_') if wanted else name} {value:.4g}" for name, value in metrics.items())
 
 
 if __name__ == "__main__":

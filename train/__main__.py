@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from models import cli
+from models import cli, storage
 from train import config as configs
 
 USAGE = """usage: python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--debug] [--KEY VALUE ...]
@@ -64,8 +64,9 @@ def train(kind: str, argv: list[str]) -> int:
     except launch.TrainingFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-    figures = "  ".join(f"{name} {value:,.4g}" for name, value in summary["metrics"].items() if name not in report.TIMES)
+    figures = "  ".join(f"{name} {value:,.4g}" for name, value in summary["metrics"].items() if report.is_headline(name))
     print(f"run {summary['run']} is complete: {summary['steps']} steps in {summary['seconds']:.0f} s  {figures}")
+    print(f"its report: {storage.join(given.storage, 'runs', summary['run'], 'report.md')}")
     print(f"export it: python -m train export {summary['run']}")
     return 0
 

@@ -77,6 +77,13 @@ QUALITY = {
 }
 
 
+def is_headline(tag: str) -> bool:
+    """Whether a figure belongs into a line on the terminal: no seconds, floors or spreads, nor what only the report explains."""
+    quality = {"heldout_frechet_distance", "heldout_recall", "heldout_coverage", "heldout_fid"}
+    of_a_gan = {name for figure in QUALITY for name in (figure, f"{figure}_floor", f"{figure}_spread")} | {"heldout_samples"}
+    return tag not in TIMES and (tag in quality or tag not in of_a_gan)
+
+
 def write(uri: str, summary: dict[str, Any]) -> None:
     """Writes curves.png, a GAN's film.png, and report.md into the run's folder.
 
