@@ -9,8 +9,6 @@ largest distance so far from that of one worker, and the table where it ended.
 import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,30 +16,31 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-ZERO = {
-    f"ZeRO {stage}": ["--parallel.workers", "2", "--parallel.strategy", "deepspeed", "--parallel.zero_stage", str(stage)]
-    for stage in range(4)
-}
-FOUR = ["--parallel.workers", "4", "--parallel.cpus_per_worker", "0.5"]
-VARIANTS = {
-    "1 worker": [],
-    "1 worker, 4 accumulated": ["--batch.micro_size", "4"],
-    "2 workers, DDP": ["--parallel.workers", "2"],
-    "2 workers, DDP, 4 accumulated": ["--parallel.workers", "2", "--batch.micro_size", "2"],
-    **{f"2 workers, {name}": words for name, words in ZERO.items()},
-    "2 workers, ZeRO 2, 4 accumulated": [*ZERO["ZeRO 2"], "--batch.micro_size", "2"],
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.runs import train  # noqa: E402  # needs the path above
+
+Options = dict[str, object]
+TWO: Options = {"parallel.workers": 2}
+ZERO: dict[str, Options] = {f"ZeRO {stage}": {**TWO, "parallel.strategy": "deepspeed", "parallel.zero_stage": stage} for stage in range(4)}
+FOUR: Options = {"parallel.workers": 4, "parallel.cpus_per_worker": 0.5}
+VARIANTS: dict[str, Options] = {
+    "1 worker": {},
+    "1 worker, 4 accumulated": {"batch.micro_size": 4},
+    "2 workers, DDP": TWO,
+    "2 workers, DDP, 4 accumulated": {**TWO, "batch.micro_size": 2},
+    **{f"2 workers, {name}": options for name, options in ZERO.items()},
+    "2 workers, ZeRO 2, 4 accumulated": {**ZERO["ZeRO 2"], "batch.micro_size": 2},
     "4 workers, DDP": FOUR,
-    "4 workers, ZeRO 3": [*ZERO["ZeRO 3"], *FOUR],
+    "4 workers, ZeRO 3": {**ZERO["ZeRO 3"], **FOUR},
 }
 
 
-def losses(storage: str, name: str, words: list[str], steps: int) -> list[float]:
-    shape = {"batch.global_size": 16, "batch.micro_size": 16, "model.width": 64, "optim.lr": 2e-3, "log.every": 1, "steps": steps}
+def losses(storage: str, name: str, options: Options, steps: int) -> list[float]:
+    shape: Options = {"batch.global_size": 16, "batch.micro_size": 16, "model.width": 64, "optim.lr": 2e-3, "log.every": 1, "steps": steps}
     shape |= {"log.eval_every": steps, "log.sample_every": steps, "checkpoint.every": steps}
-    command = [sys.executable, "-m", "train", "gpt", "--config", "gpt-tiny", "--storage", storage, "--run.name", name]
-    command += [word for key, value in shape.items() if f"--{key}" not in words for word in (f"--{key}", str(value))]
-    subprocess.run([*command, *words], cwd=ROOT, check=True, capture_output=True, env={**os.environ, "RAY_ADDRESS": ""})
-    rows = [json.loads(line) for line in Path(storage, "runs", name, "metrics.jsonl").read_text().splitlines()]
+    run = train("gpt", "gpt-tiny", storage, name, shape | options)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 

@@ -8,9 +8,6 @@ The figures are of held-out quality at the end, median and range over the seeds,
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models import cli  # noqa: E402  # needs the path above
+from benchmarks.runs import spread, train  # noqa: E402  # needs the path above
+from models import cli  # noqa: E402
 from train import config as configs  # noqa: E402
 
 DEFAULT = ["", "model.norm=batch", "model.critic_norm=layer", "gan.objective=lsgan", "gan.objective=hinge", "gan.objective=non-saturating"]
@@ -36,23 +34,15 @@ def keys_of(variant: str) -> dict[str, str]:
 def trained(variant: str, seed: int, steps: int, storage: str) -> dict[str, float]:
     """The final metrics of one run."""
     name = f"{variant.replace(' ', '-').replace('=', '-') or 'default'}-{seed}"
-    options = {"steps": steps, "run.name": name, "run.seed": seed, **keys_of(variant)}
+    options = {"steps": steps, "run.seed": seed, **keys_of(variant)}
     options |= dict.fromkeys(("log.eval_every", "log.sample_every", "checkpoint.every"), steps)
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "train", "gan", "--config", "gan-demo", "--storage", storage, *words]
-    # Without RAY_ADDRESS: a cluster of its own.
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True, env={**os.environ, "RAY_ADDRESS": ""})
-    return json.loads((Path(storage) / "runs" / name / "summary.json").read_text())["metrics"]
+    run = train("gan", "gan-demo", storage, name, options)
+    return json.loads((run / "summary.json").read_text())["metrics"]
 
 
 def row(variant: str, found: list[dict[str, float]]) -> str:
     cells = [spread([metrics[f"heldout_{name}"] for metrics in found], digits) for name, digits in SHOWN.items()]
     return f"| {variant or 'as it is'} | {' | '.join(cells)} | {spread([metrics['images_per_s'] for metrics in found], 0)} |"
-
-
-def spread(values: list[float], digits: int) -> str:
-    """The median, and from where to where."""
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
 def main(argv: list[str]) -> int:

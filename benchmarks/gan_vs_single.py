@@ -11,7 +11,6 @@ the pictures of both are at the end, of generators averaged by the same rule and
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models import cli  # noqa: E402  # needs the path above
+from benchmarks.runs import spread, train  # noqa: E402  # needs the path above
+from models import cli  # noqa: E402
 from models.dcgan import Critic, Generator  # noqa: E402
 from models.losses import gradient_penalty, interpolate, wasserstein_critic_loss, wasserstein_generator_loss  # noqa: E402
 from train import config as configs  # noqa: E402
@@ -133,15 +133,12 @@ def by_single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
 
 def by_us(storage: Path, seed: int, steps: int) -> Trained:
     name = f"seed-{seed}"
-    options = {"steps": steps, "run.name": name, "run.seed": seed, "log.every": LOG_EVERY}
+    options = {"steps": steps, "run.seed": seed, "log.every": LOG_EVERY}
     options |= dict.fromkeys(("log.eval_every", "log.sample_every", "checkpoint.every"), steps)
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "train", "gan", "--config", "gan-demo", "--storage", str(storage), *words]
-    # Without RAY_ADDRESS: a cluster of its own.
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True, env={**os.environ, "RAY_ADDRESS": ""})
-    rows = [json.loads(line) for line in (storage / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    run = train("gan", "gan-demo", storage, name, options)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steady = [row["images_per_s"] for row in rows if row["step"] > WARM_UP and "critic_loss" in row]
-    summary = json.loads((storage / "runs" / name / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
     return Trained(statistics.harmonic_mean(steady), summary["metrics"])
 
 
@@ -163,12 +160,6 @@ def row(pairs: list[tuple[Trained, Trained]], steps: int) -> str:
 
 def figures(judged: list[dict[str, float]]) -> str:
     return ", ".join(f"{name} {spread([one[f'heldout_{name}'] for one in judged], digits)}" for name, digits in SHOWN.items())
-
-
-def spread(values: list[float], digits: int) -> str:
-    """The median, and from where to where."""
-    middle = f"{statistics.median(values):.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def main(argv: list[str]) -> int:

@@ -33,7 +33,8 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models import bundle, cli, registry  # noqa: E402  # needs the path above
+from benchmarks.runs import spread  # noqa: E402  # needs the path above
+from models import bundle, cli, registry  # noqa: E402
 
 NAME = "gpt"  # in the registry: what `train export` calls a GPT
 SHORTEST_PROMPT, LONGEST_PROMPT, NEW_TOKENS = 16, 48, 64
@@ -241,10 +242,9 @@ def compare(our_url: str, article_url: str, rounds: list[list[str]], num_clients
             flush=True,
         )
         pairs.append((ours, theirs))
-    ratios = sorted(ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs)
+    ratios = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
     our_side, their_side = (told(list(column)) for column in zip(*pairs, strict=True))
-    spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    return f"| serve {NAME}, clients: {num_clients} | {our_side} | FastAPI around generate: {their_side} | {spread} |"
+    return f"| serve {NAME}, clients: {num_clients} | {our_side} | FastAPI around generate: {their_side} | {spread(ratios, 2)} |"
 
 
 def told(loads: list[Load]) -> str:

@@ -8,7 +8,6 @@ in one run. The figure is tokens a second once they run steadily, ours over torc
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.runs import spread, train  # noqa: E402  # needs the path above
+
 STRATEGIES: dict[str, dict[str, object]] = {
     "ddp": {},
     "compile": {"compile": "true"},
@@ -85,17 +87,14 @@ def by_torchrun(folder: str, steps: int) -> float:
 def by_us(storage: str, name: str, steps: int, strategy: str = "ddp") -> float:
     options = {
         "steps": steps,
-        "run.name": name,
         "log.every": 10,
         "log.eval_every": steps,
         "log.sample_every": steps,
         "checkpoint.every": steps,
         **STRATEGIES[strategy],
     }
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "train", "gpt", "--config", "gpt-demo", "--storage", storage, *words]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, env={**os.environ, "RAY_ADDRESS": ""})
-    rows = [json.loads(line) for line in Path(storage, "runs", name, "metrics.jsonl").read_text().splitlines()]
+    run = train("gpt", "gpt-demo", storage, name, options)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steady = [row["tokens_per_s"] for row in rows if row["step"] > WARM_UP and "tokens_per_s" in row and "loss" in row]
     return len(steady) / sum(1 / speed for speed in steady)
 
@@ -121,11 +120,11 @@ def main() -> None:
             print(f"round {number}: " + ", ".join(f"{who} {speed:,.0f} tokens/s" for who, speed in rounds[-1].items()), flush=True)
     theirs = statistics.median(speeds["torchrun"] for speeds in rounds)
     for strategy in given.strategies:
-        ratios = sorted(speeds[strategy] / speeds["torchrun"] for speeds in rounds)
+        ratios = [speeds[strategy] / speeds["torchrun"] for speeds in rounds]
         ours = statistics.median(speeds[strategy] for speeds in rounds)
         print(
             f"| train gpt-demo, 2 workers, {strategy} | {ours:,.0f} tokens/s | torchrun loop: {theirs:,.0f} tokens/s | "
-            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |"
+            f"{spread(ratios, 2)} |"
         )
 
 

@@ -1,7 +1,7 @@
 """The extractor: its features at every size, its training, its file: found, shipped, trained on the cluster, damaged."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -226,25 +226,6 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     splits = {split: {"pictures": 1000} for split in ("train", "heldout")}
     storage.write_json(storage.join(uri, "dataset.json"), {"source": ["fashion-mnist"], "splits": splits})
     return uri
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "key")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        boto3.client("s3").create_bucket(Bucket="extractors")
-        yield "s3://extractors"
-    server.stop()
 
 
 @pytest.mark.usefixtures("nothing_trains")

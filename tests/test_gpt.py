@@ -208,3 +208,18 @@ def test_a_diverging_run_is_one_sentence(kiln: str, command: Any) -> None:
     assert failed.returncode == 1
     assert "training has diverged" in failed.stderr
     assert "Traceback" not in failed.stderr
+    report = Path(kiln, "runs", "wild", "report.md").read_text()
+    assert "**It did not reach its 20 steps.** run wild failed: " in report
+    assert "training has diverged" in report
+
+
+def test_a_run_that_fails_before_its_first_line_is_one_sentence(kiln: str, command: Any) -> None:
+    """Its samples can't be written: where their folder should be, there is a file."""
+    run = Path(kiln, "runs", "blocked")
+    run.mkdir(parents=True)
+    (run / "samples").touch()
+    words = ("--config", "gpt-tiny", "--data.source", f"{kiln}/corpus.txt", "--data.vocab_size", "300")
+    failed = command("train", "gpt", *words, "--run.name", "blocked", "--storage", kiln)
+    assert failed.returncode == 1
+    assert f"nothing can be written to {run}" in failed.stderr
+    assert "Traceback" not in failed.stderr

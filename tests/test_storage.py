@@ -1,6 +1,6 @@
 """Every place is a URI: the same on a folder and on an object store (a real S3 protocol, served on this machine)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +11,6 @@ from models import storage
 from train.checkpoint import Checkpointer
 
 VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="kiln")
-        yield "s3://kiln"
-    server.stop()
 
 
 @pytest.fixture(params=["folder", "s3"])

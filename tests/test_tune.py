@@ -85,6 +85,12 @@ def test_a_space_that_cannot_be_searched_is_one_sentence(entries: dict[str, Any]
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("key", ["quality.samples", "data.size"])
+def test_what_pictures_are_judged_by_is_not_searched(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{key} changes what trials are judged by, so they could not be compared: give it as --{key}"):
+        plan({key: {"choice": [32, 64]}}, tmp_path, kind="gan")
+
+
 def test_a_space_that_is_nowhere_names_the_shipped_ones() -> None:
     with pytest.raises(ValueError, match=r"neither a shipped space \(gan, gpt\) nor a file"):
         space.read("gtp")

@@ -134,7 +134,8 @@ def publish(content: bytes, dataset: str, size: int) -> str:
 
 def facts(uri: str) -> dict[str, Any]:
     """What a run's lineage says of its extractor: uri, sha256 and all of its `Card`."""
-    return {"uri": uri, "sha256": hashlib.sha256(storage.read_bytes(uri)).hexdigest(), **asdict(read(uri)[1])}
+    content = _content(uri)
+    return {"uri": uri, "sha256": hashlib.sha256(content).hexdigest(), **asdict(unpack(content, uri)[1])}
 
 
 def fingerprint(content: bytes) -> str:
@@ -148,13 +149,18 @@ def read(uri: str) -> tuple[Extractor, Card]:
     Raises:
         ValueError: the file is missing, or not what its name promises.
     """
+    return unpack(_content(uri), uri)
+
+
+def _content(uri: str) -> bytes:
+    """The bytes of an extractor's file, which are those that its name promises."""
     try:
         content = storage.read_bytes(uri)
     except FileNotFoundError:
         raise ValueError(f"{uri} is missing: start the run again, and the extractor will be trained again") from None
     if not uri.endswith(f"-{fingerprint(content)}.safetensors"):
         raise ValueError(f"{uri} is damaged (its sha256 is not the one in its name): delete it, and the extractor will be trained again")
-    return unpack(content, uri)
+    return content
 
 
 def unpack(content: bytes, where: str) -> tuple[Extractor, Card]:

@@ -85,9 +85,9 @@ def fit(
     with open_run(config, root, stem or config.kind) as run:
         say = (lambda *_: None) if quiet else print
         say(f"run {run.name}: " + (f"goes on from step {run.start}" if run.start else "starts") + f", in {run.uri}")
-        if finished := _complete(config, run):
+        if summary := _complete(config, run):
             say(f"it has all its {config.steps} steps: nothing to do (more --steps, or another --run.name)")
-            return finished
+            return summary
         refuse_impossible(config, connect())
         begun = time.monotonic()
         dataset = prepare(config, root)
@@ -97,30 +97,32 @@ def fit(
         judge = judged_by(config, dataset, say)
         _describe(run, lineage, judge)
         begun = time.monotonic()
-
-        def summary(final: dict[str, Any]) -> dict[str, Any]:
-            return {
-                "run": run.name,
-                "kind": config.kind,
-                "steps": config.steps,
-                "workers": config.parallel.workers,
-                "seconds": round(time.monotonic() - begun, 1),
-                "dataset": dataset.rsplit("/", 1)[-1],
-                "resumed_from": int(metrics.starts(run.uri)[-1]["step"]),
-                "metrics": final,
-            }
-
         try:
             with metrics.watch(run.name, config.steps, _SPEED[config.kind], quiet) as feed:
                 final = _train(config, run, dataset, judge, feed, callbacks or [], plan or [], sabotage)
         except TrainingFailed as failure:
             with suppress(OSError):  # it may be the disk that is full
-                report.write(run.uri, summary({}) | {"failed": str(failure)})
+                report.write(run.uri, _summary(config, run, dataset, begun, {}) | {"failed": str(failure)})
             raise
-        done = summary(final)
-        storage.write_json(storage.join(run.uri, "summary.json"), done)
-        report.write(run.uri, done)
-        return done
+        summary = _summary(config, run, dataset, begun, final)
+        storage.write_json(storage.join(run.uri, "summary.json"), summary)
+        report.write(run.uri, summary)
+        return summary
+
+
+def _summary(config: Config, run: Run, dataset: str, begun: float, final: dict[str, Any]) -> dict[str, Any]:
+    """What there is to say of a run at its end, or where it failed: then perhaps before its workers had written a line."""
+    starts = metrics.starts(run.uri)
+    return {
+        "run": run.name,
+        "kind": config.kind,
+        "steps": config.steps,
+        "workers": config.parallel.workers,
+        "seconds": round(time.monotonic() - begun, 1),
+        "dataset": dataset.rsplit("/", 1)[-1],
+        "resumed_from": int(starts[-1]["step"]) if starts else run.start,
+        "metrics": final,
+    }
 
 
 def _complete(config: Config, run: Run) -> dict[str, Any] | None:

@@ -156,7 +156,7 @@ def _wrap(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 
 
 def png(picture: np.ndarray | Image.Image) -> bytes:
-    """A picture, (H, W, 3) uint8 or Pillow's, as the bytes of a PNG."""
+    """A picture, (H, W) or (H, W, 3) uint8 or Pillow's, as the bytes of a PNG."""
     drawn = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     file = io.BytesIO()
     drawn.save(file, "PNG", optimize=True)

@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from train.pictures import png
+
 HERE = Path(__file__).parent
 HELDOUT_PLAYS = {"Hamlet", "Richard III", "The Tempest", "Twelfth Night"}
 PICTURES_PER_CLASS, HELDOUT_PER_CLASS = 1000, 100
@@ -58,9 +60,8 @@ def garments(source: Path) -> pa.Table:
     rows = []
     for place in range(PICTURES_PER_CLASS):  # classes in turn, so that any prefix of the file is balanced
         for label, indices in order.items():
-            png = _png(Image.fromarray(images[indices[place]]))
             split = "heldout" if place >= PICTURES_PER_CLASS - HELDOUT_PER_CLASS else "train"
-            rows.append({"image": png, "label": label, "class_name": GARMENTS[label], "split": split})
+            rows.append({"image": png(images[indices[place]]), "label": label, "class_name": GARMENTS[label], "split": split})
     return pa.Table.from_pylist(rows)
 
 
@@ -71,22 +72,16 @@ def emoji(source: Path) -> pa.Table:
     rows = []
     for place, pngs in enumerate(itertools.zip_longest(*by_class)):  # classes in turn, as long as they last
         split = "heldout" if place % 10 == 9 else "train"
-        for label, png in enumerate(pngs):
-            if png is not None:
-                rows.append({"image": _on_white(png), "label": label, "class_name": EMOJI[label], "split": split})
+        for label, stored in enumerate(pngs):
+            if stored is not None:
+                rows.append({"image": _on_white(stored), "label": label, "class_name": EMOJI[label], "split": split})
     return pa.Table.from_pylist(rows)
 
 
-def _on_white(png: bytes) -> bytes:
+def _on_white(stored: bytes) -> bytes:
     """In colour and opaque: some are stored as grey ones or with a palette."""
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
-    return _png(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return file.getvalue()
+    image = Image.open(io.BytesIO(stored)).convert("RGBA")
+    return png(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
 
 def gpt2_tokenizer(source: Path) -> str:

@@ -5,7 +5,6 @@ trained on, neither the held-out ones nor the others, so to the extractor a gene
 the held-out ones. Of the remaining 50,000 the last 500 of each class are kept aside to measure it too.
 """
 
-import io
 import json
 import sys
 import tempfile
@@ -15,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
 from models import storage
 from train import extractor, images
 from train.config import ImageData
 from train.data.make import GARMENTS, HERE, PICTURES_PER_CLASS, read_garments
 from train.images import Pictures
+from train.pictures import png
 
 FILE = HERE / "fashion-mnist-extractor.safetensors"
 ASIDE_PER_CLASS = 500
@@ -34,10 +33,8 @@ def remaining(source: Path) -> pa.Table:
     for label, name in enumerate(GARMENTS):
         indices = np.flatnonzero(labels == label)[PICTURES_PER_CLASS:]
         for place, index in enumerate(indices):
-            png = io.BytesIO()
-            Image.fromarray(pixels[index]).save(png, "PNG")
             split = "heldout" if place >= len(indices) - ASIDE_PER_CLASS else "train"
-            rows.append({"image": png.getvalue(), "label": label, "class_name": name, "split": split})
+            rows.append({"image": png(pixels[index]), "label": label, "class_name": name, "split": split})
     return pa.Table.from_pylist(rows)
 
 
