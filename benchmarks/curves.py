@@ -61,14 +61,14 @@ def draw(curves: dict[str, list[float]], path: str) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--steps", type=int, default=100)
-    options.add_argument("--picture", default="docs/curves.png")
-    given = options.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--picture", default="docs/curves.png")
+    given = parser.parse_args()
     curves = {}
     with tempfile.TemporaryDirectory() as storage:
-        for name, words in VARIANTS.items():
-            curves[name] = losses(storage, name.replace(" ", "-").replace(",", ""), words, given.steps)
+        for name, options in VARIANTS.items():
+            curves[name] = losses(storage, name.replace(" ", "-").replace(",", ""), options, given.steps)
             furthest = max(abs(a - b) for a, b in zip(curves[name], next(iter(curves.values())), strict=True))
             print(f"| {name} | {curves[name][-1]:.4f} | {furthest:.1e} |", flush=True)
     draw(curves, given.picture)
