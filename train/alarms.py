@@ -13,7 +13,7 @@ sound critic shows at any time.
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -39,6 +39,23 @@ class Alarm:
     sentence: str
 
 
+@dataclass
+class Memory:
+    """What is remembered of a run, all of it JSON."""
+
+    measurements: int = 0
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    """The last of each tag in `WATCHED`."""
+    gap: dict[str, float] | None = None
+    """By how much real pictures outscored others: its peak, the low after it, and when."""
+    early: float = 0.0
+    """The widest gap of the beginning, whatever its sign."""
+    best: dict[str, list[float]] = field(default_factory=dict)
+    """Of each judged tag: the best so far and its step."""
+    begun: dict[str, int] = field(default_factory=dict)
+    """Alarms that have not ended: how often in a row they were calm."""
+
+
 class Alarms:
     """Watches one run. The same figures give the same alarms, in one go or resumed from a saved state.
 
@@ -49,28 +66,11 @@ class Alarms:
 
     def __init__(self, objective: str, saved: dict[str, Any] | None = None) -> None:
         self._blind = BLIND.get(objective)  # None: wgan-gp, whose scores have no scale
-        state = copy.deepcopy(saved) or {"measurements": 0, "recent": {}, "gap": None, "early": 0.0, "best": {}, "begun": {}}
-        self._measurements: int = state["measurements"]
-        self._recent: dict[str, list[float]] = state["recent"]  # the last of each tag
-        self._gap: dict[str, float] | None = state[
-            "gap"
-        ]  # by how much real pictures outscored others: its peak, the low after it, and when
-        self._early: float = state["early"]  # the widest gap of the beginning, whatever its sign
-        self._best: dict[str, list[float]] = state["best"]  # of each judged tag: the best so far and its step
-        self._begun: dict[str, int] = state["begun"]  # alarms that have not ended: how often in a row they were calm
+        self._seen = Memory(**copy.deepcopy(saved or {}))
 
     def state(self) -> dict[str, Any]:
         """All that `saved` takes, for JSON."""
-        return copy.deepcopy(
-            {
-                "measurements": self._measurements,
-                "recent": self._recent,
-                "gap": self._gap,
-                "early": self._early,
-                "best": self._best,
-                "begun": self._begun,
-            }
-        )
+        return asdict(self._seen)
 
     def measured(self, step: int, figures: dict[str, float]) -> list[Alarm]:
         """The alarms that a measurement sets off.
@@ -81,14 +81,14 @@ class Alarms:
         """
         if broken := _not_finite(step, figures):
             return broken
-        self._measurements += 1
+        self._seen.measurements += 1
         gap = figures["real_score"] - figures["fake_score"]
         for tag, value in {**figures, "gap": gap, "width": abs(gap)}.items():
             if tag in WATCHED:
-                self._recent[tag] = [*self._recent.get(tag, []), value][-WINDOW:]
-        if self._measurements < WINDOW:
+                self._seen.recent[tag] = [*self._seen.recent.get(tag, []), value][-WINDOW:]
+        if self._seen.measurements < WINDOW:
             return []
-        now = {tag: median(values) for tag, values in self._recent.items()}
+        now = {tag: median(values) for tag, values in self._seen.recent.items()}
         self._remember(step, now)
         now["step"] = step
         rules = self._wasserstein if self._blind is None else self._bounded
@@ -127,18 +127,18 @@ class Alarms:
 
     def _remember(self, step: int, now: dict[str, float]) -> None:
         """The gap's peak and the lowest since. Once the gap has halved, the peak stays: what passes it then has come back."""
-        gap, beginning = now["gap"], self._measurements <= BEGINNING
+        gap, beginning = now["gap"], self._seen.measurements <= BEGINNING
         if beginning:
-            self._early = max(self._early, now["width"])
-        if self._gap is None or (gap > self._gap["peak"] and (beginning or self._gap["low"] > self._gap["peak"] / 2)):
-            self._gap = {"peak": gap, "peak_step": step, "low": gap, "low_step": step}
-        elif gap < self._gap["low"]:
-            self._gap |= {"low": gap, "low_step": step}
+            self._seen.early = max(self._seen.early, now["width"])
+        if self._seen.gap is None or (gap > self._seen.gap["peak"] and (beginning or self._seen.gap["low"] > self._seen.gap["peak"] / 2)):
+            self._seen.gap = {"peak": gap, "peak_step": step, "low": gap, "low_step": step}
+        elif gap < self._seen.gap["low"]:
+            self._seen.gap |= {"low": gap, "low_step": step}
 
     def _best_yet(self, tag: str, value: float, step: int, lower: bool = False) -> list[float]:
-        if tag not in self._best or (value < self._best[tag][0] if lower else value > self._best[tag][0]):
-            self._best[tag] = [value, step]
-        return self._best[tag]
+        if tag not in self._seen.best or (value < self._seen.best[tag][0] if lower else value > self._seen.best[tag][0]):
+            self._seen.best[tag] = [value, step]
+        return self._seen.best[tag]
 
     def _new(self, step: int, seen: str, found: Iterable[Finding]) -> list[Alarm]:
         """Of each kind the worst, where it begins."""
@@ -148,13 +148,13 @@ class Alarms:
             worst[finding[0]] = max(worst.get(finding[0], finding), finding, key=lambda one: one[1])
         for kind, severity, sentence in worst.values():
             name = f"{seen}: {kind}"
-            if severity >= 1 and name not in self._begun:
+            if severity >= 1 and name not in self._seen.begun:
                 alarms.append(Alarm(step, kind, sentence))
-            if severity >= 1 or name in self._begun:
-                self._begun[name] = self._begun.get(name, 0) + 1 if severity < EASED else 0
-            if self._begun.get(name) == CALM[seen]:
-                del self._begun[name]
-            elif kind == "divergence" and name in self._begun:
+            if severity >= 1 or name in self._seen.begun:
+                self._seen.begun[name] = self._seen.begun.get(name, 0) + 1 if severity < EASED else 0
+            if self._seen.begun.get(name) == CALM[seen]:
+                del self._seen.begun[name]
+            elif kind == "divergence" and name in self._seen.begun:
                 break  # what a critic that has diverged says besides means nothing
         return alarms
 
@@ -162,24 +162,24 @@ class Alarms:
 
     def _given_up(self, now: dict[str, float]) -> Iterator[Finding]:
         """The critic no longer tells real pictures from generated ones."""
-        assert self._gap is not None
-        peak, gap = self._gap["peak"], now["gap"]
-        severity = _ratio(0.01 * max(peak, 0.0), gap) if self._measurements >= BEGINNING else 0.0
+        assert self._seen.gap is not None
+        peak, gap = self._seen.gap["peak"], now["gap"]
+        severity = _ratio(0.01 * max(peak, 0.0), gap) if self._seen.measurements >= BEGINNING else 0.0
         way_out = "give it more gan.critic_steps, or a higher optim.critic_lr than the generator's optim.lr"
         if "gradient_penalty" not in now:
             way_out = "nothing holds the two together; set gan.penalty_weight"
         is_now = f"real_score is {abs(gap):.3g} {'above' if gap > 0 else 'below'} fake_score"
-        was = f"was {peak:.3g} above it at step {self._gap['peak_step']:,}" if peak > 0 else "never was above it"
+        was = f"was {peak:.3g} above it at step {self._seen.gap['peak_step']:,}" if peak > 0 else "never was above it"
         yield "critic has given up", severity, f"{is_now} and {was}: {way_out}"
 
     def _wasserstein(self, now: dict[str, float]) -> Iterator[Finding]:
         """WGAN: the gap is the estimate of the Wasserstein distance."""
-        assert self._gap is not None
-        gap, width, low, peak = now["gap"], now["width"], self._gap["low"], self._gap["peak"]
+        assert self._seen.gap is not None
+        gap, width, low, peak = now["gap"], now["width"], self._seen.gap["low"], self._seen.gap["peak"]
         penalty = now.get("gradient_penalty")
         if penalty is None:
-            severity = _ratio(width, 5 * self._early) if self._measurements > BEGINNING else 0.0
-            grown = f"scores of real and generated pictures lie {width:.3g} apart, in the run's beginning {self._early:.3g} at most"
+            severity = _ratio(width, 5 * self._seen.early) if self._seen.measurements > BEGINNING else 0.0
+            grown = f"scores of real and generated pictures lie {width:.3g} apart, in the run's beginning {self._seen.early:.3g} at most"
             yield "divergence", severity, f"{grown}: nothing holds the critic's slopes; set gan.penalty_weight, 10 by the paper"
         else:
             # At its best a critic pays less than half of the distance as penalty, whatever the weight: with slopes s it has
@@ -189,20 +189,22 @@ class Alarms:
             outweighs = f"gradient_penalty, {penalty:.3g}, outweighs the wasserstein_distance of {gap:.3g} that it stands for"
             yield "divergence", severity, f"{outweighs}: the critic overshoots; use a lower optim.lr, or optim.critic_lr"
             # Slopes near 0 cost 1 each, and tell next to nothing apart; slopes near 2 cost as much, and tell a lot.
-            flat = penalty / 0.8 if penalty <= 1 and width < paid / 10 and self._measurements >= BEGINNING else 0.0
+            flat = penalty / 0.8 if penalty <= 1 and width < paid / 10 and self._seen.measurements >= BEGINNING else 0.0
             sentence = (
                 f"gradient_penalty is {penalty:.3g}, the critic scores every picture alike: its optim.critic_lr is too low, or broke it"
             )
             yield "critic has given up", flat, sentence
         won, stuck = 0.0, 0.0
-        if self._measurements > BEGINNING and low <= peak / 2:
+        if self._seen.measurements > BEGINNING and low <= peak / 2:
             won = gap / (3 * peak) if low > 0 else 0.0
-        elif self._measurements > LONG and now["step"] >= LONG_STEPS:
+        elif self._seen.measurements > LONG and now["step"] >= LONG_STEPS:
             stuck = gap / (0.9 * peak)
-        risen = f"wasserstein_distance rose from {low:.3g} at step {self._gap['low_step']:,} to {gap:.3g}, far past its first {peak:.3g}"
+        risen = (
+            f"wasserstein_distance rose from {low:.3g} at step {self._seen.gap['low_step']:,} to {gap:.3g}, far past its first {peak:.3g}"
+        )
         way_out = "the generator no longer follows; use a lower optim.critic_lr or fewer gan.critic_steps"
         yield "critic has won", won, f"{risen}: {way_out}"
-        still = f"wasserstein_distance is {gap:.3g} and was hardly more at its most, {peak:.3g} at step {self._gap['peak_step']:,}"
+        still = f"wasserstein_distance is {gap:.3g} and was hardly more at its most, {peak:.3g} at step {self._seen.gap['peak_step']:,}"
         yield "critic has won", stuck, f"{still}: the generator does not follow; use a lower optim.critic_lr than its optim.lr"
 
     def _bounded(self, now: dict[str, float]) -> Iterator[Finding]:
@@ -210,13 +212,13 @@ class Alarms:
         assert self._blind is not None
         loss = now["critic_loss"]
         times = f"critic_loss is {loss:.3g}, and {self._blind:.3g} is that of a critic that knows nothing"
-        high = sorted(self._recent["critic_loss"])[-WINDOW // 3 :][0]  # every third measurement: it swings
+        high = sorted(self._seen.recent["critic_loss"])[-WINDOW // 3 :][0]  # every third measurement: it swings
         wild = f"critic_loss comes to {high:.3g} and more, and {self._blind:.3g} is that of a critic that knows nothing"
         yield "divergence", high / (4 * self._blind), f"{wild}: use a lower optim.lr, or a larger gan.penalty_weight"
-        blind = _ratio(0.01 * self._blind, abs(self._blind - loss)) if self._measurements >= BEGINNING else 0.0
+        blind = _ratio(0.01 * self._blind, abs(self._blind - loss)) if self._seen.measurements >= BEGINNING else 0.0
         yield "critic has given up", blind, f"{times}: raise optim.critic_lr, or give it more gan.critic_steps"
         sure = "it is always right, and the generator learns nothing more; use a larger gan.penalty_weight or a lower optim.critic_lr"
-        won = _ratio(0.05 * self._blind, loss) if self._measurements >= BEGINNING else 0.0  # a first generator is easily seen through
+        won = _ratio(0.05 * self._blind, loss) if self._seen.measurements >= BEGINNING else 0.0  # a first generator is easily seen through
         yield "critic has won", won, f"{times}: {sure}"
 
 
