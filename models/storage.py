@@ -131,6 +131,24 @@ def upload(local_folder: str | os.PathLike[str], uri: str | os.PathLike[str]) ->
     fs.copy_files(os.fspath(local_folder), path, destination_filesystem=filesystem)
 
 
+def upload_changed(local_folder: str | os.PathLike[str], uri: str | os.PathLike[str], before: dict[str, tuple[int, int]]) -> None:
+    """Copies those of a local folder's files to `uri` that are new or have changed.
+
+    Args:
+        before: what an earlier call has copied, as {path relative to the folder: (bytes, ns since the epoch)}; brought up to date.
+    """
+    filesystem, path = locate(uri)
+    for file in sorted(found for found in Path(local_folder).rglob("*") if found.is_file()):
+        name, facts = file.relative_to(local_folder).as_posix(), file.stat()
+        now = (facts.st_size, facts.st_mtime_ns)
+        if before.get(name) == now:
+            continue
+        target = f"{path}/{name}"
+        filesystem.create_dir(os.path.dirname(target), recursive=True)
+        fs.copy_files(str(file), target, destination_filesystem=filesystem)
+        before[name] = now
+
+
 def download(uri: str | os.PathLike[str], local_folder: str | os.PathLike[str]) -> None:
     """Copies the files below `uri` into a local folder."""
     filesystem, path = locate(uri)

@@ -357,12 +357,24 @@ def test_with_inception_there_is_an_fid(garments: dict[str, Pictures], extractor
 
 
 def test_what_inception_lacks_is_said_in_a_sentence(tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"^quality\.inception: there is no file .*none\.pth: give"):
-        quality.check_inception(str(tmp_path / "none.pth"))
-    damaged = tmp_path / "damaged.pth"
+    def refused(path: Path | str, sentence: str) -> None:
+        with pytest.raises(ValueError, match=sentence) as caught:
+            quality.inception(str(path), "cpu")
+        assert "\n" not in str(caught.value)
+
+    refused(tmp_path / "none.pth", r"^quality\.inception: there is no file .*none\.pth: give")
+    damaged, another = tmp_path / "damaged.pth", tmp_path / "another.pth"
     damaged.write_bytes(Path(weights).read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"damaged\.pth holds no weights .*download it again"):
-        quality.check_inception(str(damaged))
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match=r"needs torch-fidelity: install it with `pip install 'raykiln\[inception\]'`"):
-        quality.check_inception(weights)
+    refused(damaged, r"damaged\.pth does not hold Inception's weights .*: give")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), another)
+    refused(another, r"another\.pth does not hold Inception's weights .*: give")
+    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    refused(weights, r"needs torch-fidelity: install it with `pip install 'raykiln\[inception\]'`")
+
+
+def test_a_run_and_a_search_ask_for_inception_before_anything_starts(command: Callable, tmp_path: Path) -> None:
+    for verb in ("train", "tune"):
+        answer = command(verb, "gan", "--config", "gan-tiny", "--storage", str(tmp_path), "--quality.inception", "/nowhere/weights.pth")
+        assert answer.returncode == 2
+        assert answer.stderr.startswith("error: quality.inception: there is no file /nowhere/weights.pth: give")
+        assert not list(tmp_path.iterdir())

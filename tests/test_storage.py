@@ -37,6 +37,20 @@ def test_files_are_written_read_listed_and_deleted(root: str, tmp_path: Path) ->
     assert not storage.exists(place)
 
 
+def test_what_has_not_changed_is_not_copied_again(root: str, tmp_path: Path) -> None:
+    folder, there, before = tmp_path / "run", storage.join(root, "there"), {}
+    for name in ("curves.jsonl", "samples/1.png", "samples/2.png"):
+        storage.write_bytes(folder / name, name.encode())
+    storage.upload_changed(folder, there, before)
+    assert storage.files(there) == {name: len(name) for name in ("curves.jsonl", "samples/1.png", "samples/2.png")}
+    storage.delete(storage.join(there, "samples", "1.png"))  # to see whether it is written again
+    (folder / "curves.jsonl").write_text("a line more")
+    storage.write_bytes(folder / "samples" / "3.png", b"")
+    storage.upload_changed(folder, there, before)
+    assert set(storage.files(there)) == {"curves.jsonl", "samples/2.png", "samples/3.png"}
+    assert storage.read_bytes(storage.join(there, "curves.jsonl")) == b"a line more"
+
+
 def test_checkpoints_live_there_too(root: str) -> None:
     checkpoints = Checkpointer(root, {}, keep_last=2)
     for step in (1, 2, 3):

@@ -27,7 +27,6 @@ from torch.nn import functional
 from cluster.connect import connect
 from models import storage
 from models.extractor import Extractor, ExtractorConfig
-from train import quality
 from train.config import GanConfig
 from train.dataset import fetch
 from train.images import Pictures
@@ -74,12 +73,10 @@ def prepare(config: GanConfig, dataset: str, say: Callable[[str], None] = print)
         say: takes a line on what is done.
 
     Raises:
-        ValueError: it is damaged, the data set is too small to judge by, or `quality.inception` can't be used.
+        ValueError: it is damaged, or the data set is too small to judge by.
     """
     meta = storage.read_json(storage.join(dataset, "dataset.json"))
     _refuse_too_few(meta["splits"], dataset)
-    if config.quality.inception is not None:
-        quality.check_inception(config.quality.inception)
     found = find(dataset, config.data.size)
     if found is None and meta["source"] == ["fashion-mnist"]:
         found = publish(shipped("fashion-mnist-extractor.safetensors").read_bytes(), dataset, config.data.size)

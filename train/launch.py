@@ -81,7 +81,7 @@ def fit(
         TrainingFailed: the workers died; the run goes on from its last checkpoint when it is started again.
     """
     root = storage.absolute(root)  # workers run in other folders, on other machines
-    mirror.check_wandb(config.log.wandb)
+    refuse_missing(config)
     with open_run(config, root, stem or config.kind) as run:
         say = (lambda *_: None) if quiet else print
         say(f"run {run.name}: " + (f"goes on from step {run.start}" if run.start else "starts") + f", in {run.uri}")
@@ -148,12 +148,17 @@ def prepare(config: Config, root: str) -> str:
     return images.prepare(config.data, root, config.model.conditional)
 
 
-def refuse_impossible(config: Config, private: bool) -> None:
-    """Ray would wait for ever for what the machine does not have; a real cluster may still grow, so there it waits aloud."""
+def refuse_missing(config: Config) -> None:
+    """What a run needs beside its data and a cluster: a way to W&B, Inception's weights."""
+    mirror.check_wandb(config.log.wandb)
     if isinstance(config, GanConfig) and config.quality.inception is not None:
         from train import quality
 
-        quality.check_inception(config.quality.inception)
+        quality.inception(config.quality.inception, "cpu")  # the workers load it late, at the first judgement
+
+
+def refuse_impossible(config: Config, private: bool) -> None:
+    """Ray would wait for ever for what the machine does not have; a real cluster may still grow, so there it waits aloud."""
     parallel, have = config.parallel, ray.cluster_resources()
     needs = {"CPU": parallel.workers * parallel.cpus_per_worker, "GPU": parallel.workers if parallel.gpu else 0}
     for kind, amount in needs.items():

@@ -61,6 +61,7 @@ class Recorder(Silent):
         local = storage.local_path(run_uri)
         self._remote = run_uri if local is None else None
         self.folder = local or Path(tempfile.mkdtemp(prefix="raykiln-run-"))
+        self._uploaded: dict[str, tuple[int, int]] = {}
         self._feed = feed
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         if self._remote:
@@ -120,7 +121,7 @@ class Recorder(Silent):
         self._board.flush()
         if self._remote:
             try:
-                storage.upload(self.folder, self._remote)
+                storage.upload_changed(self.folder, self._remote, self._uploaded)
             except OSError as problem:  # the curves are not worth a run; a store that is gone will fail the next checkpoint
                 logger.warning("curves and samples could not be written to %s: %s", self._remote, problem)
 

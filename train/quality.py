@@ -195,7 +195,7 @@ class Judge:
         extractor: in eval mode, on `device`.
         samples: how many pictures to compare, as far as either side has them.
         device: where to.
-        inception: a file with Inception's weights, to have the FID too (see `check_inception`).
+        weights: a file with Inception's, to have the FID too (see `inception`).
     """
 
     def __init__(
@@ -205,10 +205,10 @@ class Judge:
         extractor: Extractor,
         samples: int,
         device: torch.device | str,
-        inception: str | None = None,
+        weights: str | None = None,
     ) -> None:
         self.extractor, self.device = extractor, device
-        self.inception = None if inception is None else _inception(inception, device)
+        self.inception = None if weights is None else inception(weights, device)
         self.count = min(len(heldout), len(train), samples)
         # Drawn, not the first ones: a folder's pictures come class by class.
         real, self.stand_ins = (
@@ -238,10 +238,10 @@ class Judge:
         for batch in batches:
             images = batch.to(self.device)
             features = self.extractor.features(images)
-            inception = [] if self.inception is None else [self.inception(images).double()]
-            parts.append((features.double(), self.extractor.modes(features), project(images), *inception))
-        features, modes, projections, *inception = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Seen(features, modes, projections, inception[0] if inception else None)
+            further = [] if self.inception is None else [self.inception(images).double()]
+            parts.append((features.double(), self.extractor.modes(features), project(images), *further))
+        features, modes, projections, *further = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Seen(features, modes, projections, further[0] if further else None)
 
     def _compare(self, made: Seen) -> dict[str, float]:
         real, config = self.real, self.extractor.config
@@ -259,34 +259,28 @@ class Judge:
 # ---------------------------------------------------------------- Inception, where the user has its weights
 
 
-def check_inception(weights: str) -> None:
-    """Whether the FID can be computed with the weights at a path.
+def inception(weights: str, device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """Pictures (B, C, H, W) in [-1, 1] to Inception's features (B, 2048), as torch-fidelity computes them for its FID.
 
     Raises:
-        ValueError: the file or the package `torch-fidelity` is missing, or the file holds no tensors.
+        ValueError: the file or the package `torch-fidelity` is missing, or the file holds no tensors, or another net's.
     """
     if not Path(weights).is_file():
         raise ValueError(
             f"quality.inception: there is no file {weights}: give torch-fidelity's weights-inception-2015-12-05-6726825d.pth, or leave it out"
         )
     try:
-        import torch_fidelity  # noqa: F401
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise ValueError("quality.inception needs torch-fidelity: install it with `pip install 'raykiln[inception]'`") from None
     try:
         torch.load(weights, weights_only=True)  # torch-fidelity itself would run whatever code the file holds
-    except Exception as error:  # torch raises half a dozen unrelated types for damaged files
+        net: Any = FeatureExtractorInceptionV3("inception-v3", ["2048"], feature_extractor_weights_path=weights).to(device)
+    except Exception as error:  # torch raises half a dozen unrelated types for damaged files, and for another net's
         raise ValueError(
-            f"quality.inception: {weights} holds no weights ({str(error).splitlines()[0]}): download it again, or leave it out"
+            f"quality.inception: {weights} does not hold Inception's weights ({str(error).splitlines()[0]}): "
+            "give torch-fidelity's weights-inception-2015-12-05-6726825d.pth, or leave it out"
         ) from None
-
-
-def _inception(weights: str, device: torch.device | str) -> Callable[[Tensor], Tensor]:
-    """Pictures (B, C, H, W) in [-1, 1] to Inception's features (B, 2048), as torch-fidelity computes them for its FID."""
-    check_inception(weights)
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    net: Any = FeatureExtractorInceptionV3("inception-v3", ["2048"], feature_extractor_weights_path=weights).to(device)
 
     def features(images: Tensor) -> Tensor:
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte()

@@ -107,6 +107,7 @@ def search(plan: Plan, root: str) -> dict[str, Any]:
     uri = storage.join(root, "searches", plan.name)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C interrupts; Tune's handler would call what it has a result
     _refuse_another_plan(plan, uri)
+    launch.refuse_missing(plan.config({}))
     with _cluster() as private:
         num_trials = at_once(plan, ray.nodes(), private)
         # Once, before trials would race for it.
