@@ -120,7 +120,8 @@ def after_training(cell: str, source: Path, root: Path, workers: int) -> State:
         torch.set_default_dtype(torch.float32)
 
 
-def train_matrix(rank: int, source: Path, root: Path) -> None:
+def train_together(rank: int, source: Path, root: Path) -> None:
+    torch.save({strategy: resumed_anywhere(strategy, source, root) for strategy in STRATEGIES}, root / f"resumed{rank}.pt")
     _let_deepspeed_take_doubles()
     found = {cell: after_training(cell, source, root, 2) for cell in MATRIX}
     torch.save(found, root / f"rank{rank}.pt")
@@ -149,13 +150,19 @@ def _let_deepspeed_take_doubles() -> None:
 
 
 @pytest.fixture(scope="module")
-def by_two_workers(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, State]:
-    """Every cell of the matrix as two workers leave it, shares put together; that both hold the same weights is seen to here."""
+def two_workers(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have left what they did together."""
     root = tmp_path_factory.mktemp("two")
-    for kind in ("plain", "colour"):
-        images.prepare(config_of(kind, source).data, str(root))
-    workers.spawn(2, train_matrix, source, root)
-    first, second = (torch.load(root / f"rank{rank}.pt", weights_only=False) for rank in range(2))
+    for kind in ("plain", "conditional", "colour"):
+        images.prepare(config_of(kind, source).data, str(root), kind == "conditional")
+    workers.spawn(2, train_together, source, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def by_two_workers(two_workers: Path) -> dict[str, State]:
+    """Every cell of the matrix as two workers leave it, shares put together; that both hold the same weights is seen to here."""
+    first, second = (torch.load(two_workers / f"rank{rank}.pt", weights_only=False) for rank in range(2))
     for cell, part in itertools.product(MATRIX, NETS):
         for name, value in first[cell][part].items():
             assert torch.equal(second[cell][part][name], value), (cell, part, name)
@@ -298,15 +305,58 @@ def advance(trained: Gan, pictures: images.Pictures, step: int) -> int:
 
 
 def flat(state: State) -> dict[str, Any]:
-    return {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
+    found = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
+    return {name: value.values if isinstance(value, Fragment) else value for name, value in found.items()}
 
 
-@pytest.mark.parametrize("updates", range(8))
+def assert_same(one: State, two: State) -> None:
+    left, right = flat(one), flat(two)
+    assert left.keys() == right.keys()
+    different = [name for name, value in left.items() if not torch.equal(torch.as_tensor(right[name]), torch.as_tensor(value))]
+    assert not different
+
+
+CADENCE = {"gan.critic_steps": 3, "model.norm": "batch"}
+UPDATES = 8  # of either net: two rounds
+CUTS = (1, 3, 6)  # beside a round's end: the critic is at work, or the generator's turn has come
+
+
+def resumed_anywhere(strategy_name: str, source: Path, root: Path) -> dict[int, State]:
+    """A worker's state after UPDATES, reached from a checkpoint after each of CUTS, and (0) without one."""
+    config = config_of("conditional", source, **CADENCE, **STRATEGIES[strategy_name], **{"parallel.workers": 2, "batch.micro_size": 8})
+    pictures = images.Pictures(Path(images.prepare(config.data, str(root), True)), "train", config.data.size)
+    spread = strategy.build(config)
+    straight, step = Gan(config, shape(config, pictures.meta), spread), 0
+    kept = {cut: Checkpointer(str(root / f"{strategy_name}-{cut}"), config.model_dump(), spread.name) for cut in CUTS}
+    for number in range(UPDATES):
+        if number in CUTS:
+            kept[number].save(step, straight.state())
+            kept[number].join()
+        step = advance(straight, pictures, step)
+    found = {0: copy.deepcopy(straight.state())}
+    for cut, checkpoints in kept.items():
+        step, saved = checkpoints.load()  # type: ignore[misc]
+        resumed = Gan(config, straight.shape, strategy.build(config), saved)
+        for _ in range(UPDATES - cut):
+            step = advance(resumed, pictures, step)
+        found[cut] = copy.deepcopy(resumed.state())
+    return found
+
+
+@pytest.mark.parametrize("strategy_name", STRATEGIES)
+@pytest.mark.parametrize("cut", CUTS)
+def test_two_workers_resume_from_anywhere_in_the_cadence(strategy_name: str, cut: int, two_workers: Path) -> None:
+    for rank in range(2):
+        found = torch.load(two_workers / f"resumed{rank}.pt", weights_only=False)[strategy_name]
+        assert_same(found[0], found[cut])
+
+
+@pytest.mark.parametrize("updates", range(UPDATES))
 def test_a_checkpoint_may_fall_anywhere_in_the_cadence(updates: int, source: Path, tmp_path: Path) -> None:
-    config = config_of("conditional", source, **{"gan.critic_steps": 3, "model.norm": "batch"})
+    config = config_of("conditional", source, **CADENCE)
     straight, pictures = single(config, tmp_path)
-    step, total = 0, 8
-    for number in range(total):
+    step = 0
+    for number in range(UPDATES):
         if number == updates:
             checkpoints = Checkpointer(str(tmp_path / "run"), config.model_dump())
             checkpoints.save(step, straight.state())
@@ -314,11 +364,9 @@ def test_a_checkpoint_may_fall_anywhere_in_the_cadence(updates: int, source: Pat
         step = advance(straight, pictures, step)
     step, state = Checkpointer(str(tmp_path / "run"), {}).load()  # type: ignore[misc]
     resumed = Gan(config, straight.shape, Ddp(), state)
-    for _ in range(total - updates):
+    for _ in range(UPDATES - updates):
         step = advance(resumed, pictures, step)
-    one, two = flat(straight.state()), flat(resumed.state())
-    assert one.keys() == two.keys()
-    assert all(torch.equal(torch.as_tensor(two[name]), torch.as_tensor(value)) for name, value in one.items() if "scaler" not in name)
+    assert_same(straight.state(), resumed.state())
 
 
 def test_another_critic_ratio_goes_on_with_the_next_pictures(source: Path, tmp_path: Path) -> None:
