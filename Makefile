@@ -18,7 +18,7 @@ demo: setup
 	$(RUN) -m cluster demo
 
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest --durations=25 --durations-min=5
 
 test-slow: setup
 	$(RUN) -m pytest -m slow

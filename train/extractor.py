@@ -207,7 +207,7 @@ def _task(dataset: str, size: int, threads: int, device: str) -> str:
 
 
 def train(folder: Path, size: int, device: torch.device | str = "cpu", steps: int | None = None) -> tuple[Extractor, Card]:
-    """The extractor of a prepared data set on this machine; the same one each time on the same device and threads.
+    """The extractor of a prepared data set on this machine; on a CPU with as many threads the same one each time.
 
     Args:
         folder: the data set.
