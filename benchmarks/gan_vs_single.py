@@ -78,7 +78,7 @@ def single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
             begun = time.perf_counter()
         for _ in range(config.gan.critic_steps):
             real, labels = next(batches)
-            critic_step(generator, critic, critic_optimizer, real, labels, config.gan.weight)
+            critic_step(generator, critic, critic_optimizer, real, labels, config.gan.penalty_weight)
         generator_step(generator, critic, generator_optimizer, config.batch.global_size)
         average.update_parameters(generator)
     seconds = time.perf_counter() - begun

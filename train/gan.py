@@ -215,11 +215,11 @@ class Gan:
         figures = {"real_score": real_scores.mean(), "fake_score": fake_scores.mean()}
         if self.config.gan.objective == "wgan-gp":
             figures["wasserstein_distance"] = figures["real_score"] - figures["fake_score"]
-        if self.config.gan.weight:
+        if self.config.gan.penalty_weight:
             # Past the wrapper, whose hooks (DeepSpeed's) would take the inner differentiation for the backward.
             critic = partial(self.critic.core, labels=batch.labels)
             figures["gradient_penalty"] = self.objective.penalty(critic, batch.real, fake, batch.mix)
-            loss = loss + self.config.gan.weight * figures["gradient_penalty"]
+            loss = loss + self.config.gan.penalty_weight * figures["gradient_penalty"]
         return loss, figures
 
     def _generator_loss(self, batch: Batch) -> Tensor:
