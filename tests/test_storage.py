@@ -38,7 +38,8 @@ def test_files_are_written_read_listed_and_deleted(root: str, tmp_path: Path) ->
 
 
 def test_what_has_not_changed_is_not_copied_again(root: str, tmp_path: Path) -> None:
-    folder, there, before = tmp_path / "run", storage.join(root, "there"), {}
+    folder, there = tmp_path / "run", storage.join(root, "there")
+    before: dict[str, tuple[int, int]] = {}
     for name in ("curves.jsonl", "samples/1.png", "samples/2.png"):
         storage.write_bytes(folder / name, name.encode())
     storage.upload_changed(folder, there, before)

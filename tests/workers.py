@@ -14,7 +14,7 @@ from models import storage
 from train import config as configs
 from train import gan, gpt, launch, metrics, strategy
 from train.checkpoint import Checkpointer
-from train.launch import Worker
+from train.worker import Worker
 
 
 class Alone(Worker):

@@ -17,12 +17,12 @@ from train import extractor, images
 from train.alarms import Alarm, Alarms
 from train.config import GanConfig
 from train.dataset import fetch
-from train.launch import Worker
 from train.metrics import Meter, Silent, finite
 from train.order import Order, positions, rng
 from train.pictures import GRID_COLUMNS, GRID_ROWS, grid, interpolations
 from train.quality import Judge
 from train.strategy import Average, Halt, Learner, State, Strategy
+from train.worker import Worker
 
 CRITIC, GENERATOR, SAMPLES, JUDGED = 2, 3, 4, 5  # purposes of random draws: what sets their keys apart
 BEST = "heldout_frechet_distance"  # what tells one checkpoint's pictures from another's: the smaller the better

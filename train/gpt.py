@@ -16,10 +16,10 @@ from train import text
 from train.config import GptConfig
 from train.dataset import fetch
 from train.flops import gpt_flops, peak_flops
-from train.launch import Worker
 from train.metrics import Meter, finite
 from train.order import Order, positions, rng
 from train.strategy import Average, Halt, State, Strategy
+from train.worker import Worker
 
 JUDGED_TOKENS = 2048  # that a worker judges at once: under ZeRO-3 each forward gathers the parameters, however small its batch
 
