@@ -51,9 +51,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def list_models(root: str, console: Console) -> None:
     found = registry.names(root)
-    if not found:
+    if found:
+        console.print(_table(root, found))
+    else:
         console.print(f"no models in {root} yet: export a run with `python -m train export RUN`")
-        return
+    for reference in registry.unfinished(root):
+        console.print(f"{reference} is damaged or not finished, and is not served")
+
+
+def _table(root: str, found: list[str]) -> Table:
     table = Table("model", "kind", "aliases", "from run", Column("held-out", overflow="fold"), "MB", "created")
     for name in found:
         names_of = registry.aliases(root, name)
@@ -68,7 +74,7 @@ def list_models(root: str, console: Console) -> None:
                 f"{bundle.size(manifest) / 1e6:.1f}",
                 manifest["created"][:16].replace("T", " "),
             )
-    console.print(table)
+    return table
 
 
 def show(root: str, reference: str, console: Console) -> None:

@@ -1,9 +1,11 @@
 """A bundle: the folder that training hands to serving (docs/design.md, "A bundle"). No torch, no pickle.
 
-`manifest.json` names every file with its size and hash and is written last: a folder without a valid manifest is no bundle.
+`manifest.json` names every file with its size and hash, and has a hash of itself. It is written last: a folder without a valid
+manifest is no bundle.
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from models import storage
 
 MANIFEST = "manifest.json"
 KINDS = ("gpt", "gan")
-REQUIRED = ("kind", "created", "files", "inputs", "outputs", "opset", "parity", "run", "dataset", "metrics", "libraries", "model")
+REQUIRED = ("kind", "created", "files", "inputs", "outputs", "opset", "parity", "run", "dataset", "metrics", "libraries", "model", "sha256")
 
 Manifest = dict[str, Any]
 
@@ -22,7 +24,7 @@ def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
 
     Args:
         folder: holds the files already.
-        manifest: all of `REQUIRED` but `files`; the registry fills in `name` and `version`.
+        manifest: all of `REQUIRED` but `files` and `sha256`; the registry fills in `name` and `version`.
 
     Raises:
         ValueError: the manifest lacks an entry, or the folder holds no file.
@@ -31,9 +33,24 @@ def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     if not paths:
         raise ValueError(f"{os.fspath(folder)} holds no file: a bundle is written into a folder that holds its files")
     files = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": storage.sha256(path)} for path in paths}
-    complete = {"name": None, "version": None, "commit": None, **manifest, "files": files}
-    _check(folder, complete)
-    storage.write_json(storage.join(folder, MANIFEST), complete)
+    write_manifest(folder, {"name": None, "version": None, "commit": None, **manifest, "files": files})
+
+
+def write_manifest(uri: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Writes the manifest of the bundle whose files are at `uri`, with its own hash.
+
+    Raises:
+        ValueError: the manifest lacks an entry.
+    """
+    sealed = {**manifest, "sha256": _seal(manifest)}
+    _check(uri, sealed)
+    storage.write_json(storage.join(uri, MANIFEST), sealed)
+
+
+def _seal(manifest: Manifest) -> str:
+    """The hash of all other entries, however the file is laid out."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read(uri: str | os.PathLike[str]) -> Manifest:
@@ -50,6 +67,8 @@ def read(uri: str | os.PathLike[str]) -> Manifest:
     except ValueError as error:
         raise ValueError(f"{place} is damaged ({error}): export the run again") from error
     _check(uri, manifest)
+    if manifest["sha256"] != _seal(manifest):
+        raise ValueError(f"{place} is not as it was written (its own sha256 differs): it is damaged, or was edited; export the run again")
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""Versions of models on shared storage: `<root>/<name>/<version>/` is a bundle, `<root>/<name>/aliases.json` names some.
+"""Versions of models on shared storage: `<root>/<name>/<version>/` is a bundle, `<root>/<name>/aliases/<alias>.json` names one.
 
     version = publish("kiln/models", "gpt", "bundle-folder")
     name, version, uri = resolve("kiln/models", "gpt@production")
@@ -7,15 +7,15 @@ A version is complete or not there, and never changes; an alias moves atomically
 production, else the newest version), "gpt/3" and "gpt@production".
 """
 
+import contextlib
 import difflib
 import errno
-import fcntl
+import logging
 import os
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from models import bundle, storage
@@ -23,8 +23,11 @@ from models import bundle, storage
 PRODUCTION = "production"  # what a name alone stands for, once it is set
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 REFERENCE = re.compile(rf"(?P<name>{NAME.pattern})(/(?P<version>[1-9][0-9]*)|@(?P<alias>{NAME.pattern}))?")
+ABANDONED_S = 24 * 3600.0  # no bundle takes as long to copy
 
 Uri = str | os.PathLike[str]
+
+logger = logging.getLogger(__name__)
 
 
 def check_name(what: str, name: str) -> None:
@@ -38,7 +41,11 @@ def check_name(what: str, name: str) -> None:
 
 def names(root: Uri) -> list[str]:
     """The models that have a version."""
-    return [name for name in storage.names(root) if NAME.fullmatch(name) and versions(root, name)]
+    return [name for name in _named(root) if versions(root, name)]
+
+
+def _named(root: Uri) -> list[str]:
+    return [name for name in storage.names(root) if NAME.fullmatch(name)]
 
 
 def versions(root: Uri, name: str) -> list[int]:
@@ -46,19 +53,31 @@ def versions(root: Uri, name: str) -> list[int]:
     return [version for version in _taken(root, name) if _is_complete(_place(root, name, version))]
 
 
+def unfinished(root: Uri) -> list[str]:
+    """What looks like a version and is none, as NAME/VERSION: never finished (perhaps not yet), or with a damaged manifest."""
+    return [f"{name}/{version}" for name in _named(root) for version in _taken(root, name) if not _is_complete(_place(root, name, version))]
+
+
 def aliases(root: Uri, name: str) -> dict[str, int]:
     """The model's aliases and their versions.
 
     Raises:
-        ValueError: aliases.json is damaged.
+        ValueError: an alias is damaged.
     """
-    place = storage.join(root, name, "aliases.json")
-    if not storage.exists(place):
-        return {}
+    files = storage.names(storage.join(root, name, "aliases"))
+    known = [file.removesuffix(".json") for file in files if file.endswith(".json")]
+    return {alias: _target(_alias_place(root, name, alias)) for alias in known}
+
+
+def _alias_place(root: Uri, name: str, alias: str) -> str:
+    return storage.join(root, name, "aliases", f"{alias}.json")
+
+
+def _target(place: str) -> int:
     found = storage.read_json(place)
-    if not isinstance(found, dict) or not all(isinstance(version, int) for version in found.values()):
-        raise ValueError(f'{place} is damaged: expected something like {{"production": 2}}')
-    return found
+    if not isinstance(found, dict) or type(found.get("version")) is not int:
+        raise ValueError(f'{place} is damaged: expected something like {{"version": 2}}; set the alias again')
+    return int(found["version"])
 
 
 def resolve(root: Uri, reference: str) -> tuple[str, int, str]:
@@ -82,8 +101,17 @@ def resolve(root: Uri, reference: str) -> tuple[str, int, str]:
         version = int(match["version"])
     elif match["alias"] or PRODUCTION in aliases(root, name):
         version = _aliased(root, name, match["alias"] or PRODUCTION)
+    else:
+        _warn_of_newer(root, name, version)
     _check_version(root, name, version, known)
     return name, version, _place(root, name, version)
+
+
+def _warn_of_newer(root: Uri, name: str, newest: int) -> None:
+    """A newer version whose manifest is damaged is passed over, but not in silence; one without a manifest may be under way."""
+    for version in _taken(root, name):
+        if version > newest and storage.exists(storage.join(_place(root, name, version), bundle.MANIFEST)):
+            logger.warning("%s/%s is damaged: %s/%s is the newest that is not", name, version, name, newest)
 
 
 def _aliased(root: Uri, name: str, alias: str) -> int:
@@ -148,12 +176,14 @@ def publish(root: Uri, name: str, local_folder: Uri) -> int:
 
 def _publish_by_rename(root: Path, name: str, folder: Path, manifest: bundle.Manifest) -> int:
     """Assembles the version hidden beside its place, then renames it onto the next free number."""
+    _clear_abandoned(root / name)
     staged = root / name / f".{uuid.uuid4().hex}.tmp"
     try:
         shutil.copytree(folder, staged)
+        shutil.copymode(staged.parent, staged)  # a scratch folder's own is closed to the user who will serve it
         while True:
             version = _next(root, name)
-            storage.write_json(staged / bundle.MANIFEST, manifest | {"name": name, "version": version})
+            bundle.write_manifest(staged, manifest | {"name": name, "version": version})
             bundle.verify(staged)
             try:
                 os.rename(staged, root / name / str(version))
@@ -165,6 +195,14 @@ def _publish_by_rename(root: Path, name: str, folder: Path, manifest: bundle.Man
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def _clear_abandoned(folder: Path) -> None:
+    """Removes what publishers that were killed had copied so far."""
+    for staged in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # its publisher has just renamed it
+            if time.time() - staged.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(staged, ignore_errors=True)
+
+
 def _publish_manifest_last(root: Uri, name: str, folder: Path, manifest: bundle.Manifest) -> int:
     """For object stores, which cannot rename: the files first, the manifest last."""
     version = _claim(root, name)
@@ -172,7 +210,7 @@ def _publish_manifest_last(root: Uri, name: str, folder: Path, manifest: bundle.
         filesystem, target = storage.locate(storage.join(_place(root, name, version), path))
         with open(folder / path, "rb") as source, filesystem.open_output_stream(target) as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
-    storage.write_json(storage.join(_place(root, name, version), bundle.MANIFEST), manifest | {"name": name, "version": version})
+    bundle.write_manifest(_place(root, name, version), manifest | {"name": name, "version": version})
     return version
 
 
@@ -194,23 +232,12 @@ def _next(root: Uri, name: str) -> int:
 def alias(root: Uri, name: str, alias: str, version: int) -> None:
     """Points an alias of the model to a version: readers see the old one or the new one.
 
+    An alias is a file of its own, so that of two that are set at once both stay, on object stores too, which know no lock.
+
     Raises:
         ValueError: a name that is none, no such model or version, or the version is damaged.
     """
     check_name("alias", alias)
     *_, uri = resolve(root, f"{name}/{version}")
     bundle.verify(uri)
-    with _locked(storage.join(root, name)):
-        storage.write_json(storage.join(root, name, "aliases.json"), {**aliases(root, name), alias: version})
-
-
-@contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """One writer at a time on a shared filesystem, so that two aliases set at once both stay; object stores know no lock."""
-    local = storage.local_path(folder)
-    if local is None:
-        yield
-        return
-    with open(local / ".aliases.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    storage.write_json(_alias_place(root, name, alias), {"version": version})

@@ -59,6 +59,8 @@ def test_writing_again_does_not_count_the_manifest(folder: Path) -> None:
         (lambda folder: (folder / "manifest.json").write_text('{"kind": "gpt"}'), "lacks created, files"),
         (lambda folder: _edit(folder, kind="vae"), "kind 'vae'"),
         (lambda folder: _edit(folder, files={"model.onnx": 5}), "no list of files"),
+        (lambda folder: _edit(folder, model={"context": 257}), r"manifest\.json is not as it was written"),
+        (lambda folder: _edit(folder, sha256="0" * 64), r"manifest\.json is not as it was written"),
     ],
 )
 def test_damage_is_named(folder: Path, damage: Any, sentence: str) -> None:

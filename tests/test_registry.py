@@ -15,6 +15,7 @@ import pytest
 from pyarrow import fs
 
 from models import bundle, registry, storage
+from models.__main__ import main as models_command
 from tests.test_bundle import MANIFEST
 
 
@@ -59,6 +60,12 @@ def test_versions_count_up_and_know_themselves(root: str, made: Path) -> None:
     manifest = bundle.verify(storage.join(root, "gpt", "2"))
     assert (manifest["name"], manifest["version"]) == ("gpt", 2)
     assert bundle.read(made)["version"] is None, "the folder that was published stays as it was"
+
+
+def test_who_may_read_the_model_may_read_its_versions(root: str, made: Path) -> None:
+    made.chmod(0o700)
+    registry.publish(root, "gpt", made)
+    assert Path(root, "gpt", "1").stat().st_mode == Path(root, "gpt").stat().st_mode
 
 
 def test_ten_follows_nine(root: str, made: Path) -> None:
@@ -116,9 +123,13 @@ def test_a_publisher_killed_half_way_leaves_no_version(root: str, made: Path) ->
         assert publisher.stdout is not None
         assert publisher.stdout.readline() == "copying\n"
         publisher.send_signal(signal.SIGKILL)
-    assert len(os.listdir(storage.join(root, "gpt"))) == 1, "what it had copied is there"
+    (left,) = Path(root, "gpt").iterdir()
     assert registry.versions(root, "gpt") == []
     assert registry.publish(root, "gpt", made) == 1
+    assert left.exists(), "another publisher may still be copying"
+    os.utime(left, times=(0, 0))
+    assert registry.publish(root, "gpt", made) == 2
+    assert not left.exists()
 
 
 def test_a_half_written_version_is_not_listed_and_its_number_not_reused(root: str, made: Path) -> None:
@@ -130,6 +141,21 @@ def test_a_half_written_version_is_not_listed_and_its_number_not_reused(root: st
     with pytest.raises(ValueError, match=r"gpt/2 has no manifest\.json"):
         registry.resolve(root, "gpt/2")
     assert registry.publish(root, "gpt", made) == 3
+
+
+def test_a_damaged_newest_version_is_passed_over_but_not_in_silence(
+    root: str, made: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        registry.publish(root, "gpt", made)
+    place = Path(root, "gpt", "2", "manifest.json")
+    place.write_text(place.read_text().replace('"opset": 24', '"opset": 25'))
+    assert registry.resolve(root, "gpt")[1] == 1
+    assert caplog.messages == ["gpt/2 is damaged: gpt/1 is the newest that is not"]
+    with pytest.raises(ValueError, match="is not as it was written"):
+        registry.resolve(root, "gpt/2")
+    models_command(["list", "--storage", str(Path(root).parent)])
+    assert "gpt/2 is damaged or not finished, and is not served" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- object stores
@@ -171,6 +197,23 @@ def test_publishers_at_once_on_an_object_store_never_share_a_version(object_stor
     for index, version in numbers.items():
         bundle.verify(f"{object_store}/gpt/{version}")
         assert storage.read_bytes(f"{object_store}/gpt/{version}/model.onnx") == f"graph {index}".encode()
+
+
+def test_aliases_set_at_once_on_an_object_store_all_stay(object_store: str, made: Path) -> None:
+    registry.publish(object_store, "gpt", made)
+    start = threading.Barrier(4)
+
+    def set_some(writer: int) -> None:
+        start.wait()
+        for number in range(5):
+            registry.alias(object_store, "gpt", f"writer-{writer}-{number}", 1)
+
+    writers = [threading.Thread(target=set_some, args=(writer,)) for writer in range(4)]
+    for thread in writers:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    assert len(registry.aliases(object_store, "gpt")) == 20
 
 
 # ---------------------------------------------------------------- references and aliases
@@ -243,6 +286,15 @@ def test_an_alias_needs_an_undamaged_version(three: str) -> None:
     assert registry.aliases(three, "gpt") == {"production": 1}
 
 
+def test_an_alias_that_is_damaged_is_set_again(three: str) -> None:
+    registry.alias(three, "gpt", "production", 1)
+    Path(three, "gpt", "aliases", "production.json").write_text("{")
+    with pytest.raises(ValueError, match=r"aliases/production\.json is not valid JSON"):
+        registry.resolve(three, "gpt")
+    registry.alias(three, "gpt", "production", 2)
+    assert registry.resolve(three, "gpt")[1] == 2
+
+
 def test_an_alias_of_a_vanished_version_is_refused(three: str) -> None:
     registry.alias(three, "gpt", "production", 2)
     shutil.rmtree(storage.join(three, "gpt", "2"))
@@ -250,9 +302,11 @@ def test_an_alias_of_a_vanished_version_is_refused(three: str) -> None:
         registry.resolve(three, "gpt")
 
 
-def test_damaged_aliases_are_named(three: str) -> None:
-    Path(three, "gpt", "aliases.json").write_text('["production"]')
-    with pytest.raises(ValueError, match=r"aliases\.json is damaged"):
+@pytest.mark.parametrize("content", ['["production"]', '{"version": "2"}', '{"version": true}', "{}"])
+def test_damaged_aliases_are_named(three: str, content: str) -> None:
+    registry.alias(three, "gpt", "production", 1)
+    Path(three, "gpt", "aliases", "production.json").write_text(content)
+    with pytest.raises(ValueError, match=r"aliases/production\.json is damaged"):
         registry.resolve(three, "gpt")
 
 

@@ -546,14 +546,14 @@ def test_a_killed_replica_ends_its_streams_with_a_sentence_and_is_replaced(clien
 def test_the_default_is_production_or_else_the_newest(root: str, tmp_path: Path) -> None:
     assert {kind: chosen.reference for kind, chosen in launch.choose(root).items()} == {"gpt": "gpt/1", "gan": "dcgan/1"}
     assert launch.choose(root, text="gpt/2")["gpt"].version == 2
-    shutil.copytree(Path(root) / "gpt", tmp_path / "gpt", ignore=shutil.ignore_patterns("aliases.json"))
+    shutil.copytree(Path(root) / "gpt", tmp_path / "gpt", ignore=shutil.ignore_patterns("aliases"))
     assert {kind: chosen.reference for kind, chosen in launch.choose(str(tmp_path)).items()} == {"gpt": "gpt/2"}
 
 
 def test_a_name_that_stands_for_nothing_is_passed_over(root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     copy = Path(shutil.copytree(root, tmp_path / "models"))
     shutil.copytree(copy / "gpt/2", copy / "other/1")
-    storage.write_json(str(copy / "other/aliases.json"), {"production": 7})
+    storage.write_json(str(copy / "other/aliases/production.json"), {"version": 7})
     assert {kind: chosen.reference for kind, chosen in launch.choose(str(copy)).items()} == {"gpt": "gpt/1", "gan": "dcgan/1"}
     assert "other is passed over: model 'other' has no version 7" in caplog.text
     caplog.clear()
