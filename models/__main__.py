@@ -67,7 +67,7 @@ def _table(root: str, found: list[str]) -> Table:
             manifest = bundle.read(storage.join(root, name, str(version)))
             table.add_row(
                 f"{name}/{version}",
-                manifest["kind"],
+                f"{manifest['kind']}, {manifest['quantization']['weights']}" if manifest["quantization"] else manifest["kind"],
                 ", ".join(alias for alias, target in names_of.items() if target == version),
                 f"{manifest['run']['name']}, step {manifest['run']['step']}",
                 _metrics(manifest, "\n", IN_A_LIST),
@@ -92,6 +92,7 @@ def show(root: str, reference: str, console: Console) -> None:
         "data": f"{dataset['name']}, fingerprint {dataset['fingerprint']}",
         "metrics": _metrics(manifest, ", ") or "none",
         "parity": f"{parity['max_abs_diff']:.2g} at most from torch (allowed {parity['tolerance']:.2g}) in {len(parity['cases'])} cases",
+        "weights": bundle.describe_weights(manifest),
         "shape": ", ".join(f"{key} {value}" for key, value in manifest["model"].items() if key != "class_names"),
         "classes": ", ".join(manifest["model"].get("class_names", [])) or "none",
         "made with": ", ".join(f"{library} {number}" for library, number in manifest["libraries"].items()),

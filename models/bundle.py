@@ -33,7 +33,7 @@ def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     if not paths:
         raise ValueError(f"{os.fspath(folder)} holds no file: a bundle is written into a folder that holds its files")
     files = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": storage.sha256(path)} for path in paths}
-    write_manifest(folder, {"name": None, "version": None, "commit": None, **manifest, "files": files})
+    write_manifest(folder, {"name": None, "version": None, "commit": None, "quantization": None, **manifest, "files": files})
 
 
 def write_manifest(uri: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -96,6 +96,17 @@ def verify(uri: str | os.PathLike[str]) -> Manifest:
 def size(manifest: Manifest) -> int:
     """Bytes of the bundle's files together."""
     return sum(entry["bytes"] for entry in manifest["files"].values())
+
+
+def describe_weights(manifest: Manifest) -> str:
+    """The weights of the bundle's graph, and what 8 bits cost."""
+    cost = manifest["quantization"]
+    if cost is None:
+        return "fp32"
+    return (
+        f"{cost['weights']} in blocks of {cost['block_size']}: {cost['bits_per_byte']:.4f} bits a byte on {cost['judged_tokens']:,} held-out tokens, "
+        f"{cost['bits_per_byte_fp32']:.4f} with fp32"
+    )
 
 
 def _check(uri: str | os.PathLike[str], manifest: Any) -> None:

@@ -72,9 +72,9 @@ def tiny_generator(num_classes: int = 0, seed: int = 0) -> Generator:
     return Generator(DcganConfig(image_size=28, latent_dim=16, width=4, num_classes=num_classes)).eval()
 
 
-def tiny_gpt_bundle(folder: Path, seed: int = 0) -> Path:
+def tiny_gpt_bundle(folder: Path, seed: int = 0, weights: str = "fp32") -> Path:
     """A GPT bundle at `folder` that has learnt `TEXT`: 320 tokens, context 64; another seed is another model."""
-    return Path(shutil.copytree(_gpt_bundle(seed), folder, dirs_exist_ok=True))
+    return Path(shutil.copytree(_gpt_bundle(seed, weights), folder, dirs_exist_ok=True))
 
 
 def tiny_gan_bundle(folder: Path, num_classes: int = 0, seed: int = 0) -> Path:
@@ -83,15 +83,22 @@ def tiny_gan_bundle(folder: Path, num_classes: int = 0, seed: int = 0) -> Path:
 
 
 @functools.cache
-def _gpt_bundle(seed: int) -> Path:
+def learnt_gpt(seed: int = 0) -> tuple[Any, Path, np.ndarray]:
+    """A GPT that has learnt `TEXT`, its tokenizer's file, and the text's ids."""
     torch.set_num_threads(1)  # more only wait for each other on so small a model
+    file = _scratch() / "tokenizer.json"
+    ids = np.array(tiny_tokenizer(file).encode(TEXT).ids)
+    model = tiny_gpt(seed)
+    learn(model, ids)
+    return model, file, ids
+
+
+@functools.cache
+def _gpt_bundle(seed: int, weights: str) -> Path:
+    model, tokenizer_file, ids = learnt_gpt(seed)
     folder = _scratch() / "gpt"
     folder.mkdir()
-    tokenizer = tiny_tokenizer(folder.parent / "tokenizer.json")
-    heldout = np.array(tokenizer.encode(TEXT).ids)
-    model = tiny_gpt(seed)
-    learn(model, heldout)
-    bundle.write(folder, LINEAGE | export_gpt(model, folder.parent / "tokenizer.json", heldout, folder))
+    bundle.write(folder, LINEAGE | export_gpt(model, tokenizer_file, ids, folder, weights))
     return folder
 
 

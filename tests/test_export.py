@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import bundle, registry, storage
+from models import bundle, gpt, registry, storage
 from models.dcgan import DcganConfig, Generator
 from serve.session import ImageSession, TextSession
-from tests.bundles import TEXT, tiny_gan_bundle, tiny_generator, tiny_gpt, tiny_gpt_bundle, tiny_tokenizer
-from train import config, export_gan, export_gpt, parity
+from tests.bundles import TEXT, learnt_gpt, tiny_gan_bundle, tiny_generator, tiny_gpt, tiny_gpt_bundle, tiny_tokenizer
+from train import config, export_gan, export_gpt, parity, quantize, text
+from train import export as export_run
 from train.checkpoint import Checkpointer
 from train.export import export
 
@@ -136,6 +137,84 @@ def test_other_greedy_tokens_are_refused(gpt_folder: Path) -> None:
 def test_a_difference_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="nan"):
         parity.judge({"fine": 0.0, "broken": float("nan"), "fine too": 0.0}, 1e-5, "logits")
+
+
+# ---------------------------------------------------------------- 8-bit weights
+
+
+@pytest.fixture(scope="module")
+def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gpt_bundle(tmp_path_factory.mktemp("int8"), weights="int8")
+
+
+def test_every_matrix_has_8_bits_and_transformers_all_of_them(gpt_folder: Path, int8_folder: Path) -> None:
+    graph = onnx.load(int8_folder / "model.onnx").graph
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "MatMulNBits")]
+    assert [node.op_type for node in products] == ["MatMulNBits"] * 9, "four matrices a layer, and the head"
+    for node in products:
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        assert {"bits": 8, "block_size": 32, "accuracy_level": 4}.items() <= attributes.items()
+    exact, quantized = (load_file(folder / "transformers" / "model.safetensors") for folder in (gpt_folder, int8_folder))
+    assert exact.keys() == quantized.keys()
+    assert all(torch.equal(exact[name], quantized[name]) for name in exact)
+    assert all(tensor.dtype == torch.float32 for tensor in quantized.values())
+
+
+def test_what_8_bits_cost_is_in_the_manifest(gpt_folder: Path, int8_folder: Path) -> None:
+    exact, quantized = bundle.read(gpt_folder), bundle.read(int8_folder)
+    assert exact["quantization"] is None
+    assert exact["parity"]["max_abs_diff"] < quantized["parity"]["max_abs_diff"] <= quantized["parity"]["tolerance"]
+    assert [case["name"] for case in quantized["parity"]["cases"]] == list(export_gpt.CASES)
+    cost = quantized["quantization"]
+    assert (cost["weights"], cost["block_size"]) == ("int8", 32)
+    assert 0 < abs(cost["bits_per_byte"] - cost["bits_per_byte_fp32"]) < 0.01 * cost["bits_per_byte_fp32"]
+    assert bundle.describe_weights(quantized).startswith("int8 in blocks of 32: 0.")
+    (golden, exact_golden) = (json.loads((folder / "golden.json").read_text()) for folder in (int8_folder, gpt_folder))
+    assert golden["tokens"] == exact_golden["tokens"], "the text was learnt by heart"
+
+
+def test_bits_a_byte_are_those_of_transformers(int8_folder: Path) -> None:
+    """Windows of the context, the last one short: each token but a window's first is judged once, by what is before it in its window."""
+    model, _, ids = learnt_gpt()
+    windows: list[list[int]] = [ids[start : start + 64].tolist() for start in range(0, len(ids), 64)]
+    assert len(windows) > 2
+    assert len(windows[-1]) < 64
+    with torch.no_grad():
+        losses = [gpt.NextTokenLoss(model)(torch.tensor([window[:-1]]), torch.tensor([window[1:]]), "sum") for window in windows]
+    tokenizer = Tokenizer.from_file(str(int8_folder / "tokenizer.json"))
+    num_bytes = sum(len(tokenizer.decode(window[1:]).encode()) for window in windows)
+    cost = bundle.read(int8_folder)["quantization"]
+    assert cost["judged_tokens"] == len(ids) - len(windows)
+    assert cost["bits_per_byte_fp32"] == pytest.approx(float(sum(losses)) / np.log(2) / num_bytes, rel=1e-4)
+
+
+def test_8_bits_that_cost_too_much_are_refused(gpt_folder: Path, tmp_path: Path) -> None:
+    damaged = onnx.load(gpt_folder / "model.onnx")
+    (head,) = (tensor for tensor in damaged.graph.initializer if tensor.name == "model.lm_head.weight")
+    head.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(head) * np.float32(0.9), head.name))
+    onnx.save(damaged, tmp_path / "model.onnx")
+    _, tokenizer_file, ids = learnt_gpt()
+    with pytest.raises(ValueError, match=r"takes .* bits a byte where it took .* with float32: .* export with --weights fp32"):
+        quantize.measure(gpt_folder / "model.onnx", tmp_path / "model.onnx", 64, ids, Tokenizer.from_file(str(tokenizer_file)))
+
+
+def test_logits_too_far_off_are_refused_whatever_the_text_says(int8_folder: Path) -> None:
+    graph = export_gpt.TextGraph(int8_folder / "model.onnx", context=64, slots=3)
+    with pytest.raises(ValueError, match=r"the exported graph's logits are .* nothing is published; check the versions"):
+        export_gpt.measure_parity(learnt_gpt()[0], graph, learnt_gpt()[2], "fp32")
+    with pytest.raises(ValueError, match=r"the exported graph's logits are .* nothing is published; export with --weights fp32"):
+        export_gpt.measure_parity(tiny_gpt(seed=1), graph, learnt_gpt()[2], "int8")
+
+
+def test_a_graph_too_large_for_one_file_stays_in_two(gpt_folder: Path, int8_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "fp32").mkdir()
+    exact, quantized = tmp_path / "fp32" / "model.onnx", tmp_path / "model.onnx"
+    onnx.save(onnx.load(gpt_folder / "model.onnx"), exact, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    quantize.quantize(exact, quantized)
+    assert (tmp_path / "model.onnx.data").is_file()
+    ids = learnt_gpt()[2][:20].tolist()
+    in_two, in_one = (export_gpt.TextGraph(path, 64, slots=1).prefill(0, ids) for path in (quantized, int8_folder / "model.onnx"))
+    np.testing.assert_array_equal(in_two, in_one)
 
 
 # ---------------------------------------------------------------- GAN
@@ -279,6 +358,20 @@ def test_what_can_not_be_exported_is_said_and_not_published(
     assert not storage.exists(f"{gpt_run}/models")
 
 
+def test_weights_are_fp32_or_int8(gpt_run: str) -> None:
+    with pytest.raises(ValueError, match="--weights int4: use fp32 or int8"):
+        export("shake", gpt_run, weights="int4")
+
+
+def test_held_out_text_is_taken_from_all_over(gpt_run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = text.Tokens(Path(gpt_run) / "data/plays-0123", "heldout", 32)
+    whole = np.concatenate(tokens.shards)
+    np.testing.assert_array_equal(export_run._heldout(tokens), whole[:-1])
+    monkeypatch.setattr(export_run, "HELDOUT_TOKENS", len(whole) // 2)
+    half = export_run._heldout(tokens)
+    np.testing.assert_array_equal(half, np.concatenate([whole[:-1][start : start + 32] for start in range(0, len(whole), 64)]))
+
+
 def test_a_damaged_checkpoint_is_not_exported(gpt_run: str) -> None:
     weights = Path(gpt_run) / "runs/shake/checkpoints/step_000020/model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -295,6 +388,8 @@ def test_the_averaged_generator_is_what_is_exported(tmp_path: Path) -> None:
     overrides = {"data.size": 28, "model.latent_dim": 16, "model.width": 4, "model.conditional": True}
     average, last = (dict(tiny_generator(3, seed).state_dict()) for seed in (1, 2))
     _leave_run(root, "pictures", config.load("gan", None, overrides), {5: {"generator": last, "generator_ema": average}})
+    with pytest.raises(ValueError, match="--weights int8 is for a GPT, and run 'pictures' is a gan: leave it out"):
+        export("pictures", root, weights="int8")
     done = export("pictures", root)
     assert (done.name, done.version) == ("gan", 1)
     assert done.manifest["model"]["class_names"] == ["cat", "dog", "cow"]

@@ -1,5 +1,6 @@
 """Text and picture sessions over real (tiny) bundles, against transformers and torch."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -99,6 +100,23 @@ def test_a_row_is_the_same_to_the_bit_in_any_company(session: TextSession, rows:
         np.testing.assert_array_equal(answer, answers[0])
 
 
+def test_8_bits_answer_the_same_to_the_bit_in_any_company(tmp_path: Path, rows: list[list[int]], expected: np.ndarray) -> None:
+    """With one scale for all rows of a batch, as dynamic quantisation has, they would not."""
+    session = TextSession(tiny_gpt_bundle(tmp_path, weights="int8"), slots=SLOTS)
+    alone = session.prefill(2, rows[2][:40])
+    assert 0.05 * np.abs(expected).max() > np.abs(alone - expected[2, 39]).max() > 1e-5 * np.abs(expected).max()
+    session.prefill(2, rows[2][:16])
+    np.testing.assert_array_equal(session.prefill(2, rows[2][16:40], start=16), alone)
+    answers = []
+    for slots in ([2], [2, 0], [5, 2], [4, 2, 5, 0, 3, 1]):
+        for slot in slots:
+            session.prefill(slot, rows[slot][: 40 + slot])
+        logits = session.decode(slots, [rows[slot][40 + slot] for slot in slots], [40 + slot for slot in slots])
+        answers.append(logits[slots.index(2)])
+    for answer in answers[1:]:
+        np.testing.assert_array_equal(answer, answers[0])
+
+
 def test_slots_left_out_of_a_step_keep_what_they_hold(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
     session.prefill(1, rows[1][:63])  # full but for one
     session.prefill(2, rows[2][:10])
@@ -177,6 +195,30 @@ def test_another_answer_than_the_golden_one_is_refused(tmp_path: Path, part: str
     bundle.write(folder, bundle.read(folder))
     with pytest.raises(ValueError, match=r"golden\.json recorded at its export"):
         TextSession(folder, slots=1).replay_golden()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_close_choice_may_turn_on_another_processor(tmp_path: Path, session: TextSession, ends: bool) -> None:
+    """The last golden token, or the end of the text, is changed for one that lies behind: that may be as much as two logits can be off."""
+    folder = tiny_gpt_bundle(tmp_path / "gpt")
+    golden = json.loads((folder / "golden.json").read_text())
+    if ends:
+        golden["tokens"] = golden["tokens"][:5]
+    *before, last = golden["tokens"]
+    logits = session.prefill(0, [*golden["ids"], *before, *([last] if ends else [])])
+    if ends:
+        behind = logits.max() - logits[session.eos_token_id]
+    else:
+        second = int(np.argsort(logits)[-2])
+        behind = logits.max() - logits[second]
+        golden["tokens"] = [*before, second]
+    golden["text"] = session.tokenizer.decode(golden["tokens"])
+    (folder / "golden.json").write_text(json.dumps(golden))
+    manifest = bundle.read(folder)
+    for tolerance, fits in ((0.501 * behind, True), (0.499 * behind, False)):
+        bundle.write(folder, manifest | {"parity": manifest["parity"] | {"tolerance": float(tolerance)}})
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"gives other tokens than golden\.json"):
+            TextSession(folder, slots=1).replay_golden()
 
 
 # ---------------------------------------------------------------- damaged or unfit bundles

@@ -4,12 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from models import cli, storage
+from models import bundle, cli, storage
 from train import config as configs
 
 USAGE = """usage: python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--debug] [--KEY VALUE ...]
        python -m train verify-resume gpt|gan [--steps N] [--kills LIST] [--config NAME|FILE] [--storage URI] [--KEY VALUE ...]
-       python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--storage URI]
+       python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--weights fp32|int8] [--storage URI]
        python -m train extractor [--config NAME|FILE] [--storage URI] [--KEY VALUE ...]
 
 `python -m train gpt --help` lists the keys. Presets: {presets}"""
@@ -95,16 +95,19 @@ def export(argv: list[str]) -> int:
     options.add_argument("run", help="the run's name")
     options.add_argument("--name", help="the model's name in the registry; by default gpt or gan")
     options.add_argument("--checkpoint", default="newest", help="newest, best (on held-out data; see checkpoint.keep_best), or a step")
+    options.add_argument("--weights", default="fp32", help="of a GPT's graph: fp32, or int8 (faster on a CPU; its cost is measured)")
     options.add_argument("--storage", default=cli.storage_default())
     given = options.parse_args(argv)
 
     from train.export import export as export_run
 
-    done = export_run(given.run, given.storage, given.name, given.checkpoint)
+    done = export_run(given.run, given.storage, given.name, given.checkpoint, given.weights)
     parity = done.manifest["parity"]
     print(
         f"exported {done.name}/{done.version}: {done.uri} (ONNX differs from torch by at most {parity['max_abs_diff']:.1e}, {parity['tolerance']:.0e} allowed)"
     )
+    if done.manifest["quantization"]:
+        print(f"its weights are {bundle.describe_weights(done.manifest)}")
     return 0
 
 

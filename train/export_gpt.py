@@ -2,9 +2,11 @@
 
 The graph (docs/design.md, "A bundle") is transformers' own model with another attention function: new keys and values are
 scattered into caches that the caller owns, at each row's own position, so that rows of any length share one step and a
-prompt may come in chunks. Only standard operators: TensorScatter and Attention of opset 24.
+prompt may come in chunks. Only standard operators: TensorScatter and Attention of opset 24. With 8-bit weights (train/quantize.py)
+its products with matrices become ONNX Runtime's own MatMulNBits.
 """
 
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +21,15 @@ from transformers.utils import logging as transformers_logging
 
 from models import gpt, storage
 from models.runtime import TextGraph, signature
-from train.parity import judge
+from train import quantize
+from train.parity import VERSIONS, judge
 
+WEIGHTS = ("fp32", "int8")
 OPSET = 24
 ATTENTION = "raykiln_slot_cache"
-# float32 keeps 7 digits, of which sums over width and layers take two: of the largest logit, so that it fits any model.
-RELATIVE_TOLERANCE = 1e-5
+# Of the largest logit, so that it fits any model. float32 keeps 7 digits, of which sums over width and layers take two. 8 bits keep
+# two: the demo's logits are 1 % off; how much text that costs is what decides (train/quantize.py).
+RELATIVE_TOLERANCE = {"fp32": 1e-5, "int8": 0.05}
 PROMPT_TOKENS, GOLDEN_TOKENS, SAMPLE_TOKENS = 8, 32, 300
 
 # What parity is measured on: for each row of a batch, the sizes of the chunks in which its tokens come.
@@ -35,31 +40,37 @@ CASES: dict[str, list[list[int]]] = {
 }
 
 
-def export_gpt(model: GPT2LMHeadModel, tokenizer_file: Path, heldout: np.ndarray, folder: Path) -> dict[str, Any]:
+def export_gpt(model: GPT2LMHeadModel, tokenizer_file: Path, heldout: np.ndarray, folder: Path, weights: str = "fp32") -> dict[str, Any]:
     """Writes a GPT bundle's files (all but the manifest) into `folder`.
 
     Args:
         model: float32, on the CPU; it is put into eval mode, and its config to using a cache.
         tokenizer_file: Hugging Face `tokenizers` JSON.
-        heldout: token ids (N) of text that the model was not trained on: what parity and the golden answer are measured on.
+        heldout: token ids (N) of text that the model was not trained on, in windows of the model's context: what parity, the golden
+            answer and the cost of 8 bits are measured on.
         folder: exists and is empty.
+        weights: of the graph, "fp32" or "int8"; the folder `transformers` has the model's own.
 
     Returns:
-        The manifest's `kind`, `inputs`, `outputs`, `opset`, `parity` and `model`.
+        The manifest's `kind`, `inputs`, `outputs`, `opset`, `parity`, `quantization` (None: float32) and `model`.
 
     Raises:
-        ValueError: the graph's logits or greedy tokens are not transformers' own.
+        ValueError: the graph's logits or greedy tokens are not transformers' own, or 8 bits cost too much text.
     """
     model.eval()
     config, eos = model.config, model.config.eos_token_id
     if not isinstance(eos, int):
         raise ValueError(f"the model's config has eos_token_id {eos!r}: expected the one token that ends a text")
-    write_graph(model, folder / "model.onnx")
-    graph = TextGraph(folder / "model.onnx", config.n_positions, slots=3)
-    parity = measure_parity(model, graph, heldout)
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.save(str(folder / "tokenizer.json"))
-    golden = golden_answer(model, graph, tokenizer, heldout, eos)
+    quantization = None
+    if weights == "int8":
+        quantization = _write_int8_graph(model, tokenizer, heldout, folder / "model.onnx")
+    else:
+        write_graph(model, folder / "model.onnx")
+    graph = TextGraph(folder / "model.onnx", config.n_positions, slots=3)
+    parity = measure_parity(model, graph, heldout, weights)
+    golden = golden_answer(model, graph, tokenizer, heldout, eos, weights)
     storage.write_json(folder / "golden.json", golden)
     text = tokenizer.decode(gpt.sample(model, golden["ids"], SAMPLE_TOKENS))
     (folder / "sample.txt").write_text(golden["prompt"] + text + "\n", encoding="utf-8")
@@ -73,7 +84,19 @@ def export_gpt(model: GPT2LMHeadModel, tokenizer_file: Path, heldout: np.ndarray
         "head_dim": config.n_embd // config.n_head,
         "eos_token_id": eos,
     }
-    return {"kind": "gpt", "inputs": inputs, "outputs": outputs, "opset": OPSET, "parity": parity, "model": shape}
+    measured = {"parity": parity, "quantization": quantization}
+    return {"kind": "gpt", "inputs": inputs, "outputs": outputs, "opset": OPSET, **measured, "model": shape}
+
+
+def _write_int8_graph(model: GPT2LMHeadModel, tokenizer: Tokenizer, heldout: np.ndarray, path: Path) -> dict[str, Any]:
+    """The graph at `path` with 8-bit weights, made from one in float32 that has passed its parity; returns the cost."""
+    context = model.config.n_positions
+    with tempfile.TemporaryDirectory(prefix="raykiln-fp32-") as scratch:
+        exact = Path(scratch) / "model.onnx"
+        write_graph(model, exact)
+        measure_parity(model, TextGraph(exact, context, slots=3), heldout)
+        quantize.quantize(exact, path)
+        return quantize.measure(exact, path, context, heldout, tokenizer)
 
 
 # ---------------------------------------------------------------- the graph
@@ -161,11 +184,11 @@ def write_graph(model: GPT2LMHeadModel, path: Path) -> None:
 # ---------------------------------------------------------------- parity and the golden answer
 
 
-def measure_parity(model: GPT2LMHeadModel, graph: TextGraph, heldout: np.ndarray) -> dict[str, Any]:
+def measure_parity(model: GPT2LMHeadModel, graph: TextGraph, heldout: np.ndarray, weights: str = "fp32") -> dict[str, Any]:
     """The largest difference between the graph's logits and transformers' with its own cache, over `CASES` of held-out text.
 
     Raises:
-        ValueError: it is above `RELATIVE_TOLERANCE` of the largest logit.
+        ValueError: it is above `RELATIVE_TOLERANCE[weights]` of the largest logit.
     """
     rows = np.resize(heldout, (3, 8)).tolist()
     graph.reserve(graph.context)
@@ -175,7 +198,8 @@ def measure_parity(model: GPT2LMHeadModel, graph: TextGraph, heldout: np.ndarray
         answered = _graph_logits(graph, rows, chunks)
         differences[name] = max(float(np.abs(mine - theirs).max()) for mine, theirs in zip(answered, expected, strict=True))
         peak = max(peak, *(float(np.abs(logits).max()) for logits in expected))
-    return judge(differences, RELATIVE_TOLERANCE * peak, "logits")
+    way_out = VERSIONS if weights == "fp32" else "export with --weights fp32"
+    return judge(differences, RELATIVE_TOLERANCE[weights] * peak, "logits", way_out)
 
 
 @torch.no_grad()
@@ -202,11 +226,13 @@ def _graph_logits(graph: TextGraph, ids: list[list[int]], chunks: list[list[int]
     return list(np.stack(logits, axis=1))
 
 
-def golden_answer(model: GPT2LMHeadModel, graph: TextGraph, tokenizer: Tokenizer, heldout: np.ndarray, eos: int) -> dict[str, Any]:
+def golden_answer(
+    model: GPT2LMHeadModel, graph: TextGraph, tokenizer: Tokenizer, heldout: np.ndarray, eos: int, weights: str = "fp32"
+) -> dict[str, Any]:
     """What the graph answers greedily to the first words of the held-out text.
 
     Raises:
-        ValueError: transformers' greedy tokens are others.
+        ValueError: transformers' greedy tokens are others, in float32; 8 bits may turn a close choice.
     """
     context = model.config.n_positions
     words = [int(token) for token in heldout[: 4 * PROMPT_TOKENS] if token != eos]
@@ -215,16 +241,23 @@ def golden_answer(model: GPT2LMHeadModel, graph: TextGraph, tokenizer: Tokenizer
     ids = tokenizer.encode(prompt).ids
     max_tokens = min(GOLDEN_TOKENS, context - len(ids))
     tokens = graph.greedy(ids, max_tokens, eos)
-    plain = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos, use_cache=True)
-    prompt_ids = torch.tensor([ids])
-    expected = model.generate(  # type: ignore[misc]  # its own annotation does not fit its own models
-        prompt_ids, attention_mask=torch.ones_like(prompt_ids), generation_config=plain
-    )[0, len(ids) :].tolist()
-    if tokens != [token for token in expected if token != eos]:
-        raise ValueError(
-            f"the exported graph continues {prompt!r} with the tokens {tokens} and transformers with {expected}: nothing is published"
-        )
+    if weights == "fp32":
+        expected = _reference_tokens(model, ids, max_tokens, eos)
+        if tokens != expected:
+            raise ValueError(
+                f"the exported graph continues {prompt!r} with the tokens {tokens} and transformers with {expected}: nothing is published"
+            )
     return {"prompt": prompt, "ids": ids, "max_tokens": max_tokens, "tokens": tokens, "text": tokenizer.decode(tokens)}
+
+
+def _reference_tokens(model: GPT2LMHeadModel, ids: list[int], max_tokens: int, eos: int) -> list[int]:
+    """transformers' greedy continuation of `ids`, up to and without the end of text."""
+    plain = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos, use_cache=True)
+    prompt = torch.tensor([ids])
+    answer = model.generate(  # type: ignore[misc]  # its own annotation does not fit its own models
+        prompt, attention_mask=torch.ones_like(prompt), generation_config=plain
+    )
+    return [token for token in answer[0, len(ids) :].tolist() if token != eos]
 
 
 def _save_for_transformers(model: GPT2LMHeadModel, tokenizer_file: Path, eos_token: str | None, folder: Path) -> None:
