@@ -12,8 +12,34 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-PROVIDERS = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # best first
+PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # best first
+# TensorFloat-32 keeps three digits: other tokens than the golden ones, and than the same request's on a CPU.
+PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 FIRST_TOKENS = 128  # what a slot has room for at first
+
+
+def choose_providers(wanted: Sequence[str] | None = None) -> list[str]:
+    """ONNX Runtime's execution providers, by its own names, best first; the last is always the CPU's, for operators that no other has.
+
+    Args:
+        wanted: some of `PROVIDERS`, best first; by default all that this build of ONNX Runtime has.
+
+    Raises:
+        ValueError: a provider that is unknown, or that this build does not have.
+    """
+    available = ort.get_available_providers()
+    known = [name for name, provider in PROVIDERS.items() if provider in available]
+    if wanted is None:
+        return [PROVIDERS[name] for name in known]
+    for name in wanted:
+        if name not in PROVIDERS:
+            raise ValueError(f"{name!r} is no execution provider: use {', '.join(PROVIDERS)}")
+        if name not in known:
+            raise ValueError(
+                f"execution provider {name!r} is not in this build of ONNX Runtime, which has {', '.join(known)}: "
+                "install onnxruntime-gpu in place of onnxruntime, or leave it out"
+            )
+    return [PROVIDERS[name] for name in (*(name for name in wanted if name != "cpu"), "cpu")]
 
 
 def open_graph(path: str | os.PathLike[str], threads: int = 1, providers: Sequence[str] | None = None) -> ort.InferenceSession:
@@ -21,24 +47,27 @@ def open_graph(path: str | os.PathLike[str], threads: int = 1, providers: Sequen
 
     Args:
         threads: CPU threads of one operator.
-        providers: execution providers, best first; by default those of `PROVIDERS` that this build of ONNX Runtime has.
+        providers: execution providers out of `PROVIDERS`, best first: the graph runs on the first, or is refused. By default the
+            best that works here: a build for CUDA also runs on machines without a GPU.
 
     Raises:
-        ValueError: a provider that this build does not have, or a file that is no graph.
+        ValueError: a provider that this build does not have or that does not start on this machine, or a file that is no graph.
     """
-    available = ort.get_available_providers()
-    chosen = list(providers) if providers is not None else [name for name in PROVIDERS if name in available]
-    for name in chosen:
-        if name not in available:
-            raise ValueError(f"execution provider {name!r} is not in this build of ONNX Runtime: use one of {', '.join(available)}")
+    chosen = choose_providers(providers)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised as well
+    with_options = [(name, PROVIDER_OPTIONS.get(name, {})) for name in chosen]
     try:
-        return ort.InferenceSession(os.fspath(path), options, providers=chosen)
+        session = ort.InferenceSession(os.fspath(path), options, providers=with_options)
     except (errors.NoSuchFile, errors.InvalidProtobuf, errors.InvalidGraph, errors.InvalidArgument) as error:
         raise ValueError(f"{os.fspath(path)} is not a readable ONNX graph: export the run again") from error
+    if providers is not None and session.get_providers()[0] != chosen[0]:
+        raise ValueError(
+            f"execution provider {chosen[0]} does not start on this machine (no GPU, or no driver or library of its version): leave it out"
+        )
+    return session
 
 
 class TextGraph:

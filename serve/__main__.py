@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models import cli, storage
+from models.runtime import PROVIDERS
 
 EPILOG = "REF is NAME (its alias production, else its newest version), NAME/VERSION or NAME@ALIAS."
 
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--images", metavar="REF", help="the picture model, likewise")
     start.add_argument("--slots", type=int, default=8, help="texts that a replica writes at once (8)")
     start.add_argument("--threads", type=int, default=1, help="CPUs of a replica (1: best for tiny models)")
+    start.add_argument("--providers", nargs="+", choices=list(PROVIDERS), help="what to run on, best first (default: the best that works)")
     start.add_argument("--max-replicas", type=int, default=4, help="replicas of a model under load (4)")
     start.add_argument("--detach", action="store_true", help="leave it running on the cluster of RAY_ADDRESS")
     actions.add_parser("status", parents=[address], help="what is served")
@@ -52,9 +54,11 @@ def up(arguments: argparse.Namespace) -> int:
     from serve import launch  # Ray takes seconds to import: not before what was asked for is known to make sense
     from serve.deployments import Options
 
-    chosen = launch.choose(storage.join(arguments.storage, "models"), arguments.text, arguments.images)
+    # On a cluster it is the replicas' machines that need a GPU, not this one.
+    here = None if os.environ.get("RAY_ADDRESS") else arguments.providers
+    chosen = launch.choose(storage.join(arguments.storage, "models"), arguments.text, arguments.images, here)
     address = launch.Address(arguments.host, arguments.port)
-    options = Options(slots=arguments.slots, threads=arguments.threads, max_replicas=arguments.max_replicas)
+    options = Options(slots=arguments.slots, threads=arguments.threads, providers=arguments.providers, max_replicas=arguments.max_replicas)
     for bundle in chosen.values():
         print(f"serving {bundle.reference} ({bundle.manifest['kind']}, from run {bundle.manifest['run']['name']})", flush=True)
     with launch.connected(options.threads * len(chosen), address) as private:
@@ -66,6 +70,8 @@ def up(arguments: argparse.Namespace) -> int:
         stays = was_served
         try:
             launch.deploy(chosen, address, options)
+            for reference, ran_on in launch.providers(chosen).items():
+                print(f"{reference} runs on {', '.join(ran_on)}", flush=True)
             print(f"\n  studio  {address.url}/\n  API     {address.url}/v1   (OpenAPI: {address.url}/docs)\n", flush=True)
             stays = arguments.detach
             print("`python -m serve down` ends it" if stays else "Ctrl-C ends it", flush=True)

@@ -51,7 +51,7 @@ def _check_model(requested: str | None, served: str) -> None:
 
 def _describe(session: TextSession | ImageSession, **more: Any) -> Model:
     manifest = session.manifest
-    facts = {key: manifest[key] for key in ("version", "kind", "metrics", "model", "dataset", "run", "commit")}
+    facts = {key: manifest[key] for key in ("version", "kind", "metrics", "model", "quantization", "dataset", "run", "commit")}
     created = int(datetime.fromisoformat(manifest["created"]).timestamp())
     return Model.model_validate({"id": manifest["name"], "created": created, **facts, "providers": session.providers, **more})
 
@@ -59,13 +59,15 @@ def _describe(session: TextSession | ImageSession, **more: Any) -> Model:
 class Text:
     """A GPT bundle under continuous batching."""
 
-    def __init__(self, slots: int, threads: int, timeout_s: float) -> None:
-        self.slots, self.threads, self.timeout_s = slots, threads, timeout_s
+    def __init__(self, slots: int, threads: int, timeout_s: float, providers: list[str] | None = None) -> None:
+        self.slots, self.threads, self.timeout_s, self.providers = slots, threads, timeout_s, providers
         self.engine: Engine | None = None
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Serves the bundle at `user_config["uri"]` from now on; what is under way finishes on the one before."""
-        session = await asyncio.to_thread(open_bundle, TextSession, user_config["uri"], slots=self.slots, threads=self.threads)
+        session = await asyncio.to_thread(
+            open_bundle, TextSession, user_config["uri"], slots=self.slots, threads=self.threads, providers=self.providers
+        )
         before = self.engine
         self.session, self.reference = session, _reference(session)
         self.engine = Engine(session, queue_limit=QUEUE_LIMIT, timeout_s=self.timeout_s)
@@ -114,14 +116,16 @@ class Text:
 class Pictures:
     """A generator's bundle; requests are drawn one after the other, since a batch gains little on a CPU."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, providers: list[str] | None = None) -> None:
+        self.threads, self.providers = threads, providers
         self.waiting = 0
         self.executor = ThreadPoolExecutor(1, "pictures")
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Serves the bundle at `user_config["uri"]` from now on."""
-        self.session = await asyncio.to_thread(open_bundle, ImageSession, user_config["uri"], threads=self.threads)
+        self.session = await asyncio.to_thread(
+            open_bundle, ImageSession, user_config["uri"], threads=self.threads, providers=self.providers
+        )
 
     async def describe(self) -> Model:
         return _describe(self.session)
@@ -274,6 +278,7 @@ class Options(BaseModel):
     images: bool = True
     slots: int = 8  # texts that a replica writes at once
     threads: int = 1  # of ONNX Runtime, and CPUs that a replica reserves; more than one slows tiny models down
+    providers: list[str] | None = None  # of models.runtime.PROVIDERS, best first; None: the best that a replica's machine has
     max_replicas: int = 4  # of each model
     timeout_s: float = 300.0  # of a text, its waiting included
 
@@ -282,9 +287,11 @@ def build(options: Options) -> serve.Application:
     """What a Serve config names: `import_path: serve.deployments:build`, `args: {...Options...}`."""
     text = images = None
     if options.text:
-        text = _model(Text, options, target_ongoing_requests=options.slots).bind(options.slots, options.threads, options.timeout_s)
+        text = _model(Text, options, target_ongoing_requests=options.slots).bind(
+            options.slots, options.threads, options.timeout_s, options.providers
+        )
     if options.images:
-        images = _model(Pictures, options, target_ongoing_requests=4).bind(options.threads)
+        images = _model(Pictures, options, target_ongoing_requests=4).bind(options.threads, options.providers)
     gateway = serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, graceful_shutdown_wait_loop_s=0.5)
     return gateway(Gateway).bind(text, images)
 

@@ -21,7 +21,7 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from cluster.connect import connect
 from models import bundle, registry, storage
-from serve.deployments import Options
+from serve.deployments import DESCRIBE_TIMEOUT_S, Options
 from serve.session import ImageSession, TextSession, open_bundle
 
 APPLICATION = "raykiln"
@@ -58,17 +58,18 @@ class Address:
 # ---- which bundles
 
 
-def choose(root: str, text: str | None = None, images: str | None = None) -> dict[str, Chosen]:
+def choose(root: str, text: str | None = None, images: str | None = None, providers: list[str] | None = None) -> dict[str, Chosen]:
     """The bundles to serve, by kind ("gpt", "gan"); a kind that the registry has no model of is left out.
 
     Args:
         root: the registry, `<storage>/models`.
         text, images: references such as gpt, gpt/3 or gpt@production; by default the kind's model whose alias production is
             set, or else its newest.
+        providers: execution providers to open them on (`models.runtime.PROVIDERS`); by default the best that this machine has.
 
     Raises:
-        ValueError: nothing to serve, an unknown reference, one of the wrong kind, or a bundle that is damaged or does not
-            answer as recorded.
+        ValueError: nothing to serve, an unknown reference, one of the wrong kind, a bundle that is damaged or does not
+            answer as recorded, or a provider that this machine does not have.
     """
     root = storage.absolute(root)  # replicas run in other folders
     references = {kind: reference for kind, reference in (("gpt", text), ("gan", images)) if reference is not None}
@@ -76,7 +77,7 @@ def choose(root: str, text: str | None = None, images: str | None = None) -> dic
         references = _defaults(root) | references
     if not references:
         raise ValueError(f"{root} holds no model to serve: train one and export it with `python -m train export RUN`")
-    return {kind: _verified(root, kind, reference) for kind, reference in references.items()}
+    return {kind: _verified(root, kind, reference, providers) for kind, reference in references.items()}
 
 
 def _defaults(root: str) -> dict[str, str]:
@@ -93,7 +94,7 @@ def _defaults(root: str) -> dict[str, str]:
     return {kind: max(candidates)[2] for kind, candidates in found.items()}
 
 
-def _verified(root: str, kind: str, reference: str) -> Chosen:
+def _verified(root: str, kind: str, reference: str, providers: list[str] | None) -> Chosen:
     """Opened here as a replica will: one that could not would take what is served down with it (`deploy`)."""
     name, version, uri = registry.resolve(root, reference)
     manifest = bundle.read(uri)
@@ -102,9 +103,9 @@ def _verified(root: str, kind: str, reference: str) -> Chosen:
         raise ValueError(f"{option} {reference} is a bundle of kind {manifest['kind']}: give it one of kind {kind}")
     try:
         if kind == "gpt":
-            open_bundle(TextSession, uri, slots=1)
+            open_bundle(TextSession, uri, slots=1, providers=providers)
         else:
-            open_bundle(ImageSession, uri)
+            open_bundle(ImageSession, uri, providers=providers)
     except ValueError as error:
         raise ValueError(f"{name}/{version} cannot be served: {error}") from error
     return Chosen(name, version, uri, manifest)
@@ -137,6 +138,12 @@ def deploy(chosen: dict[str, Chosen], address: Address, options: Options) -> Non
         if before is not None and is_served():
             _apply(before)
         raise
+
+
+def providers(chosen: dict[str, Chosen]) -> dict[str, list[str]]:
+    """The execution providers of each bundle that is served, as a replica of it says."""
+    handles = {bundle.reference: serve.get_deployment_handle(DEPLOYMENTS[kind], APPLICATION) for kind, bundle in chosen.items()}
+    return {reference: handle.describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_S).providers for reference, handle in handles.items()}
 
 
 def _apply(serve_config: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ class TextSession(TextGraph):
         folder: the bundle, on this machine.
         slots: sequences that can be under way at once.
         threads: CPU threads of one operator; one is best for tiny models.
-        providers: ONNX Runtime's execution providers, best first; by default TensorRT, CUDA, CPU, as available.
+        providers: of `models.runtime.PROVIDERS`, best first; by default TensorRT, CUDA, CPU, as available.
 
     Raises:
         ValueError: the folder is no GPT bundle, or a file of it is damaged.

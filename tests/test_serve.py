@@ -374,7 +374,8 @@ def test_a_model_that_is_away_does_not_hide_the_other(root: str, error: Exceptio
     asyncio.run(pictures.reconfigure({"uri": f"{root}/dcgan/1"}))
     app = build_app(Failing(error), pictures)  # type: ignore[arg-type]  # which returns its refusals: none are asked for
     assert ask(app, "GET", "/health").json() == {"status": "ok", "models": ["dcgan/1"]}
-    assert [model["id"] for model in ask(app, "GET", "/v1/models").json()["data"]] == ["dcgan"]
+    (model,) = ask(app, "GET", "/v1/models").json()["data"]
+    assert (model["id"], model["providers"], model["quantization"]) == ("dcgan", ["CPUExecutionProvider"], None)
 
 
 def test_a_replica_whose_engine_died_is_not_healthy(root: str) -> None:
@@ -518,6 +519,7 @@ def test_commands_change_and_show_what_a_cluster_serves(
         changed = command(*up, "--text", "gpt/2", "--detach")
         assert (changed.returncode, changed.stderr) == (0, "")
         assert f"studio  http://localhost:{address.port}/" in changed.stdout
+        assert "gpt/2 runs on CPUExecutionProvider\n" in changed.stdout
         status = command("serve", "status", "--port", str(address.port))
         assert status.returncode == 0
         assert "gpt/2" in status.stdout
@@ -575,6 +577,9 @@ def test_what_cannot_be_served_is_refused_with_a_sentence(root: str, tmp_path: P
         launch.choose(str(tmp_path / "models"))
     with pytest.raises(ValueError, match=r"model\.onnx .*damaged"):  # and a replica looks for itself
         asyncio.run(Text(slots=1, threads=1, timeout_s=1).reconfigure({"uri": str(tmp_path / "models/gpt/1")}))
+    for replica, uri in ((Text(slots=1, threads=1, timeout_s=1, providers=["cuda"]), "gpt/2"), (Pictures(1, ["cuda"]), "dcgan/1")):
+        with pytest.raises(ValueError, match="execution provider 'cuda' is not in this build"):
+            asyncio.run(replica.reconfigure({"uri": f"{root}/{uri}"}))
 
 
 def test_up_says_what_is_wrong_and_ends(command: Callable[..., Any], root: str, tmp_path: Path) -> None:
@@ -587,6 +592,8 @@ def test_up_says_what_is_wrong_and_ends(command: Callable[..., Any], root: str, 
     assert f"127.0.0.1:{port} cannot be used" in taken.stderr
     no_port = command("serve", "up", "--port", "70000", RAY_ADDRESS="")
     assert (no_port.returncode, "'70000' is not a port: use a number from 1 to 65535" in no_port.stderr) == (2, True)
+    no_gpu = command("serve", "up", "--providers", "cuda", "--storage", str(Path(root).parent), RAY_ADDRESS="")
+    assert (no_gpu.returncode, "cannot be served: execution provider 'cuda' is not in this build" in no_gpu.stderr) == (2, True)
     detached = command("serve", "up", "--detach", "--storage", str(tmp_path), RAY_ADDRESS="")
     assert "--detach needs a cluster to stay on" in detached.stderr
 

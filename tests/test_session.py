@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import bundle
+from models.runtime import choose_providers
 from serve.session import ImageSession, TextSession
 from tests.bundles import TEXT, tiny_gan_bundle, tiny_gpt_bundle
 
@@ -250,11 +252,36 @@ def test_kinds_are_not_mixed_up(gpt_folder: Path, gan_folder: Path) -> None:
         ImageSession(gpt_folder)
 
 
-def test_a_provider_that_is_not_there_is_named(gan_folder: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"'RocketExecutionProvider' is not in this build of ONNX Runtime: use one of .*CPUExecutionProvider"
-    ):
-        ImageSession(gan_folder, providers=["RocketExecutionProvider"])
+@pytest.mark.parametrize(
+    ("provider", "sentence"),
+    [
+        ("rocket", "'rocket' is no execution provider: use tensorrt, cuda, cpu$"),
+        ("cuda", "'cuda' is not in this build of ONNX Runtime, which has cpu: install onnxruntime-gpu"),
+    ],
+)
+def test_a_provider_that_is_not_there_is_named(gan_folder: Path, monkeypatch: pytest.MonkeyPatch, provider: str, sentence: str) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["AzureExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ValueError, match=sentence):
+        ImageSession(gan_folder, providers=[provider, "cpu"])
+
+
+def test_providers_come_best_first_and_the_cpu_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    has = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "AzureExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: has)
+    tensorrt, cuda, _, cpu = has
+    assert choose_providers() == [tensorrt, cuda, cpu]
+    assert choose_providers(["cuda"]) == [cuda, cpu]
+    assert choose_providers(["cpu"]) == [cpu]
+
+
+def test_a_gpu_that_does_not_start_is_refused_where_it_was_asked_for(gan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime built for CUDA takes the CPU where there is no GPU, and says nothing. This build, told that it was built so, does too."""
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Specified provider 'CUDAExecutionProvider' is not in available provider names")
+        assert ImageSession(gan_folder).providers == ["CPUExecutionProvider"]
+        with pytest.raises(ValueError, match="CUDAExecutionProvider does not start on this machine"):
+            ImageSession(gan_folder, providers=["cuda"])
 
 
 # ---------------------------------------------------------------- pictures
