@@ -93,6 +93,7 @@ class TextGraph:
         names = [name.removeprefix("past_") for name in shapes if name.startswith("past_")]
         _, self._heads, _, self._head_dim = shapes[f"past_{names[0]}"]
         self._device = "cpu" if self.providers[0] == "CPUExecutionProvider" else "cuda"
+        self.copies = self._device == "cpu"  # whether `copy` works: ONNX Runtime shows Python no part of a GPU's memory
         self.room = self._first_room = min(FIRST_TOKENS, context)  # tokens that fit into each slot: so far, and at first
         self._caches = {name: self._cache() for name in names}
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
@@ -108,6 +109,12 @@ class TextGraph:
         self.room = min(max(2 * self.room, tokens), self.context)
         self._caches = {name: self._cache(cache.numpy()) for name, cache in self._caches.items()}
         self._bindings.clear()
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copies the first `tokens` positions of a slot's cache into another slot, where `copies`."""
+        for cache in self._caches.values():
+            values = cache.numpy()  # the memory itself
+            values[target, :, :tokens] = values[source, :, :tokens]
 
     def release(self) -> None:
         """Forgets what the slots hold, and gives back the room that one long text has made for all."""

@@ -82,10 +82,10 @@ class Text:
         assert self.engine is not None
         return _describe(self.session, engine=self.engine.status())
 
-    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, Chunk] | Rejected:
+    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]] | Rejected:
         try:
             reference = self.reference
-            return reference, await self._submit(request, client).result()
+            return reference, await self._submit(request, client).results()
         except Rejected as error:
             return error
 
@@ -102,15 +102,23 @@ class Text:
         """Without an await in between, so that no swap comes between the choice of the engine and its taking the request."""
         assert self.engine is not None
         _check_model(request.model, self.reference)
+        if request.timeout_s is not None and request.timeout_s > self.timeout_s:
+            raise WrongValue(
+                f"timeout_s is {request.timeout_s:g}, and a request may take {self.timeout_s:g} s here: ask for no more", "timeout_s"
+            )
         sampling = Sampling(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,
+            repetition_penalty=request.repetition_penalty,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
             seed=random.randrange(2**31) if request.seed is None else request.seed,
             stop=request.stops,
+            logprobs=request.logprobs,
         )
-        return self.engine.submit(request.prompt, sampling, client)
+        return self.engine.submit(request.prompt, sampling, client, n=request.n, timeout_s=request.timeout_s)
 
 
 class Pictures:
@@ -223,7 +231,7 @@ class RemoteText:
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
                 return await self.handle.describe.remote()
 
-    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, Chunk]:
+    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
         with _reaching("text"):
             return _kept(await self.handle.complete.remote(request, client))
 

@@ -1,5 +1,7 @@
 """From a sequence's tokens to the text that may be shown: whole characters only, and never a part of a stop string."""
 
+import functools
+
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
@@ -18,7 +20,7 @@ class TextStream:
         self._tokenizer, self._stop = tokenizer, stop
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
-        self._decoded = 0  # characters that have left the decoder
+        self.decoded = 0  # whole characters so far, held ones and a stop string's included
         self._held = ""  # decoded, but possibly the beginning of a stop string
 
     def push(self, token: int) -> str:
@@ -26,7 +28,7 @@ class TextStream:
         assert not self.stopped
         self._tokens.append(token)
         piece = self._stream.step(self._tokenizer, token) or ""  # nothing while a character's bytes are incomplete
-        self._decoded += len(piece)
+        self.decoded += len(piece)
         self._held += piece
         return self._release(self._unsafe_suffix())
 
@@ -34,7 +36,7 @@ class TextStream:
         """The rest of the text, once the last token was pushed."""
         if self.stopped:
             return ""
-        self._held += self._tokenizer.decode(self._tokens)[self._decoded :]
+        self._held += self._tokenizer.decode(self._tokens)[self.decoded :]
         return self._release(0)
 
     def _release(self, keep: int) -> str:
@@ -54,3 +56,23 @@ class TextStream:
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):
                 return length
         return 0
+
+
+def spelled(tokenizer: tokenizers.Tokenizer, token: int) -> str:
+    """One token as text; one that is no whole character as OpenAI spells it: its bytes, such as `bytes:\\xe2\\x82`."""
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    if "\ufffd" not in text:
+        return text
+    piece, alphabet = tokenizer.id_to_token(token), _byte_alphabet()
+    assert piece is not None
+    if not set(piece) <= set(alphabet):
+        return piece  # a tokenizer that isn't byte-level has a spelling of its own, such as <0xE2>
+    return "bytes:" + "".join(f"\\x{alphabet[character]:02x}" for character in piece)
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`, the other way round)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -15,15 +15,15 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import tokenizers
 
-from serve.detokenize import TextStream
+from serve.detokenize import TextStream, spelled
 from serve.errors import DeadlineExceeded, Overloaded, Rejected, TooLong, Unavailable
-from serve.sampling import sample
+from serve.sampling import logprobs, penalize, sample
 from serve.scheduler import Sampling, Scheduler, Sequence
 
 logger = logging.getLogger(__name__)
@@ -38,78 +38,106 @@ class Session(Protocol):
     context: int
     eos_token_id: int
     tokenizer: tokenizers.Tokenizer
+    copies: bool
 
     def prefill(self, slot: int, ids: list[int], start: int = 0) -> np.ndarray: ...
 
     def decode(self, slots: list[int], ids: list[int], lengths: list[int]) -> np.ndarray: ...
 
+    def copy(self, source: int, target: int, tokens: int) -> None: ...
+
     def release(self) -> None: ...
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model held a token, and which it held likeliest."""
+
+    token: str  # as `serve.detokenize.spelled`
+    logprob: float
+    top: dict[str, float]  # the likeliest tokens and this one, likeliest first
+    offset: int  # of its first character in the text
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """What a request produced since its last chunk."""
+    """What one of a request's texts has got since its last chunk."""
 
     text: str
     prompt_tokens: int
     completion_tokens: int  # in all, so far
     finish_reason: str | None = None  # "stop" (end of text, or a stop string) or "length", in the last chunk
+    choice: int = 0  # which of the texts
+    logprobs: tuple[TokenLogprob, ...] = ()  # where they were asked for: one of each token since the last chunk
+
+    def __add__(self, later: "Chunk") -> "Chunk":
+        return replace(later, text=self.text + later.text, logprobs=self.logprobs + later.logprobs)
 
 
 class Stream:
     """One request under way, as its consumer on the event loop sees it. `Engine.submit` makes it."""
 
-    def __init__(self, engine: "Engine", sequence: Sequence) -> None:
-        self.sequence = sequence
-        self.text = TextStream(engine.session.tokenizer, sequence.sampling.stop)  # the engine's thread's
+    def __init__(self, engine: "Engine", sequences: list[Sequence], timeout_s: float) -> None:
+        self.sequences, self.timeout_s = sequences, timeout_s
         self._engine = engine
-        self._pending: Chunk | None = None
+        self._pending: dict[int, Chunk] = {}  # of each text, what has not been taken yet
+        self._unfinished = len(sequences)
         self._error: Rejected | None = None
         self._ready, self._done = asyncio.Event(), asyncio.Event()
 
     async def chunks(self) -> AsyncGenerator[Chunk, None]:
-        """The text as it comes: the first chunk at once, then whatever was made in the meantime, at most every `interval_s`.
+        """The texts as they come: the first chunk at once, then whatever was made in the meantime, at most every `interval_s`.
 
-        Leaving early (a break with `aclosing`, a cancelled task) frees the request's slot.
+        Leaving early (a break with `aclosing`, a cancelled task) frees the request's slots.
 
         Raises:
             Overloaded: the queue was full, and no client had more in it than this one.
-            DeadlineExceeded: the engine's `timeout_s` ran out.
+            DeadlineExceeded: the request's time ran out.
             Unavailable: the engine has ended.
         """
+        unfinished = len(self.sequences)
         try:
-            while True:
+            while unfinished:
                 await self._ready.wait()
                 self._ready.clear()
                 if self._error is not None:
                     raise self._error
-                assert self._pending is not None
-                chunk, self._pending = self._pending, None
-                yield chunk
-                if chunk.finish_reason is not None:
-                    return
+                pending, self._pending = self._pending, {}
+                for chunk in pending.values():
+                    unfinished -= chunk.finish_reason is not None
+                    yield chunk
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._done.wait(), self._engine.interval_s)
         finally:
             self._engine.leave(self)
 
-    async def result(self) -> Chunk:
-        """The whole text in one chunk. Raises what `chunks` raises."""
-        texts = []
+    async def results(self) -> list[Chunk]:
+        """The whole texts, each in one chunk. Raises what `chunks` raises."""
+        found: dict[int, Chunk] = {}
         async for chunk in self.chunks():
-            texts.append(chunk.text)
-        return replace(chunk, text="".join(texts))
+            found[chunk.choice] = found[chunk.choice] + chunk if chunk.choice in found else chunk
+        return [found[choice] for choice in range(len(self.sequences))]
 
     def deliver(self, news: "Chunk | Rejected") -> None:
         """Called on the event loop."""
         if isinstance(news, Rejected):
             self._error = news
         else:
-            before = self._pending.text if self._pending else ""
-            self._pending = replace(news, text=before + news.text)
-        if isinstance(news, Rejected) or news.finish_reason is not None:
+            before = self._pending.get(news.choice)
+            self._pending[news.choice] = news if before is None else before + news
+            self._unfinished -= news.finish_reason is not None
+        if self._error is not None or not self._unfinished:
             self._done.set()
         self._ready.set()
+
+
+@dataclass
+class _Text:
+    """What the engine's thread keeps of a text under way."""
+
+    stream: Stream
+    shown: TextStream
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens since the last chunk
 
 
 class Engine:
@@ -122,16 +150,23 @@ class Engine:
         timeout_s: the longest that a request may take, its waiting included.
         interval_s: the shortest time between two chunks of a stream. A message to a client costs more than a token of a
             small model, and 50 a second look continuous.
+        idle_s: once nothing was asked for so long, the cache's room is given back, and with it the prompts that it holds.
     """
 
     def __init__(
-        self, session: Session, queue_limit: int = 64, chunk_size: int = 64, timeout_s: float = 300.0, interval_s: float = 0.02
+        self,
+        session: Session,
+        queue_limit: int = 64,
+        chunk_size: int = 64,
+        timeout_s: float = 300.0,
+        interval_s: float = 0.02,
+        idle_s: float = 10.0,
     ) -> None:
-        self.session, self.timeout_s, self.interval_s = session, timeout_s, interval_s
+        self.session, self.timeout_s, self.interval_s, self.idle_s = session, timeout_s, interval_s, idle_s
         self.generated = 0  # tokens in all
-        self._scheduler = Scheduler(session.slots, queue_limit, chunk_size)
+        self._scheduler = Scheduler(session.slots, queue_limit, chunk_size, session.copies)
         self._longest_token = max(map(len, session.tokenizer.get_vocab(with_added_tokens=True)))
-        self._streams: dict[Sequence, Stream] = {}  # those that the thread has taken in
+        self._texts: dict[Sequence, _Text] = {}  # those that the thread has taken in
         self._inbox: queue.SimpleQueue[tuple[Callable[[Stream], None], Stream] | None] = queue.SimpleQueue()
         self._outbox: list[tuple[Stream, Chunk | Rejected]] = []
         self._loop = asyncio.get_running_loop()
@@ -142,12 +177,14 @@ class Engine:
 
     # ---- called on the event loop
 
-    def submit(self, prompt: str, sampling: Sampling, client: str = "") -> Stream:
+    def submit(self, prompt: str, sampling: Sampling, client: str = "", n: int = 1, timeout_s: float | None = None) -> Stream:
         """Puts a request into the queue.
 
         Args:
             prompt: empty: the text starts as a document does.
             client: clients are served in turn.
+            n: texts to write, of the choices 0 to n - 1.
+            timeout_s: of this request, where it is shorter than the engine's.
 
         Raises:
             TooLong: prompt and `max_tokens` do not fit into the model's context.
@@ -156,12 +193,14 @@ class Engine:
         ids = self._encode(prompt, sampling.max_tokens)
         if not self.alive:
             raise Unavailable(GONE)
-        stream = Stream(self, Sequence(ids, sampling, client, time.monotonic() + self.timeout_s))
+        timeout_s = self.timeout_s if timeout_s is None else min(timeout_s, self.timeout_s)
+        deadline = time.monotonic() + timeout_s
+        stream = Stream(self, [Sequence(ids, replace(sampling, choice=choice), client, deadline) for choice in range(n)], timeout_s)
         self._inbox.put((self._join, stream))
         return stream
 
     def leave(self, stream: Stream) -> None:
-        """The consumer has gone: from the next step on, the request's slot is another's."""
+        """The consumer has gone: from the next step on, the request's slots are others'."""
         self._inbox.put((self._drop, stream))
 
     def close(self) -> None:
@@ -207,38 +246,56 @@ class Engine:
     def _take_in(self) -> bool:
         """Lets requests join and leave, and waits for one where there is nothing to do. False: the engine is to end."""
         while not (self._closing and self._scheduler.idle):
-            if self._scheduler.idle:
-                self.session.release()
+            nothing_to_do = self._scheduler.idle and not self._outbox
             try:
-                item = self._inbox.get(block=self._scheduler.idle and not self._outbox)
+                item = self._inbox.get(block=nothing_to_do, timeout=self.idle_s)
             except queue.Empty:
-                break
+                if not nothing_to_do:
+                    break
+                self.session.release()
+                self._scheduler.forget()
+                continue
             if item is None:
                 self._closing = True
             else:
                 act, stream = item
                 act(stream)
         for sequence in self._scheduler.expired(time.monotonic()):
-            self._finish(sequence, DeadlineExceeded(f"the request took longer than {self.timeout_s:g} s: ask for fewer tokens, or later"))
+            if sequence in self._texts:  # not gone with another of its request
+                stream = self._texts[sequence].stream
+                self._refuse(
+                    stream, DeadlineExceeded(f"the request took longer than {stream.timeout_s:g} s: ask for fewer tokens, or later")
+                )
         return not (self._closing and self._scheduler.idle)
 
     def _join(self, stream: Stream) -> None:
-        self._streams[stream.sequence] = stream
-        refused = self._scheduler.add(stream.sequence)
-        if refused is not None:
-            slots, waiting = self._scheduler.slots, self._scheduler.queue_limit
-            self._finish(refused, Overloaded(f"the {slots} slots are taken and {waiting} more requests wait: try again in a moment"))
+        for sequence in stream.sequences:
+            self._texts[sequence] = _Text(stream, TextStream(self.session.tokenizer, sequence.sampling.stop))
+            refused = self._scheduler.add(sequence)
+            if refused is not None:
+                slots, waiting = self._scheduler.slots, self._scheduler.queue_limit
+                error = Overloaded(f"the {slots} slots are taken and {waiting} more requests wait: try again in a moment")
+                self._refuse(self._texts[refused].stream, error)
+            if sequence not in self._texts:
+                return
+
+    def _refuse(self, stream: Stream, error: Rejected) -> None:
+        self._drop(stream)
+        self._outbox.append((stream, error))
 
     def _drop(self, stream: Stream) -> None:
-        self._scheduler.remove(stream.sequence)
-        self._streams.pop(stream.sequence, None)
+        for sequence in stream.sequences:
+            self._scheduler.remove(sequence)
+            self._texts.pop(sequence, None)
 
     def _step(self) -> None:
         for prefill in self._scheduler.prefills():
             sequence = prefill.sequence
             assert sequence.slot is not None
+            if prefill.source is not None:
+                self.session.copy(prefill.source, sequence.slot, prefill.start)
             logits = self.session.prefill(sequence.slot, prefill.ids, prefill.start)
-            sequence.cached += len(prefill.ids)
+            sequence.cached = prefill.start + len(prefill.ids)
             if sequence.cached == len(sequence.prompt):
                 self._accept(sequence, logits)
         batch = self._scheduler.decodes()
@@ -251,27 +308,37 @@ class Engine:
 
     def _accept(self, sequence: Sequence, logits: np.ndarray) -> None:
         """Draws a sequence's next token, and ends the sequence where that was its last."""
-        how, stream = sequence.sampling, self._streams[sequence]
-        position = len(sequence.tokens)
-        token = sample(logits, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, seed=how.seed, position=position)
+        how, text = sequence.sampling, self._texts[sequence]
+        token = _drawn(sequence, logits)
+        if how.logprobs is not None:
+            text.logprobs.append(self._logprob(logits, token, how.logprobs, text.shown.decoded))
         sequence.tokens.append(token)
         self.generated += 1
-        text = "" if token == self.session.eos_token_id else stream.text.push(token)
-        if token == self.session.eos_token_id or stream.text.stopped:
+        piece = "" if token == self.session.eos_token_id else text.shown.push(token)
+        if token == self.session.eos_token_id or text.shown.stopped:
             reason = "stop"
         elif len(sequence.tokens) == how.max_tokens:
             reason = "length"
         else:
-            if text:
-                self._outbox.append((stream, Chunk(text, len(sequence.prompt), len(sequence.tokens))))
+            if piece:
+                self._tell(sequence, piece)
             return
-        text += stream.text.flush()
-        reason = "stop" if stream.text.stopped else reason  # the held end may have completed a stop string
-        self._finish(sequence, Chunk(text, len(sequence.prompt), len(sequence.tokens), reason))
-
-    def _finish(self, sequence: Sequence, news: Chunk | Rejected) -> None:
+        piece += text.shown.flush()
+        reason = "stop" if text.shown.stopped else reason  # the held end may have completed a stop string
+        self._tell(sequence, piece, reason)
         self._scheduler.remove(sequence)
-        self._outbox.append((self._streams.pop(sequence), news))
+        del self._texts[sequence]
+
+    def _logprob(self, logits: np.ndarray, token: int, count: int, offset: int) -> TokenLogprob:
+        tokenizer = self.session.tokenizer
+        logprob, top = logprobs(logits, token, count)
+        return TokenLogprob(spelled(tokenizer, token), logprob, {spelled(tokenizer, one): value for one, value in top.items()}, offset)
+
+    def _tell(self, sequence: Sequence, piece: str, reason: str | None = None) -> None:
+        text = self._texts[sequence]
+        told, text.logprobs = tuple(text.logprobs), []
+        chunk = Chunk(piece, len(sequence.prompt), len(sequence.tokens), reason, sequence.sampling.choice, told)
+        self._outbox.append((text.stream, chunk))
 
     def _hand_out(self) -> None:
         if self._outbox:
@@ -291,10 +358,31 @@ class Engine:
     def _end(self) -> None:
         """The thread's last word. `submit` runs on this loop too: what it put into the inbox before is all there."""
         self.alive = False
-        left = list(self._streams.values())
+        left = {text.stream: None for text in self._texts.values()}
         while not self._inbox.empty():
             item = self._inbox.get()
             if item is not None:
-                left.append(item[1])
+                left[item[1]] = None
         for stream in left:
             stream.deliver(Unavailable(GONE))
+
+
+def _drawn(sequence: Sequence, logits: np.ndarray) -> int:
+    how = sequence.sampling
+    penalized = penalize(
+        logits,
+        sequence.prompt,
+        sequence.tokens,
+        repetition=how.repetition_penalty,
+        presence=how.presence_penalty,
+        frequency=how.frequency_penalty,
+    )
+    return sample(
+        penalized,
+        temperature=how.temperature,
+        top_k=how.top_k,
+        top_p=how.top_p,
+        seed=how.seed,
+        choice=how.choice,
+        position=len(sequence.tokens),
+    )

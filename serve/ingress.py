@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -22,10 +22,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.engine import Chunk
-from serve.errors import Rejected, UnknownModel, WrongValue
+from serve.errors import Rejected, UnknownModel
 from serve.schemas import (
     Completion,
     CompletionChoice,
+    CompletionLogprobs,
     CompletionRequest,
     Error,
     Generated,
@@ -63,7 +64,7 @@ class TextModel(Protocol):
 
     async def describe(self) -> Model: ...
 
-    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, Chunk]: ...
+    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]: ...
 
     def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]: ...
 
@@ -130,8 +131,6 @@ async def models(http: Request) -> Models:
 @router.post("/v1/completions", responses={413: {"model": Error}, 504: {"model": Error}})
 async def completions(body: CompletionRequest, http: Request, model: Annotated[TextModel, Depends(_text_model)]) -> Completion:
     """Continues a text. With `stream`, server-sent events: messages of this same shape, then `[DONE]`."""
-    if body.n != 1:
-        raise WrongValue(f"n is {body.n}, and this server writes one text a request: send {body.n} requests with seeds of their own", "n")
     client = http.client.host if http.client else ""
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
     if body.stream:
@@ -139,8 +138,8 @@ async def completions(body: CompletionRequest, http: Request, model: Annotated[T
         first = await anext(chunks)  # a refusal must come before the status line has gone
         events = _events(body, head, first, chunks)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})  # type: ignore[return-value]
-    reference, chunk = await model.complete(body, client)
-    return _completion(head, reference, chunk, usage=True)
+    reference, texts = await model.complete(body, client)
+    return _completion(body, head, reference, texts, _usage(texts))
 
 
 @router.post("/v1/images/generations")
@@ -178,22 +177,32 @@ async def _describe(http: Request) -> list[Model]:
 # ---- completions on the wire
 
 
-def _completion(head: dict[str, Any], reference: str, chunk: Chunk, usage: bool) -> Completion:
-    return Completion(
-        **head,
-        model=reference.rpartition("/")[0],
-        system_fingerprint=reference,
-        choices=[CompletionChoice(text=chunk.text, finish_reason=chunk.finish_reason)],  # type: ignore[arg-type]
-        usage=_usage(chunk) if usage else None,
+def _completion(body: CompletionRequest, head: dict[str, Any], reference: str, chunks: list[Chunk], usage: Usage | None) -> Completion:
+    choices = [
+        CompletionChoice(
+            index=chunk.choice,
+            text=chunk.text,
+            finish_reason=chunk.finish_reason,  # type: ignore[arg-type]
+            logprobs=None if body.logprobs is None else _logprobs(chunk),
+        )
+        for chunk in chunks
+    ]
+    return Completion(**head, model=reference.rpartition("/")[0], system_fingerprint=reference, choices=choices, usage=usage)
+
+
+def _logprobs(chunk: Chunk) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        tokens=[told.token for told in chunk.logprobs],
+        token_logprobs=[told.logprob for told in chunk.logprobs],
+        top_logprobs=[told.top for told in chunk.logprobs],
+        text_offset=[told.offset for told in chunk.logprobs],
     )
 
 
-def _usage(chunk: Chunk) -> Usage:
-    return Usage(
-        prompt_tokens=chunk.prompt_tokens,
-        completion_tokens=chunk.completion_tokens,
-        total_tokens=chunk.prompt_tokens + chunk.completion_tokens,
-    )
+def _usage(latest: Collection[Chunk]) -> Usage:
+    """A request's, from each text's latest chunk; the prompt counts once."""
+    prompt, completion = max(chunk.prompt_tokens for chunk in latest), sum(chunk.completion_tokens for chunk in latest)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
 async def _events(
@@ -205,10 +214,13 @@ async def _events(
     """A stream's server-sent events; the client's going ends the model's work."""
     async with contextlib.aclosing(chunks):
         reference, chunk = first
+        latest: dict[int, Chunk] = {}
         try:
             while True:
-                last = chunk.finish_reason is not None
-                message = _completion(head, reference, chunk, usage=last or body.stream_options.continuous_usage_stats)
+                latest[chunk.choice] = chunk
+                last = sum(one.finish_reason is not None for one in latest.values()) == body.n
+                usage = _usage(latest.values()) if last or body.stream_options.continuous_usage_stats else None
+                message = _completion(body, head, reference, [chunk], usage)
                 yield f"data: {message.model_dump_json()}\n\n"
                 if last:
                     break

@@ -1,9 +1,67 @@
-"""From logits to the next token. A draw is a function of (seed, position): the same alone, in company and after a retry."""
+"""From logits to the next token. A draw is a function of (seed, choice, position): the same alone, in company and after a retry."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 
-def sample(logits: np.ndarray, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, position: int = 0) -> int:
+def penalize(
+    logits: np.ndarray,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    *,
+    repetition: float = 1.0,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+) -> np.ndarray:
+    """The logits, with what has been written made less likely; the same array where no penalty is set.
+
+    Args:
+        logits: (V,).
+        prompt: the ids of the prompt.
+        tokens: those generated after it.
+        repetition: above 1, takes likelihood from all tokens of prompt and text, below 1 it gives (CTRL, Keskar et al. 2019,
+            https://arxiv.org/abs/1909.05858, as in transformers: a positive logit is divided by it, a negative one multiplied).
+        presence: is taken off the logit of each token of the text (OpenAI's, like the next).
+        frequency: is taken off as often as the token stands in the text.
+
+    Raises:
+        ValueError: a repetition penalty that is not above 0.
+    """
+    if not 0 < repetition < np.inf:
+        raise ValueError(f"repetition is {repetition}: use 1 (no penalty) or another number above 0")
+    if (repetition, presence, frequency) == (1, 0, 0):
+        return logits
+    logits = logits.astype(np.float64)
+    seen = np.unique([*prompt, *tokens])
+    logits[seen] = np.where(logits[seen] > 0, logits[seen] / repetition, logits[seen] * repetition)
+    written, counts = np.unique(np.asarray(tokens, np.int64), return_counts=True)
+    logits[written] -= presence + frequency * counts
+    return logits
+
+
+def logprobs(logits: np.ndarray, token: int, count: int) -> tuple[float, dict[int, float]]:
+    """The natural logarithm of a token's probability, and those of the `count` likeliest tokens and of itself, likeliest first.
+
+    They are the model's own: of logits (V,) before penalties, temperature and filters.
+    """
+    shifted = logits.astype(np.float64) - logits.max()
+    everything = shifted - np.log(np.exp(shifted).sum())
+    likeliest = np.argpartition(everything, -count)[-count:] if count else np.empty(0, np.int64)
+    likeliest = likeliest[np.argsort(-everything[likeliest], kind="stable")]
+    return float(everything[token]), {one: float(everything[one]) for one in dict.fromkeys([*likeliest.tolist(), token])}
+
+
+def sample(
+    logits: np.ndarray,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    choice: int = 0,
+    position: int = 0,
+) -> int:
     """The next token.
 
     The filters are transformers' own, in its order: temperature, then `top_k`, then `top_p` (Holtzman et al. 2019,
@@ -14,7 +72,8 @@ def sample(logits: np.ndarray, *, temperature: float = 1.0, top_k: int = 0, top_
         temperature: 0 takes the likeliest token.
         top_k: keep the k likeliest tokens and those as likely as the k-th; 0 keeps all.
         top_p: keep the fewest likeliest tokens whose probabilities reach this sum; 1 keeps all.
-        seed: with `position`, decides the draw; below 2**64.
+        seed: with `choice` and `position`, decides the draw; below 2**64.
+        choice: which of a request's texts: each draws anew from the same seed.
         position: the new token's place in its sequence.
 
     Raises:
@@ -35,7 +94,8 @@ def sample(logits: np.ndarray, *, temperature: float = 1.0, top_k: int = 0, top_
         probabilities[order[before >= top_p]] = 0
     cumulative = np.cumsum(probabilities)
     key = np.array([seed, position], np.uint64)  # a list with a seed from 2**63 on would become floats
-    draw = np.random.Generator(np.random.Philox(key=key)).random() * cumulative[-1]
+    counter = np.array([0, 0, 0, choice], np.uint64)
+    draw = np.random.Generator(np.random.Philox(key=key, counter=counter)).random() * cumulative[-1]
     return int(np.searchsorted(cumulative, draw, side="right"))
 
 

@@ -17,8 +17,13 @@ class Sampling:
     temperature: float = 0.7  # 0: greedy
     top_k: int = 50  # 0: off
     top_p: float = 1.0
+    repetition_penalty: float = 1.0  # 1: off
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
+    choice: int = 0  # which of its request's texts: each is another of the same seed
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None  # so many of the likeliest tokens are told with each token; None: nothing is told
 
 
 @dataclass(eq=False)
@@ -41,6 +46,7 @@ class Prefill:
     sequence: Sequence
     ids: list[int]
     start: int
+    source: int | None = None  # a slot that holds the prompt up to `start`, to be copied first; None: its own slot does
 
 
 class Scheduler:
@@ -50,14 +56,17 @@ class Scheduler:
         slots: sequences that can run at once.
         queue_limit: sequences that may wait; where one more comes, the client with the most of them loses its newest.
         chunk_size: most prompt tokens of one prefill. A prompt is cut at multiples of it, whatever else runs, so that
-            its keys and values are computed the same way alone and in company.
+            its keys and values are computed the same way alone and in company. Whole chunks that prompts begin with alike
+            are therefore the same to the bit, and computed once: later prompts take them over from the slot that has them.
+        copies: whether a slot's content can be copied to another; else only what a slot itself still holds is taken over.
     """
 
-    def __init__(self, slots: int, queue_limit: int, chunk_size: int) -> None:
-        self.slots, self.queue_limit, self.chunk_size = slots, queue_limit, chunk_size
+    def __init__(self, slots: int, queue_limit: int, chunk_size: int, copies: bool = True) -> None:
+        self.slots, self.queue_limit, self.chunk_size, self.copies = slots, queue_limit, chunk_size, copies
         self._queues: OrderedDict[str, deque[Sequence]] = OrderedDict()  # per client; the next to be served first
         self._free = list(range(slots))  # a heap: the lowest slots are taken first, so that a batch lies close together
         self._running: list[Sequence] = []
+        self._tenants: list[Sequence | None] = [None] * slots  # each slot's latest, whose keys and values it holds
 
     @property
     def waiting(self) -> int:
@@ -108,10 +117,13 @@ class Scheduler:
         chunks: list[Prefill] = []
         budget = self.chunk_size
         for sequence in self._running:
-            start = sequence.cached
+            if budget <= 0:
+                break
+            source, start = self._longest_shared(sequence)
             while budget > 0 and start < len(sequence.prompt):
                 ids = sequence.prompt[start : start + self.chunk_size]
-                chunks.append(Prefill(sequence, ids, start))
+                chunks.append(Prefill(sequence, ids, start, source))
+                source = None
                 start += len(ids)
                 budget -= len(ids)
         return chunks
@@ -125,10 +137,37 @@ class Scheduler:
         waiting = [sequence for queue in self._queues.values() for sequence in queue]
         return [sequence for sequence in self._running + waiting if sequence.deadline < now]
 
+    def forget(self) -> None:
+        """The slots' contents are gone; only where nothing runs."""
+        assert not self._running
+        self._tenants = [None] * self.slots
+
+    def _longest_shared(self, sequence: Sequence) -> tuple[int | None, int]:
+        """The slot that holds the most of what is still missing of a prompt, and how far; None where its own holds as much."""
+        found: tuple[int | None, int] = None, sequence.cached
+        for slot, tenant in enumerate(self._tenants if self.copies and sequence.cached < len(sequence.prompt) else []):
+            if tenant is not None and (held := self._shared(tenant, sequence)) > found[1]:
+                found = slot, held
+        return found
+
+    def _shared(self, tenant: Sequence, sequence: Sequence) -> int:
+        """The tokens of the whole chunks in a tenant's slot that a sequence's prompt begins with too.
+
+        The prompt's last token is never among them: the logits after it have to be computed. Nor are generated tokens: a step
+        of many rows may round otherwise than a prefill.
+        """
+        size = self.chunk_size
+        end = min(tenant.cached, len(tenant.prompt), len(sequence.prompt) - 1) // size * size
+        starts = range(0, end, size)
+        return next((start for start in starts if tenant.prompt[start : start + size] != sequence.prompt[start : start + size]), end)
+
     def _admit(self) -> None:
         client, queue = self._queues.popitem(last=False)
         sequence = queue.popleft()
         if queue:
             self._queues[client] = queue  # to the end of the round
-        sequence.slot = heapq.heappop(self._free)
+        slot = heapq.heappop(self._free)
+        before = self._tenants[slot]
+        sequence.cached = 0 if before is None else self._shared(before, sequence)
+        sequence.slot, self._tenants[slot] = slot, sequence
         self._running.append(sequence)

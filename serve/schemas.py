@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+MAX_CHOICES = 16  # texts of one request
 MAX_SEED = 2**63 - 1  # what every JSON library and numpy's Philox key can hold
 
 
@@ -56,18 +57,24 @@ class CompletionRequest(Body):
     temperature: float = Field(default=0.7, ge=0, le=100, description="0 takes the likeliest token each time.")
     top_k: int = Field(default=50, ge=0, description="Draw from the k likeliest tokens only; 0: from all.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Draw from the likeliest tokens that together have this probability.")
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, le=10, description="Above 1, what stands in prompt or text becomes less likely (as in transformers); 1: off."
+    )
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Makes what stands in the text less likely; 0: off.")
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="The same, by how often it stands there; 0: off.")
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="The same seed gives the same text.")
     stop: Text | list[Text] = Field(default=[], description="Up to 4 strings; the text ends before the first of them.")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    n: int = Field(default=1, ge=1, description="1: this server writes one text a request.")
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="Texts to write: of a seed, text i is the same whatever n.")
+    logprobs: int | None = Field(
+        default=None, ge=0, le=5, description="Tell each token's logarithm of probability, and those of so many of the likeliest tokens."
+    )
+    timeout_s: float | None = Field(default=None, gt=0, description="Give up after so many seconds; the server's own limit is the most.")
     user: Text | None = Field(default=None, description="Accepted for OpenAI's clients; not used.")
     best_of: Annotated[Any, _neutral(None, 1)] = None
     echo: Annotated[Any, _neutral(None, False)] = None
-    frequency_penalty: Annotated[Any, _neutral(None, 0)] = None
     logit_bias: Annotated[Any, _neutral(None, {})] = None
-    logprobs: Annotated[Any, _neutral(None)] = None
-    presence_penalty: Annotated[Any, _neutral(None, 0)] = None
     suffix: Annotated[Any, _neutral(None, "")] = None
 
     @property
@@ -107,11 +114,23 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class CompletionLogprobs(BaseModel):
+    """One entry of each token of the choice, and in a stream of each since the last message; they are natural logarithms.
+
+    The probabilities are the model's own, before penalties, temperature and filters.
+    """
+
+    tokens: list[str] = Field(description="As text; a token that is no whole character as its bytes, such as bytes:\\xe2\\x82.")
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] = Field(description="The likeliest tokens and the one that was taken.")
+    text_offset: list[int] = Field(description="Where the token begins, in characters of the choice's whole text.")
+
+
 class CompletionChoice(BaseModel):
-    index: int = 0
+    index: int
     text: str
     finish_reason: Literal["stop", "length"] | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None
 
 
 class Completion(BaseModel):

@@ -3,9 +3,9 @@
 import asyncio
 import contextlib
 import hashlib
-import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from serve.detokenize import TextStream
-from serve.engine import Chunk, Engine
+from serve.detokenize import TextStream, spelled
+from serve.engine import Chunk, Engine, Stream
 from serve.errors import DeadlineExceeded, Overloaded, Rejected, TooLong, Unavailable
-from serve.sampling import sample
+from serve.sampling import penalize, sample
 from serve.scheduler import Sampling, Scheduler, Sequence
 
 EOS = 256
@@ -46,6 +46,7 @@ class HashSession:
     def __init__(self, slots: int = 3, context: int = 96, step_s: float = 0.0) -> None:
         self.slots, self.context, self.eos_token_id, self.step_s = slots, context, EOS, step_s
         self.tokenizer = byte_tokenizer()
+        self.copies = True
         self.cache: list[list[int]] = [[] for _ in range(slots)]
         self.largest_batch = self.released = 0
         self.prefill_sizes: list[int] = []
@@ -64,6 +65,10 @@ class HashSession:
             assert len(self.cache[slot]) == length
             self.cache[slot].append(token)
         return np.stack([logits_after(self.cache[slot]) for slot in slots])
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        assert tokens <= len(self.cache[source])
+        self.cache[target] = self.cache[source][:tokens]
 
     def release(self) -> None:
         self.cache = [[] for _ in range(self.slots)]
@@ -90,23 +95,37 @@ async def engine_of(session: HashSession, **options: Any) -> AsyncIterator[Engin
         assert engine.status()["running"] == engine.status()["waiting"] == 0
 
 
-def reference(prompt: str, sampling: Sampling) -> str:
-    """The text of a request, worked out without scheduler, chunks, slots or streams."""
+async def whole(stream: Stream) -> Chunk:
+    """The answer of a request for one text."""
+    (chunk,) = await stream.results()
+    return chunk
+
+
+def reference_tokens(prompt: str, sampling: Sampling) -> list[int]:
+    """The tokens of a request, worked out without scheduler, chunks, slots or streams."""
     tokenizer = byte_tokenizer()
     history = tokenizer.encode(prompt).ids or [EOS]
     tokens: list[int] = []
-    while len(tokens) < sampling.max_tokens:
-        logits = logits_after(history + tokens)
-        token = sample(
-            logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed, position=len(tokens)
-        )
-        if token == EOS:
+    while len(tokens) < sampling.max_tokens and EOS not in tokens:
+        if any(stop in tokenizer.decode(tokens) for stop in sampling.stop):
             break
-        tokens.append(token)
-        found = [at for at in map(tokenizer.decode(tokens).find, sampling.stop) if at >= 0]
-        if found:
-            return tokenizer.decode(tokens)[: min(found)]
-    return tokenizer.decode(tokens)
+        logits = penalize(
+            logits_after(history + tokens),
+            history,
+            tokens,
+            repetition=sampling.repetition_penalty,
+            presence=sampling.presence_penalty,
+            frequency=sampling.frequency_penalty,
+        )
+        how = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "seed", "choice")}
+        tokens.append(sample(logits, position=len(tokens), **how))
+    return tokens
+
+
+def reference(prompt: str, sampling: Sampling) -> str:
+    """The text of a request."""
+    text = byte_tokenizer().decode(reference_tokens(prompt, sampling))
+    return text[: min((text.find(stop) for stop in sampling.stop if stop in text), default=len(text))]
 
 
 # ---- the scheduler
@@ -164,9 +183,11 @@ def test_prompts_are_cut_at_the_same_places_whatever_else_runs() -> None:
 def test_no_slot_leaks_and_no_sequence_is_lost(events: list[tuple[str, int, str]]) -> None:
     scheduler = Scheduler(slots=2, queue_limit=3, chunk_size=4)
     alive: list[Sequence] = []
+    held: list[list[int]] = [[], []]
     for what, number, client in events:
         if what == "add":
-            sequence = Sequence(list(range(number % 9 + 1)), Sampling(max_tokens=number % 4 + 1), client)
+            prompt = list(range(number % 13 + 1)) if number < 20 else [7] * (number % 13 + 1)
+            sequence = Sequence(prompt, Sampling(max_tokens=number % 4 + 1), client)
             alive.append(sequence)
             refused = scheduler.add(sequence)
             if refused is not None:
@@ -174,22 +195,32 @@ def test_no_slot_leaks_and_no_sequence_is_lost(events: list[tuple[str, int, str]
         elif what == "leave" and alive:
             scheduler.remove(alive.pop(number % len(alive)))
         elif what == "step":
-            step(scheduler, alive)
+            step(scheduler, alive, held)
         slots = [sequence.slot for sequence in alive if sequence.slot is not None]
         assert len(set(slots)) == len(slots) == scheduler.running <= 2
         assert scheduler.running + scheduler.waiting == len(alive)
     while alive:
         before = sum(len(sequence.tokens) + sequence.cached for sequence in alive), len(alive)
-        step(scheduler, alive)
+        step(scheduler, alive, held)
         assert (sum(len(sequence.tokens) + sequence.cached for sequence in alive), len(alive)) != before
     assert scheduler.idle
+    for _ in range(2):
+        scheduler.add(Sequence([99]))
+    assert {chunk.sequence.slot for chunk in scheduler.prefills()} == {0, 1}
 
 
-def step(scheduler: Scheduler, alive: list[Sequence]) -> None:
-    """What the engine does in a step, with a model that says 0."""
+def step(scheduler: Scheduler, alive: list[Sequence], held: list[list[int]]) -> None:
+    """What the engine does in a step, with a model that says 0. `held`: the prompts' tokens that lie in each slot."""
     for chunk in scheduler.prefills():
-        assert chunk.start == chunk.sequence.cached
-        chunk.sequence.cached += len(chunk.ids)
+        slot = chunk.sequence.slot
+        assert slot is not None
+        if chunk.source is not None:
+            assert chunk.start > chunk.sequence.cached, "nothing is copied without need"
+            held[slot] = held[chunk.source][: chunk.start]
+        assert chunk.start % 4 == 0
+        held[slot] = [*held[slot][: chunk.start], *chunk.ids]
+        chunk.sequence.cached = chunk.start + len(chunk.ids)
+        assert held[slot] == chunk.sequence.prompt[: chunk.sequence.cached]
         if chunk.sequence.cached == len(chunk.sequence.prompt):
             chunk.sequence.tokens.append(0)
     for sequence in scheduler.decodes():
@@ -198,6 +229,28 @@ def step(scheduler: Scheduler, alive: list[Sequence]) -> None:
         if len(sequence.tokens) >= sequence.sampling.max_tokens:
             scheduler.remove(sequence)
             alive.remove(sequence)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_chunks_that_prompts_begin_with_alike_are_computed_once(copies: bool) -> None:
+    scheduler = Scheduler(slots=2, queue_limit=10, chunk_size=4, copies=copies)
+    first, second = Sequence(list(range(9))), Sequence([*range(8), 99])
+    scheduler.add(first)
+    scheduler.add(second)
+    computed: dict[int | None, list[tuple[int, int | None]]] = {0: [], 1: []}
+    while first.cached < 9 or second.cached < 9:
+        for chunk in scheduler.prefills():
+            computed[chunk.sequence.slot].append((chunk.start, chunk.source))
+            chunk.sequence.cached = chunk.start + len(chunk.ids)
+    assert computed == {0: [(0, None), (4, None), (8, None)], 1: [(8, 0)] if copies else [(0, None), (4, None), (8, None)]}
+    scheduler.remove(first)
+    scheduler.add(again := Sequence(list(range(8))))  # in the first's slot, which holds its first chunk: the last is for the logits
+    assert [(chunk.start, chunk.source) for chunk in scheduler.prefills()] == [(4, None)]
+    scheduler.remove(again)
+    scheduler.remove(second)
+    scheduler.forget()
+    scheduler.add(Sequence(list(range(8))))
+    assert scheduler.prefills()[0].start == 0
 
 
 # ---- text
@@ -214,6 +267,16 @@ def test_no_half_character_is_shown() -> None:
     stream = TextStream(byte_tokenizer())
     pieces = [stream.push(token) for token in byte_tokenizer().encode("é€😀").ids]
     assert [piece for piece in pieces if piece] == ["é", "€", "😀"]
+
+
+def test_a_token_that_is_no_whole_character_is_spelled_by_its_bytes() -> None:
+    tokenizer = byte_tokenizer()
+    assert [spelled(tokenizer, token) for token in tokenizer.encode("A €").ids] == ["A", " ", r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac"]
+    assert spelled(tokenizer, EOS) == "<|endoftext|>"
+    # Every byte beyond ASCII, as UTF-8 may have it: "ÿ" and the like are two bytes each.
+    encoded = "".join(map(chr, range(128, 0x800))).encode()
+    spelling = [spelled(tokenizer, token) for token in tokenizer.encode(encoded.decode()).ids]
+    assert bytes(int(one.removeprefix(r"bytes:\x"), 16) for one in spelling) == encoded
 
 
 @settings(max_examples=200, deadline=None)
@@ -254,10 +317,10 @@ def test_the_same_text_alone_and_in_company() -> None:
     async def scenario() -> None:
         session = HashSession(slots=3)
         async with engine_of(session, chunk_size=8) as engine:
-            alone = [(await engine.submit(*request).result()).text for request in REQUESTS]
+            alone = [(await whole(engine.submit(*request))).text for request in REQUESTS]
             assert session.largest_batch == 1
             assert alone == expected
-            results = await asyncio.gather(*(engine.submit(*request).result() for request in REQUESTS))
+            results = await asyncio.gather(*(whole(engine.submit(*request)) for request in REQUESTS))
             assert [result.text for result in results] == expected
             assert session.largest_batch == 3
             assert max(session.prefill_sizes) == 8
@@ -265,21 +328,88 @@ def test_the_same_text_alone_and_in_company() -> None:
     run(scenario)
 
 
-def test_requests_that_come_and_go_at_random_change_nothing_for_the_rest() -> None:
-    async def one(engine: Engine, index: int, rng: random.Random) -> None:
-        await asyncio.sleep(rng.random() * 0.05)
-        prompt, sampling = rng.choice(REQUESTS)
-        if rng.random() < 0.3:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(engine.submit(prompt, sampling).result(), rng.random() * 0.01)
-        else:
-            assert (await engine.submit(prompt, sampling, client=str(index % 4)).result()).text == reference(prompt, sampling)
+@dataclass
+class Visit:
+    """One client's request, and when it comes and goes."""
 
+    arrives: int  # once the engine has made so many tokens
+    prompt: str
+    sampling: Sampling
+    n: int
+    leaves: int | None  # once it has been told so many tokens; None: it stays to the end
+    heard: dict[int, Chunk] = field(default_factory=dict)  # of each text
+
+    async def listen(self, stream: Stream) -> None:
+        async with contextlib.aclosing(stream.chunks()) as chunks:
+            async for chunk in chunks:
+                before = self.heard.get(chunk.choice)
+                self.heard[chunk.choice] = chunk if before is None else before + chunk
+                if self.leaves is not None and sum(one.completion_tokens for one in self.heard.values()) >= self.leaves:
+                    return
+
+    async def run(self, engine: Engine) -> None:
+        listening = asyncio.create_task(self.listen(engine.submit(self.prompt, self.sampling, n=self.n)))
+        if self.leaves == 0:
+            await asyncio.sleep(0)
+            listening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await listening
+
+    def check(self) -> None:
+        """What was heard is the reference's beginning, and all of it where the client has stayed: no token lost, none doubled."""
+        tokenizer = byte_tokenizer()
+        for choice in range(self.n):
+            sampling = replace(self.sampling, choice=choice)
+            text, spelling = (
+                reference(self.prompt, sampling),
+                [spelled(tokenizer, token) for token in reference_tokens(self.prompt, sampling)],
+            )
+            chunk = self.heard.get(choice)
+            if self.leaves is None:
+                assert chunk is not None
+                assert (chunk.text, chunk.completion_tokens) == (text, len(spelling))
+            if chunk is not None:
+                assert text.startswith(chunk.text)
+                assert [told.token for told in chunk.logprobs] == spelling[: chunk.completion_tokens]
+
+
+STEM = "O Romeo, Romeo! wherefore"
+visits = st.builds(
+    Visit,
+    arrives=st.integers(0, 80),
+    prompt=st.one_of(st.integers(0, len(STEM)).map(lambda size: STEM[:size]), st.text(max_size=8)),
+    sampling=st.builds(
+        Sampling,
+        max_tokens=st.integers(1, 12),
+        temperature=st.sampled_from([0, 0.7, 1.5]),
+        top_k=st.sampled_from([0, 5]),
+        repetition_penalty=st.sampled_from([1.0, 1.3]),
+        frequency_penalty=st.sampled_from([0.0, 0.5]),
+        seed=st.integers(0, 3),
+        stop=st.sampled_from([(), ("a", "QQ")]),
+        logprobs=st.just(1),
+    ),
+    n=st.integers(1, 3),
+    leaves=st.none() | st.integers(0, 8),
+    heard=st.builds(dict),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(plan=st.lists(visits, min_size=1, max_size=10), slots=st.integers(1, 4))
+def test_whoever_comes_and_goes_the_others_get_their_tokens(plan: list[Visit], slots: int) -> None:
     async def scenario() -> None:
-        async with engine_of(HashSession(slots=4, step_s=0.0003), chunk_size=8) as engine:
-            await asyncio.gather(*(one(engine, index, random.Random(index)) for index in range(60)))
+        async with engine_of(HashSession(slots=slots), chunk_size=4, interval_s=0) as engine:
+            running: list[asyncio.Task[None]] = []
+            for visit in sorted(plan, key=lambda visit: visit.arrives):
+                while engine.generated < visit.arrives and not all(task.done() for task in running):
+                    await asyncio.sleep(0.0005)
+                running.append(asyncio.create_task(visit.run(engine)))
+            await asyncio.gather(*running)
 
     run(scenario)
+    for visit in plan:
+        visit.check()
 
 
 def test_a_stream_adds_up_to_the_whole_and_counts_its_tokens() -> None:
@@ -287,8 +417,7 @@ def test_a_stream_adds_up_to_the_whole_and_counts_its_tokens() -> None:
         async with engine_of(HashSession(step_s=0.001), interval_s=0.005) as engine:
             prompt, sampling = REQUESTS[0]
             chunks = [chunk async for chunk in engine.submit(prompt, sampling).chunks()]
-            whole = await engine.submit(prompt, sampling).result()
-            assert "".join(chunk.text for chunk in chunks) == whole.text
+            assert "".join(chunk.text for chunk in chunks) == (await whole(engine.submit(prompt, sampling))).text
             assert 1 < len(chunks) < 30, "tokens that are ready together go together"
             assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
             assert chunks[-1] == Chunk(chunks[-1].text, 5, 30, "length")
@@ -304,10 +433,52 @@ def test_a_client_that_goes_frees_its_slot_within_a_token() -> None:
                 async for chunk in chunks:
                     if chunk.completion_tokens >= 5:
                         break
-            seen = len(stream.sequence.tokens)
+            seen = len(stream.sequences[0].tokens)
             follower = engine.submit("x", Sampling(max_tokens=1, temperature=0))
-            await follower.result()
-            assert len(stream.sequence.tokens) <= seen + 1
+            await whole(follower)
+            assert len(stream.sequences[0].tokens) <= seen + 1
+
+    run(scenario)
+
+
+def test_a_prompt_that_many_ask_with_is_computed_once_and_gives_the_same_texts() -> None:
+    async def scenario() -> None:
+        session, stem = HashSession(slots=3), "O " * 20
+        requests = [(stem + end, Sampling(max_tokens=5, seed=seed)) for seed, end in enumerate(["", "x", "yz"])]
+        async with engine_of(session, chunk_size=8) as engine:
+            answers = await asyncio.gather(*(whole(engine.submit(*request)) for request in requests))
+            assert [answer.text for answer in answers] == [reference(*request) for request in requests]
+            assert sum(session.prefill_sizes) == 40 + 1 + 2
+
+    run(scenario)
+
+
+def test_a_request_for_many_texts_is_one_request() -> None:
+    async def scenario() -> None:
+        session = HashSession(slots=2, context=4000, step_s=0.002)
+        async with engine_of(session, queue_limit=2) as engine:
+            sampling = Sampling(max_tokens=20, temperature=1.0, seed=3)
+            answers = await engine.submit("To be", sampling, n=3).results()
+            expected = [reference("To be", replace(sampling, choice=choice)) for choice in range(3)]
+            assert [(answer.choice, answer.text) for answer in answers] == list(enumerate(expected))
+            assert len(set(expected)) == 3
+            with pytest.raises(Overloaded):
+                await engine.submit("x", sampling, n=5).results()
+            assert engine.status()["running"] + engine.status()["waiting"] == 0
+            stream = engine.submit("To be", replace(sampling, max_tokens=3000), n=3)
+            async with contextlib.aclosing(stream.chunks()) as chunks:
+                await anext(chunks)
+            await until(lambda: engine.status()["running"] + engine.status()["waiting"] == 0)
+
+    run(scenario)
+
+
+def test_a_requests_own_deadline_is_the_shorter_one() -> None:
+    async def scenario() -> None:
+        async with engine_of(HashSession(context=4000, step_s=0.002), timeout_s=1e6) as engine:
+            with pytest.raises(DeadlineExceeded, match=r"longer than 0\.05 s"):
+                await engine.submit("x", Sampling(max_tokens=3000, temperature=0), n=2, timeout_s=0.05).results()
+            assert engine.submit("x", Sampling(max_tokens=1), timeout_s=2e6).timeout_s == 1e6
 
     run(scenario)
 
@@ -315,7 +486,7 @@ def test_a_client_that_goes_frees_its_slot_within_a_token() -> None:
 def test_the_queue_is_bounded_and_a_deadline_holds_for_those_who_wait() -> None:
     async def scenario() -> None:
         async with engine_of(HashSession(slots=1, context=4000, step_s=0.002), queue_limit=1, timeout_s=0.2) as engine:
-            results = [asyncio.create_task(engine.submit("x", Sampling(max_tokens=3000, temperature=0)).result()) for _ in range(3)]
+            results = [asyncio.create_task(whole(engine.submit("x", Sampling(max_tokens=3000, temperature=0)))) for _ in range(3)]
             await asyncio.wait(results)
             errors = [result.exception() for result in results]
             assert [type(error) for error in errors] == [DeadlineExceeded, DeadlineExceeded, Overloaded]
@@ -329,7 +500,7 @@ def test_a_client_with_few_requests_is_let_in_where_another_fills_the_queue() ->
         async with engine_of(HashSession(slots=1, step_s=0.002), queue_limit=2) as engine:
             sampling = Sampling(max_tokens=20, temperature=0)
             streams = [engine.submit("To be", sampling, client) for client in ("greedy", "greedy", "greedy", "modest")]
-            answers = await asyncio.gather(*(stream.result() for stream in streams), return_exceptions=True)
+            answers = await asyncio.gather(*(whole(stream) for stream in streams), return_exceptions=True)
             refused = answers.pop(2)
             assert isinstance(refused, Overloaded)
             assert "the 1 slots are taken and 2 more requests wait" in str(refused)
@@ -342,10 +513,12 @@ def test_a_client_with_few_requests_is_let_in_where_another_fills_the_queue() ->
 def test_an_idle_engine_gives_back_the_room_of_its_cache() -> None:
     async def scenario() -> None:
         session = HashSession(slots=1)
-        async with engine_of(session) as engine:
+        async with engine_of(session, idle_s=0.01) as engine:
             await until(lambda: session.released == 1)
-            await asyncio.gather(*(engine.submit("x", Sampling(max_tokens=3)).result() for _ in range(3)))
+            await asyncio.gather(*(whole(engine.submit("x", Sampling(max_tokens=3))) for _ in range(3)))
             await until(lambda: session.released > 1 and session.cache == [[]])
+            prompt, sampling = REQUESTS[2]
+            assert (await whole(engine.submit(prompt, sampling))).text == reference(prompt, sampling), "what was given back is not used"
 
     run(scenario)
 
@@ -354,7 +527,7 @@ def test_lengths_are_checked_before_anything_is_computed() -> None:
     async def scenario() -> None:
         session = HashSession(context=96)
         async with engine_of(session) as engine:
-            assert (await engine.submit("x" * 80, Sampling(max_tokens=16)).result()).prompt_tokens == 80
+            assert (await whole(engine.submit("x" * 80, Sampling(max_tokens=16)))).prompt_tokens == 80
             before = list(session.prefill_sizes)
             with pytest.raises(TooLong, match="81 tokens and max_tokens 16 exceed the model's context of 96"):
                 engine.submit("x" * 81, Sampling(max_tokens=16))
@@ -369,7 +542,7 @@ def test_closing_lets_those_under_way_finish() -> None:
     async def scenario() -> None:
         engine = Engine(HashSession(slots=1, step_s=0.002))
         prompt, sampling = REQUESTS[0]
-        results = [asyncio.create_task(engine.submit(prompt, sampling).result()) for _ in range(2)]
+        results = [asyncio.create_task(whole(engine.submit(prompt, sampling))) for _ in range(2)]
         await until(lambda: engine.status()["running"] == 1)
         engine.close()
         assert {(await result).text for result in results} == {reference(prompt, sampling)}
@@ -390,7 +563,7 @@ def test_a_broken_session_fails_its_requests_and_says_so() -> None:
         streams = [engine.submit("x", Sampling(max_tokens=9)) for _ in range(2)]
         for stream in streams:
             with pytest.raises(Rejected, match="restarting"):
-                await stream.result()
+                await whole(stream)
         assert not engine.alive
         await asyncio.to_thread(engine.join, 20)
 

@@ -51,7 +51,7 @@ class Here:
     async def describe(self) -> Model:
         return await self.replica.describe()
 
-    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, Chunk]:
+    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
         return raised(await self.replica.complete(request, client))
 
     async def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]:

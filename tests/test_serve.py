@@ -22,12 +22,16 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from models import bundle, registry, storage
 from serve import launch
 from serve.__main__ import main
 from serve.deployments import Options, Pictures, Text
+from serve.detokenize import spelled
 from serve.engine import Chunk
 from serve.errors import Overloaded, Unavailable
 from serve.ingress import build_app
@@ -172,6 +176,32 @@ def test_a_stop_string_ends_the_text_before_it(client: httpx.Client) -> None:
     assert answer["finish_reason"] == "stop"
 
 
+def test_many_texts_with_probabilities_whole_and_streamed(client: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 60, "seed": 5, "temperature": 1.0, "n": 3, "logprobs": 2, "repetition_penalty": 1.2}
+    whole = complete(client, **body)
+    *messages, done = stream(client, **body)
+    assert done == "[DONE]"
+    for index, choice in enumerate(whole["choices"]):
+        pieces = [message["choices"][0] for message in messages if message["choices"][0]["index"] == index]
+        assert choice["index"] == index
+        assert "".join(piece["text"] for piece in pieces) == choice["text"]
+        assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + [choice["finish_reason"]]
+        for what, told in choice["logprobs"].items():
+            assert [one for piece in pieces for one in piece["logprobs"][what]] == told
+    told = [len(choice["logprobs"]["tokens"]) for choice in whole["choices"]]
+    assert messages[-1]["usage"] == whole["usage"]
+    assert whole["usage"]["completion_tokens"] == sum(told)
+    assert whole["usage"]["prompt_tokens"] == complete(client, prompt=PROMPT)["usage"]["prompt_tokens"], "the prompt counts once"
+    assert len({choice["text"] for choice in whole["choices"]}) == 3
+    assert complete(client, **{**body, "n": 1})["choices"] == whole["choices"][:1]
+
+
+def test_a_request_that_takes_longer_than_it_may_is_ended(client: httpx.Client) -> None:
+    response = client.post("/v1/completions", json={"max_tokens": CONTEXT - 40, "timeout_s": 0.001})
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert "longer than 0.001 s" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_goes_frees_its_slot(client: httpx.Client, streamed: bool) -> None:
     before = engine(client)["generated"]
@@ -241,7 +271,14 @@ BAD_TEXT: list[tuple[Any, int, str | None, str]] = [
     ({"max_token": 3}, 422, "max_token", "did you mean max_tokens?"),
     ({"\ud800": 3}, 422, None, "unable to parse raw data as a unicode string"),
     ({"best_of": 3}, 422, "best_of", "is not supported by this server: leave it out"),
-    ({"n": 2}, 400, "n", "n is 2, and this server writes one text a request"),
+    ({"n": 17}, 422, "n", "n is 17: input should be less than or equal to 16"),
+    ({"logprobs": 6}, 422, "logprobs", "logprobs is 6: input should be less than or equal to 5"),
+    ({"logprobs": True}, 422, "logprobs", "logprobs is True"),
+    ({"repetition_penalty": 0}, 422, "repetition_penalty", "repetition_penalty is 0: input should be greater than 0"),
+    ({"presence_penalty": 2.1}, 422, "presence_penalty", "presence_penalty is 2.1"),
+    ({"frequency_penalty": -2.1}, 422, "frequency_penalty", "frequency_penalty is -2.1"),
+    ({"timeout_s": 0}, 422, "timeout_s", "timeout_s is 0: input should be greater than 0"),
+    ({"timeout_s": 300.5}, 400, "timeout_s", "timeout_s is 300.5, and a request may take 300 s here: ask for no more"),
     ({"model": "gtp"}, 404, "model", "model 'gtp' is not served here: leave it out, or use gpt"),
     ({"model": "dcgan"}, 404, "model", "model 'dcgan' is not served here"),
     ({"prompt": PROMPT, "max_tokens": CONTEXT}, 413, None, f"exceed the model's context of {CONTEXT} tokens"),
@@ -319,7 +356,7 @@ class Failing:
     async def describe(self) -> Any:
         raise self.error
 
-    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, Chunk]:
+    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
         raise self.error
 
     async def stream(self, request: CompletionRequest, client: str) -> Any:
@@ -389,6 +426,76 @@ def test_a_replica_whose_engine_died_is_not_healthy(root: str) -> None:
             replica.check_health()
 
     asyncio.run(scenario())
+
+
+def test_probabilities_are_those_of_transformers(root: str) -> None:
+    async def scenario() -> dict[str, Any]:
+        replica = Text(slots=1, threads=1, timeout_s=60)
+        await replica.reconfigure({"uri": f"{root}/gpt/2"})
+        transport = httpx.ASGITransport(build_app(replica, None))  # type: ignore[arg-type]  # which returns its refusals: there are none
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            how = {"prompt": PROMPT, "max_tokens": 24, "temperature": 1.0, "seed": 2, "top_k": 0, "logprobs": 3}
+            return (await http.post("/v1/completions", json=how)).json()["choices"][0]
+
+    choice = asyncio.run(scenario())
+    told, text = choice["logprobs"], choice["text"]
+    tokenizer = Tokenizer.from_file(f"{root}/gpt/2/tokenizer.json")
+    model = AutoModelForCausalLM.from_pretrained(f"{root}/gpt/2/transformers")
+    ids = {spelled(tokenizer, token): token for token in range(tokenizer.get_vocab_size())}
+    prompt, tokens = tokenizer.encode(PROMPT).ids, [ids[token] for token in told["tokens"]]
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    np.testing.assert_allclose(told["token_logprobs"], expected[range(24), tokens], atol=1e-4)
+    for row, top, token in zip(expected, told["top_logprobs"], told["tokens"], strict=True):
+        np.testing.assert_allclose([*top.values()][:3], row.topk(3).values, atol=1e-4)
+        assert token in top
+    for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+        assert token.startswith("bytes:") or text[offset:].startswith(token)
+
+
+def test_for_a_client_that_has_gone_no_token_is_begun(root: str) -> None:
+    """The one that was under way is made: over ASGI, the model's steps held by the test."""
+    allowed = threading.Semaphore(5)
+
+    async def scenario() -> None:
+        replica = Text(slots=1, threads=1, timeout_s=60)
+        await replica.reconfigure({"uri": f"{root}/gpt/1"})
+        engine, decode = replica.engine, replica.session.decode
+        assert engine is not None
+
+        def held(*step: Any) -> np.ndarray:
+            allowed.acquire()
+            return decode(*step)
+
+        replica.session.decode = held  # type: ignore[method-assign]
+        gone, body = asyncio.Event(), {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0, "n": 1, "stream": True}
+        messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            pass
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+        app = build_app(replica, None)  # type: ignore[arg-type]
+        asked = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
+        while engine.generated < 6:  # the prompt's, and five steps'
+            await asyncio.sleep(0.001)
+        gone.set()
+        await asked
+        allowed.release(CONTEXT)
+        while engine.status()["running"]:
+            await asyncio.sleep(0.001)
+        assert engine.generated <= 6 + 1
+        engine.close()
+        await asyncio.to_thread(engine.join)
+
+    asyncio.run(asyncio.wait_for(scenario(), 120))
 
 
 def test_a_class_is_taken_by_its_very_name_first(tmp_path: Path, root: str) -> None:

@@ -1,5 +1,6 @@
 """Text and picture sessions over real (tiny) bundles, against transformers and torch."""
 
+import asyncio
 import contextlib
 import json
 import subprocess
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from models import bundle
 from models.runtime import choose_providers
+from serve.engine import Chunk, Engine
+from serve.scheduler import Sampling
 from serve.session import ImageSession, TextSession
 from tests.bundles import TEXT, tiny_gan_bundle, tiny_gpt_bundle
 
@@ -162,6 +165,54 @@ def test_a_cache_shrinks_again_and_changes_no_bit(gpt_folder: Path, rows: list[l
     assert (session.room, grown) == (4, session.context)
     for before, after in zip(first, [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])], strict=True):
         np.testing.assert_array_equal(before, after)
+
+
+def test_a_copied_slot_is_the_same_to_the_bit(session: TextSession, rows: list[list[int]]) -> None:
+    expected = [session.prefill(4, rows[0][:30]), session.prefill(4, rows[0][30:40], 30), session.decode([4], [rows[0][40]], [40])[0]]
+    session.prefill(4, rows[0][:30])
+    session.prefill(1, rows[1])  # another tenant's leavings
+    untouched = session.prefill(5, rows[5][:20])
+    session.copy(4, 1, 30)
+    answers = [expected[0], session.prefill(1, rows[0][30:40], 30), session.decode([1], [rows[0][40]], [40])[0]]
+    np.testing.assert_array_equal(answers, expected)
+    session.copy(5, 1, 10)
+    np.testing.assert_array_equal(session.prefill(5, rows[5][:20]), untouched)
+
+
+def test_texts_and_probabilities_are_the_same_to_the_bit_alone_and_in_company(gpt_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the engine: with prompts' beginnings taken over from other slots, and with a cache that grows."""
+    monkeypatch.setattr("models.runtime.FIRST_TOKENS", 16)
+    ends = ["", " glorious", " made glorious summer", "\n", " of"]
+    requests = [
+        ("Now is the winter of our discontent" + end, Sampling(max_tokens=12, temperature=temperature, seed=seed, logprobs=5))
+        for seed, end in enumerate(ends)
+        for temperature in (0.0, 1.0)
+    ]
+
+    session, computed = TextSession(gpt_folder, slots=4), 0
+    prefill = session.prefill
+
+    def counted(slot: int, ids: list[int], start: int = 0) -> np.ndarray:
+        nonlocal computed
+        computed += len(ids)
+        return prefill(slot, ids, start)
+
+    monkeypatch.setattr(session, "prefill", counted)
+
+    async def answers(asked: list[tuple[str, Sampling]]) -> list[list[Chunk]]:
+        engine = Engine(session, chunk_size=8)
+        found = await asyncio.gather(*(engine.submit(*request).results() for request in asked))
+        engine.close()
+        await asyncio.to_thread(engine.join)
+        return found
+
+    together = asyncio.run(answers(requests))
+    shared, computed = computed, 0
+    session.release()
+    alone = [asyncio.run(answers([request]))[0] for request in requests]
+    assert together == alone
+    assert all(len(text.logprobs) == text.completion_tokens > 0 for texts in alone for text in texts)
+    assert shared < computed
 
 
 def test_two_threads_answer_alike(gpt_folder: Path, rows: list[list[int]], expected: np.ndarray) -> None:
