@@ -1,19 +1,23 @@
-"""What the served endpoint gives beside what one would write in an afternoon: FastAPI around transformers' `generate`.
+"""What the served endpoint gives beside what one would write in an afternoon: FastAPI around transformers' `generate`, two ways.
 
     python benchmarks/serve_text.py [--storage kiln/demo] [--rounds 5] [--requests 96] [--clients 1 4 16]
 
-Both serve the same weights over HTTP on this machine and are asked in turn, in one run: by so many clients at once, each
+All serve the same weights over HTTP on this machine and are asked in turn, in one run: by so many clients at once, each
 sending its next request when it has its answer; greedily, prompts of 16 to 48 tokens of held-out Shakespeare, 64 tokens each.
-Ours streams from one replica of one thread with all defaults (`python -m serve up`). The other is one uvicorn process that
-answers one request at a time, on one thread too; it can't stream, so its first token comes with its last.
-The figure is generated tokens a second, ours over theirs, round by round. Without a storage the model is the demo's, untrained.
+Ours streams from one replica of one thread with all defaults (`python -m serve up`). The others are one uvicorn process each, on one
+thread too: "generate" answers one request at a time, "static batches" pads all that wait to one batch, and takes the next when the
+whole of it is done. They can't stream, so their first token comes with their last.
+The figure is generated tokens a second, ours over theirs, round by round. Of a stream it also tells the time between its pieces: each
+is what was made since the one before, at most every 20 ms. Without a storage the model is the demo's, untrained.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
+import queue
 import socket
 import statistics
 import subprocess
@@ -22,12 +26,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
+import uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,38 +102,80 @@ def prompts(tokenizer: Tokenizer, ids: np.ndarray, count: int, seed: int) -> lis
     return [tokenizer.decode(ids[start : start + size].tolist()) for start, size in zip(starts, sizes, strict=True)]
 
 
-# ---- the two servers
+# ---- the other servers; each serves until it is ended
 
 
-def article(folder: str, port: int) -> None:
-    """The other contender: the model behind a lock, and an endpoint around it. Serves until it is ended."""
-    import torch
-    import uvicorn
-    from fastapi import FastAPI
-    from pydantic import BaseModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+class Request(BaseModel):
+    prompt: str
+    max_new_tokens: int
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    model.eval()
-    torch.set_num_threads(1)  # a fifth faster than two on a model this small
+
+def generate(folder: str, port: int) -> None:
+    """The article's way: the model behind a lock, and an endpoint around it."""
+    tokenizer, model = from_transformers(folder)
     app, lock = FastAPI(), threading.Lock()
 
-    class Request(BaseModel):
-        prompt: str
-        max_new_tokens: int
-
     @app.post("/generate")
-    def generate(request: Request) -> dict[str, str | int]:
-        inputs = tokenizer(request.prompt, return_tensors="pt")
-        with lock, torch.inference_mode():
-            output = model.generate(  # type: ignore[misc]  # its own annotation does not fit its own models
-                inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=request.max_new_tokens,
-                do_sample=False, use_cache=True, pad_token_id=model.config.eos_token_id,
-            )  # fmt: skip
-        new = output[0, inputs.input_ids.shape[1] :]
-        return {"text": str(tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)), "tokens": len(new)}
+    def answer(request: Request) -> dict[str, str | int]:
+        with lock:
+            return continued(tokenizer, model, [request])[0]
 
     uvicorn.run(app, port=port, log_level="warning")
+
+
+def static_batches(folder: str, port: int) -> None:
+    """Static batching: whatever waits when the model is free goes through `generate` together."""
+    tokenizer, model = from_transformers(folder)
+    app: FastAPI = FastAPI()
+    waiting: queue.SimpleQueue[tuple[Request, Future[dict[str, str | int]]]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            batch = [waiting.get()]
+            while not waiting.empty():
+                batch.append(waiting.get())
+            answers = continued(tokenizer, model, [request for request, _ in batch])
+            for (_, future), found in zip(batch, answers, strict=True):
+                future.set_result(found)
+
+    @app.post("/generate")
+    async def answer(request: Request) -> dict[str, str | int]:
+        future: Future[dict[str, str | int]] = Future()
+        waiting.put((request, future))
+        return await asyncio.wrap_future(future)
+
+    threading.Thread(target=work, daemon=True).start()
+    uvicorn.run(app, port=port, log_level="warning")
+
+
+def from_transformers(folder: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)  # a fifth faster than two on a model this small
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def continued(tokenizer: Any, model: Any, requests: list[Request]) -> list[dict[str, str | int]]:
+    import torch
+
+    inputs = tokenizer([request.prompt for request in requests], return_tensors="pt", padding=len(requests) > 1)
+    with torch.inference_mode():
+        output = model.generate(
+            inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max(request.max_new_tokens for request in requests),
+            do_sample=False, use_cache=True, pad_token_id=model.config.eos_token_id,
+        )  # fmt: skip
+    answers: list[dict[str, str | int]] = []
+    for request, row in zip(requests, output[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
+        end = row.index(model.config.eos_token_id) + 1 if model.config.eos_token_id in row else len(row)  # padding follows
+        new = row[: min(end, request.max_new_tokens)]
+        answers.append({"text": tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False), "tokens": len(new)})
+    return answers
+
+
+OTHERS: dict[str, Callable[[str, int], None]] = {"generate": generate, "static batches": static_batches}
 
 
 @contextlib.contextmanager
@@ -166,6 +217,7 @@ class Answer:
     num_tokens: int
     first_s: float  # from sending the request to the first piece of text
     whole_s: float  # and to the last
+    pauses_s: list[float]  # between the pieces of a stream
 
 
 Ask = Callable[[httpx.AsyncClient, str], Awaitable[Answer]]
@@ -173,8 +225,9 @@ Ask = Callable[[httpx.AsyncClient, str], Awaitable[Answer]]
 
 async def ask_us(http: httpx.AsyncClient, prompt: str) -> Answer:
     """One completion over server-sent events."""
-    text, num_tokens, first_s = "", 0, None
+    text, num_tokens = "", 0
     begun = time.perf_counter()
+    came = []  # when each piece of text did
     body = {"prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
     async with http.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
@@ -182,21 +235,22 @@ async def ask_us(http: httpx.AsyncClient, prompt: str) -> Answer:
             if not line.startswith("data: {"):
                 continue
             message = json.loads(line.removeprefix("data: "))
-            text += message["choices"][0]["text"]
-            if text and first_s is None:
-                first_s = time.perf_counter() - begun
+            if piece := message["choices"][0]["text"]:
+                text += piece
+                came.append(time.perf_counter())
             if message["usage"]:
                 num_tokens = message["usage"]["completion_tokens"]
-    whole_s = time.perf_counter() - begun
-    return Answer(text, num_tokens, whole_s if first_s is None else first_s, whole_s)
+    ended = time.perf_counter()
+    pauses_s = [later - earlier for earlier, later in itertools.pairwise(came)]
+    return Answer(text, num_tokens, (came[0] if came else ended) - begun, ended - begun, pauses_s)
 
 
-async def ask_article(http: httpx.AsyncClient, prompt: str) -> Answer:
+async def ask_other(http: httpx.AsyncClient, prompt: str) -> Answer:
     begun = time.perf_counter()
     response = await http.post("/generate", json={"prompt": prompt, "max_new_tokens": NEW_TOKENS})
     whole_s = time.perf_counter() - begun
     answer = response.raise_for_status().json()
-    return Answer(answer["text"], answer["tokens"], whole_s, whole_s)
+    return Answer(answer["text"], answer["tokens"], whole_s, whole_s, [])
 
 
 @dataclass(frozen=True)
@@ -229,32 +283,47 @@ async def load(url: str, ask: Ask, asked: list[str], num_clients: int) -> Load:
 # ---- the comparison
 
 
-def compare(our_url: str, article_url: str, rounds: list[list[str]], num_clients: int) -> str:
-    """The row for BENCHMARKS.md; each of `rounds` is asked of both."""
-    pairs = []
+@dataclass(frozen=True)
+class Server:
+    name: str
+    url: str
+    ask: Ask
+
+
+def compare(servers: list[Server], rounds: list[list[str]], num_clients: int) -> list[str]:
+    """The rows for BENCHMARKS.md: the first server, ours, beside each of the others; all are asked each of `rounds`."""
+    loads: dict[str, list[Load]] = {server.name: [] for server in servers}
+    ours, *others = servers
     for number, asked in enumerate(rounds):
-        ours = asyncio.run(load(our_url, ask_us, asked, num_clients))
-        theirs = asyncio.run(load(article_url, ask_article, asked, num_clients))
-        same = sum(mine.text == other.text for mine, other in zip(ours.answers, theirs.answers, strict=True))
-        print(
-            f"round {number}, clients: {num_clients}, raykiln {ours.tokens_per_s:,.0f} tokens/s, "
-            f"generate {theirs.tokens_per_s:,.0f} tokens/s, {same} of {len(asked)} texts the same",
-            flush=True,
-        )
-        pairs.append((ours, theirs))
-    ratios = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
-    our_side, their_side = (told(list(column)) for column in zip(*pairs, strict=True))
-    return f"| serve {NAME}, clients: {num_clients} | {our_side} | FastAPI around generate: {their_side} | {spread(ratios, 2)} |"
+        for server in servers:
+            done = asyncio.run(load(server.url, server.ask, asked, num_clients))
+            loads[server.name].append(done)
+            same = sum(one.text == our.text for one, our in zip(done.answers, loads[ours.name][-1].answers, strict=True))
+            said = "" if server is ours else f", {same} of {len(asked)} texts as ours"
+            print(f"round {number}, clients: {num_clients}, {server.name} {done.tokens_per_s:,.0f} tokens/s{said}", flush=True)
+    rows = []
+    for other in others:
+        pairs = zip(loads[ours.name], loads[other.name], strict=True)
+        ratios = [mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in pairs]
+        cells = told(loads[ours.name]), f"FastAPI, {other.name}: {told(loads[other.name])}", spread(ratios, 2)
+        rows.append(f"| serve {NAME}, clients: {num_clients} | {' | '.join(cells)} |")
+    return rows
 
 
 def told(loads: list[Load]) -> str:
     """Tokens a second over the rounds, and latencies over all their answers."""
     answers = [answer for one in loads for answer in one.answers]
-    first, whole = (
-        "{:,.0f} ms (p99 {:,.0f})".format(*np.percentile([1000 * seconds for seconds in of_all], [50, 99]))
-        for of_all in ([answer.first_s for answer in answers], [answer.whole_s for answer in answers])
-    )
-    return f"{statistics.median(one.tokens_per_s for one in loads):,.0f} tokens/s, first token {first}, whole answer {whole}"
+    latencies = {
+        "first token": [answer.first_s for answer in answers],
+        "between pieces": [pause_s for answer in answers for pause_s in answer.pauses_s],
+        "whole answer": [answer.whole_s for answer in answers],
+    }
+    tellings = [
+        "{} {:,.0f} ms (p99 {:,.0f})".format(what, *np.percentile(1000 * np.array(seconds), [50, 99]))
+        for what, seconds in latencies.items()
+        if seconds
+    ]
+    return f"{statistics.median(one.tokens_per_s for one in loads):,.0f} tokens/s, {', '.join(tellings)}"
 
 
 def main(argv: list[str]) -> int:
@@ -263,11 +332,12 @@ def main(argv: list[str]) -> int:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--requests", type=int, default=96, help="in a round, whatever the number of clients")
     options.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    options.add_argument("--article", help=argparse.SUPPRESS)
+    options.add_argument("--other", choices=OTHERS, help=argparse.SUPPRESS)
+    options.add_argument("--folder", help=argparse.SUPPRESS)
     options.add_argument("--port", type=int, help=argparse.SUPPRESS)
     given = options.parse_args(argv)
-    if given.article:
-        article(given.article, given.port)
+    if given.other:
+        OTHERS[given.other](given.folder, given.port)
         return 0
     with contextlib.ExitStack() as stack:
         storage = str(given.storage or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -283,13 +353,15 @@ def main(argv: list[str]) -> int:
         ids = heldout_ids(tokenizer)
         # One replica: a second one, which autoscaling would add after a while, would make the rounds unlike each other.
         serve_up = ["-m", "serve", "up", "--storage", storage, "--text", f"{name}/{version}", "--max-replicas", "1"]
-        our_url = stack.enter_context(serving(serve_up, "/health"))
-        article_url = stack.enter_context(serving([__file__, "--article", f"{folder}/transformers"], "/openapi.json"))
+        servers = [Server("raykiln", stack.enter_context(serving(serve_up, "/health")), ask_us)]
+        for other in OTHERS:
+            words = [__file__, "--other", other, "--folder", f"{folder}/transformers"]
+            servers.append(Server(other, stack.enter_context(serving(words, "/openapi.json")), ask_other))
         rounds = [prompts(tokenizer, ids, given.requests, seed) for seed in range(given.rounds)]
         warm_up = prompts(tokenizer, ids, 2 * max(given.clients), given.rounds)
-        for url, ask in ((our_url, ask_us), (article_url, ask_article)):
-            asyncio.run(load(url, ask, warm_up, max(given.clients)))
-        rows = [compare(our_url, article_url, rounds, num_clients) for num_clients in given.clients]
+        for server in servers:
+            asyncio.run(load(server.url, server.ask, warm_up, max(given.clients)))
+        rows = [row for num_clients in given.clients for row in compare(servers, rounds, num_clients)]
     print("\n".join(rows))
     return 0
 

@@ -467,7 +467,7 @@ def test_for_a_client_that_has_gone_no_token_is_begun(root: str) -> None:
             allowed.acquire()
             return decode(*step)
 
-        replica.session.decode = held  # type: ignore[method-assign]
+        replica.session.decode = held  # type: ignore[assignment,method-assign]
         gone, body = asyncio.Event(), {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0, "n": 1, "stream": True}
         messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
 
@@ -483,7 +483,7 @@ def test_for_a_client_that_has_gone_no_token_is_begun(root: str) -> None:
         headers = [(b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
         app = build_app(replica, None)  # type: ignore[arg-type]
-        asked = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
+        asked = asyncio.create_task(app(scope, receive, send))
         while engine.generated < 6:  # the prompt's, and five steps'
             await asyncio.sleep(0.001)
         gone.set()
