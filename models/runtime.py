@@ -247,14 +247,6 @@ class ImageGraph:
         return self.session.run(["images"], inputs)[0]
 
 
-def seeded_latents(seed: int, count: int, latent_dim: int) -> np.ndarray:
-    """Latents (count, latent_dim) of the first `count` pictures of a seed; each is a function of (seed, its index) alone."""
-    # uint64, said aloud: NumPy would make floats of a list with a seed from 2**63 on, and neighbouring seeds the same.
-    keys = [np.array([seed, index], np.uint64) for index in range(count)]
-    streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
-    return np.stack([stream.standard_normal(latent_dim, dtype=np.float32) for stream in streams])
-
-
 def signature(session: ort.InferenceSession) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A graph's inputs and outputs as [{name, dtype, shape}]; a size of its own choice is a name."""
 

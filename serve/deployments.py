@@ -7,8 +7,9 @@ a dropped request. `build` is what a Serve config file names as its import path.
 import asyncio
 import contextlib
 import io
+import math
 import random
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from serve.engine import Chunk, Engine, Stream
 from serve.errors import Overloaded, Rejected, Unavailable, UnknownModel, WrongValue
 from serve.ingress import Drawing, build_app
 from serve.scheduler import Sampling
-from serve.schemas import CompletionRequest, ImagesRequest, Model
+from serve.schemas import CompletionRequest, ImagesRequest, InterpolationsRequest, Model, PictureRequest
 from serve.session import ImageSession, TextSession, open_bundle
 
 Answer = TypeVar("Answer")
@@ -53,7 +54,9 @@ def _describe(session: TextSession | ImageSession, **more: Any) -> Model:
     manifest = session.manifest
     facts = {key: manifest[key] for key in ("version", "kind", "metrics", "model", "quantization", "dataset", "run", "commit")}
     created = int(datetime.fromisoformat(manifest["created"]).timestamp())
-    return Model.model_validate({"id": manifest["name"], "created": created, **facts, "providers": session.providers, **more})
+    return Model.model_validate(
+        {"id": manifest["name"], "created": created, **facts, "providers": session.providers, "sample": session.sample is not None, **more}
+    )
 
 
 class Text:
@@ -81,6 +84,9 @@ class Text:
     async def describe(self) -> Model:
         assert self.engine is not None
         return _describe(self.session, engine=self.engine.status())
+
+    async def sample(self) -> bytes | None:
+        return self.session.sample
 
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]] | Rejected:
         try:
@@ -122,7 +128,7 @@ class Text:
 
 
 class Pictures:
-    """A generator's bundle; requests are drawn one after the other, since a batch gains little on a CPU."""
+    """A generator's bundle; requests are drawn one after the other: a batch of 32 is 10 to 20 % faster a picture on a CPU."""
 
     def __init__(self, threads: int, providers: list[str] | None = None) -> None:
         self.threads, self.providers = threads, providers
@@ -138,31 +144,67 @@ class Pictures:
     async def describe(self) -> Model:
         return _describe(self.session)
 
+    async def sample(self) -> bytes | None:
+        return self.session.sample
+
     async def draw(self, request: ImagesRequest) -> tuple[str, Drawing] | Rejected:
         session = self.session
         try:
             _check_model(request.model, _reference(session))
             _check_size(session, request.size)
-            label = _label(session, request)
-            if self.waiting >= QUEUE_LIMIT:
-                raise Overloaded(f"{self.waiting} requests for pictures wait: try again in a moment")
+            return await self._in_turn(_draw, session, request, _label(session, request))
         except Rejected as error:
             return error
-        seed = random.randrange(2**31) if request.seed is None else request.seed
+
+    async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing] | Rejected:
+        session = self.session
+        try:
+            _check_model(request.model, _reference(session))
+            return await self._in_turn(_interpolate, session, request, _label(session, request))
+        except Rejected as error:
+            return error
+
+    async def _in_turn(
+        self, make: Callable[[ImageSession, Any, int | None], Drawing], session: ImageSession, request: PictureRequest, label: int | None
+    ) -> tuple[str, Drawing]:
+        if self.waiting >= QUEUE_LIMIT:
+            raise Overloaded(f"{self.waiting} requests for pictures wait: try again in a moment")
         self.waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            return _reference(session), await loop.run_in_executor(self.executor, _draw, session, seed, request.n, label)
+            return _reference(session), await loop.run_in_executor(self.executor, make, session, request, label)
         finally:
             self.waiting -= 1
 
 
-def _draw(session: ImageSession, seed: int, count: int, label: int | None) -> Drawing:
-    """`session.pictures`, and the class of each: of no particular class, the classes in turn."""
-    images = session.pictures(seed, count, label)
+def _draw(session: ImageSession, request: ImagesRequest, label: int | None) -> Drawing:
+    seed = random.randrange(2**31) if request.seed is None else request.seed
+    images = session.pictures(seed, request.n, label, request.truncation)
+    return _drawing(session, request, images, session.labels(seed, request.n, label), seed, columns=math.ceil(math.sqrt(request.n)))
+
+
+def _interpolate(session: ImageSession, request: InterpolationsRequest, label: int | None) -> Drawing:
+    images = session.interpolation(request.seed, request.to_seed, request.steps, label, request.truncation)
+    labels = session.labels(request.seed, 1, label)
+    return _drawing(session, request, images, labels and labels * request.steps, request.seed, columns=request.steps)
+
+
+def _drawing(
+    session: ImageSession, request: PictureRequest, images: np.ndarray, labels: list[int] | None, seed: int, columns: int
+) -> Drawing:
+    """Pictures (N, H, W, C) as PNG files, or as one of `columns` pictures a row, with the name of each one's class."""
     names = session.manifest["model"]["class_names"]
-    labels = session.labels(seed, count, label)
-    return Drawing([_png(image) for image in images], [None] * count if labels is None else [names[label] for label in labels], seed)
+    shown = images if request.response_format == "b64_json" else [_sheet(images, columns)]
+    return Drawing([_png(image) for image in shown], [None] * len(images) if labels is None else [names[label] for label in labels], seed)
+
+
+def _sheet(images: np.ndarray, columns: int) -> np.ndarray:
+    """Pictures (N, H, W, C) side by side in rows of `columns`, (rows x H, columns x W, C); what is left over is white."""
+    count, height, width, channels = images.shape
+    rows = math.ceil(count / columns)
+    cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    cells[:count] = images
+    return cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2).reshape(rows * height, columns * width, channels)
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -178,7 +220,7 @@ def _check_size(session: ImageSession, size: str | None) -> None:
         raise WrongValue(f"size is {size!r}, and this model draws {side}x{side}: leave it out", "size")
 
 
-def _label(session: ImageSession, request: ImagesRequest) -> int | None:
+def _label(session: ImageSession, request: PictureRequest) -> int | None:
     """The class that a request asks for, by `label` or by its prompt; None: any.
 
     Raises:
@@ -231,6 +273,10 @@ class RemoteText:
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
                 return await self.handle.describe.remote()
 
+    async def sample(self) -> bytes | None:
+        with _reaching("text"):
+            return await self.handle.sample.remote()
+
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
         with _reaching("text"):
             return _kept(await self.handle.complete.remote(request, client))
@@ -257,9 +303,17 @@ class RemotePictures:
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
                 return await self.handle.describe.remote()
 
+    async def sample(self) -> bytes | None:
+        with _reaching("picture"):
+            return await self.handle.sample.remote()
+
     async def draw(self, request: ImagesRequest) -> tuple[str, Drawing]:
         with _reaching("picture"):
             return _kept(await self.handle.draw.remote(request))
+
+    async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing]:
+        with _reaching("picture"):
+            return _kept(await self.handle.interpolate.remote(request))
 
 
 @serve.ingress()

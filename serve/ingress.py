@@ -34,9 +34,11 @@ from serve.schemas import (
     Health,
     Images,
     ImagesRequest,
+    InterpolationsRequest,
     Model,
     Models,
     Picture,
+    PictureRequest,
     Usage,
 )
 
@@ -45,6 +47,9 @@ PAGE = Path(__file__).parent / "page"
 # The page loads nothing from elsewhere, and a prompt's text can never become a script.
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"}
 
+PNG: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}, "description": "As JSON, or as one PNG file."}
+}
 CRASHED = "the server failed at this request, and its log says why"
 
 logger = logging.getLogger(__name__)
@@ -52,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a picture model drew: PNG files, each one's class (None: it has none), and the seed."""
+    """What a picture model drew: PNG files (one of each picture, or one of all), each picture's class (None: it has none), and the seed."""
 
     pngs: list[bytes]
     labels: list[str | None]
@@ -64,6 +69,8 @@ class TextModel(Protocol):
 
     async def describe(self) -> Model: ...
 
+    async def sample(self) -> bytes | None: ...
+
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]: ...
 
     def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]: ...
@@ -74,7 +81,11 @@ class ImageModel(Protocol):
 
     async def describe(self) -> Model: ...
 
+    async def sample(self) -> bytes | None: ...
+
     async def draw(self, request: ImagesRequest) -> tuple[str, Drawing]: ...
+
+    async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing]: ...
 
 
 router = APIRouter(
@@ -128,6 +139,17 @@ async def models(http: Request) -> Models:
     return Models(data=await _describe(http))
 
 
+@router.get("/v1/models/{name}/sample", response_class=Response, responses={200: {"content": {"image/png": {}, "text/plain": {}}}})
+async def sample(name: str, http: Request) -> Response:
+    """What a model made at its export: a text, or a PNG of pictures."""
+    for described in await _describe(http):
+        if described.id == name and described.sample:
+            kinds = {"gpt": (http.app.state.text, "text/plain"), "gan": (http.app.state.images, "image/png")}
+            model, media_type = kinds[described.kind]
+            return Response(await model.sample(), media_type=media_type)
+    raise UnknownModel(f"there is no sample of a model {name!r}: see /v1/models")
+
+
 @router.post("/v1/completions", responses={413: {"model": Error}, 504: {"model": Error}})
 async def completions(body: CompletionRequest, http: Request, model: Annotated[TextModel, Depends(_text_model)]) -> Completion:
     """Continues a text. With `stream`, server-sent events: messages of this same shape, then `[DONE]`."""
@@ -142,12 +164,16 @@ async def completions(body: CompletionRequest, http: Request, model: Annotated[T
     return _completion(body, head, reference, texts, _usage(texts))
 
 
-@router.post("/v1/images/generations")
-async def images(body: ImagesRequest, model: Annotated[ImageModel, Depends(_image_model)]) -> Images:
+@router.post("/v1/images/generations", response_model=Images, responses=PNG)
+async def images(body: ImagesRequest, model: Annotated[ImageModel, Depends(_image_model)]) -> Images | Response:
     """Draws pictures, the same for the same seed."""
-    reference, drawing = await model.draw(body)
-    data = [Picture(b64_json=base64.b64encode(png).decode(), label=label) for png, label in zip(drawing.pngs, drawing.labels, strict=True)]
-    return Images(created=int(time.time()), data=data, seed=drawing.seed, model=reference)
+    return _drawn(body, *await model.draw(body))
+
+
+@router.post("/v1/images/interpolations", response_model=Images, responses=PNG)
+async def interpolations(body: InterpolationsRequest, model: Annotated[ImageModel, Depends(_image_model)]) -> Images | Response:
+    """Draws the way from one seed's picture to another's, along the great circle between their latents."""
+    return _drawn(body, *await model.interpolate(body))
 
 
 @router.post("/generate")
@@ -155,6 +181,13 @@ async def generate(body: GenerateRequest, model: Annotated[ImageModel, Depends(_
     """Draws one picture."""
     reference, drawing = await model.draw(ImagesRequest(seed=body.seed, label=body.label))
     return Generated(image_base64=base64.b64encode(drawing.pngs[0]).decode(), seed=drawing.seed, label=drawing.labels[0], model=reference)
+
+
+def _drawn(body: PictureRequest, reference: str, drawing: Drawing) -> Images | Response:
+    if body.response_format == "png":
+        return Response(drawing.pngs[0], media_type="image/png", headers={"Raykiln-Seed": str(drawing.seed), "Raykiln-Model": reference})
+    data = [Picture(b64_json=base64.b64encode(png).decode(), label=label) for png, label in zip(drawing.pngs, drawing.labels, strict=True)]
+    return Images(created=int(time.time()), data=data, seed=drawing.seed, model=reference)
 
 
 async def _describe(http: Request) -> list[Model]:
@@ -274,6 +307,8 @@ async def _invalid(http: Request, error: Exception) -> Response:
     if field is None:
         is_object = first["type"] not in ("missing", "dict_type", "model_type", "model_attributes_type")
         message = reason if is_object else "the body must be a JSON object, sent with the header Content-Type: application/json"
+    elif first["type"] == "missing":
+        message = f"the field {field} is missing: see /docs"
     elif first["type"] == "extra_forbidden":
         message = f"the field {_shown(field)} is unknown{_nearest(str(first['loc'][-1]), siblings)}"
     else:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 MAX_CHOICES = 16  # texts of one request
 MAX_SEED = 2**63 - 1  # what every JSON library and numpy's Philox key can hold
+MAX_PICTURES = 64  # of a request
 
 
 def _encodable(value: Any) -> Any:
@@ -88,17 +89,39 @@ class CompletionRequest(Body):
         return self
 
 
-class ImagesRequest(Body):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "", "n": 4, "seed": 7}]})
+class PictureRequest(Body):
+    """What every request for pictures may say."""
 
     model: Text | None = Field(default=None, description="A name of /v1/models; by default the picture model that is served.")
     prompt: Text = Field(default="", description="The name of a class (see /v1/models), or empty.")
     label: int | Text | None = Field(default=None, description="A class by index or name: the same as its name as the prompt.")
-    n: int = Field(default=1, ge=1, le=64)
+    truncation: float | None = Field(
+        default=None,
+        ge=0.05,
+        le=5,
+        description="Cuts the latents' normal distribution off at so many standard deviations: the lower, the more typical and the "
+        "less varied the pictures. Left out: not at all.",
+    )
+    response_format: Literal["b64_json", "png"] = Field(
+        default="b64_json", description="png: the answer is one PNG file, of several pictures side by side."
+    )
+    user: Text | None = Field(default=None, description="Accepted for OpenAI's clients; not used.")
+
+
+class ImagesRequest(PictureRequest):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "", "n": 4, "seed": 7}]})
+
+    n: int = Field(default=1, ge=1, le=MAX_PICTURES)
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Picture i of a seed is the same, alone or among many.")
     size: Text | None = Field(default=None, description="The model's own, such as 32x32, or left out.")
-    response_format: Literal["b64_json"] = "b64_json"
-    user: Text | None = Field(default=None, description="Accepted for OpenAI's clients; not used.")
+
+
+class InterpolationsRequest(PictureRequest):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"seed": 7, "to_seed": 8, "steps": 8}]})
+
+    seed: int = Field(ge=0, le=MAX_SEED, description="The way begins at the first picture of this seed.")
+    to_seed: int = Field(ge=0, le=MAX_SEED, description="And ends at the first picture of this one, in the same class.")
+    steps: int = Field(default=8, ge=2, le=MAX_PICTURES, description="Pictures, both ends included.")
 
 
 class GenerateRequest(Body):
@@ -174,6 +197,7 @@ class Model(BaseModel):
     version: int
     kind: Literal["gpt", "gan"]
     metrics: dict[str, Any] = Field(description="What was measured at the end of its training.")
+    sample: bool = Field(description="Whether its bundle holds something that it made: /v1/models/{id}/sample.")
 
 
 class Models(BaseModel):

@@ -10,7 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from models import bundle, storage
-from models.runtime import ImageGraph, TextGraph, seeded_latents
+from models.latents import seeded_latents, truncated, walk
+from models.runtime import ImageGraph, TextGraph
 
 IMAGE_TOLERANCE = 1e-3  # of a golden picture's values in [-1, 1]: a tenth of a grey level; another CPU rounds differently
 
@@ -33,6 +34,7 @@ class TextSession(TextGraph):
         self.manifest = _verified(self.folder, "gpt")
         self.tokenizer: Tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.eos_token_id: int = self.manifest["model"]["eos_token_id"]
+        self.sample = _sample(self.folder, self.manifest)
         super().__init__(self.folder / "model.onnx", self.manifest["model"]["context"], slots, threads, providers)
 
     def replay_golden(self) -> None:
@@ -76,6 +78,7 @@ class ImageSession(ImageGraph):
         self.manifest = _verified(self.folder, "gan")
         self.latent_dim: int = self.manifest["model"]["latent_dim"]
         self.num_classes: int = self.manifest["model"]["num_classes"]
+        self.sample = _sample(self.folder, self.manifest)
         super().__init__(self.folder / "model.onnx", threads, providers)
 
     def generate(self, latents: np.ndarray, labels: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
@@ -91,21 +94,43 @@ class ImageSession(ImageGraph):
         images = self.run(latents, None if labels is None else np.asarray(labels))
         return np.rint((images + 1) * 127.5).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
-    def pictures(self, seed: int, count: int, label: int | None = None) -> np.ndarray:
+    def pictures(self, seed: int, count: int, label: int | None = None, truncation: float | None = None) -> np.ndarray:
         """The first `count` pictures of a seed, (count, H, W, C) uint8: each the same alone or in company.
 
         Args:
             seed: 0 to 2**64 - 1.
             label: the class of all; without one, a conditional model takes its classes in turn.
+            truncation: where the latents' normal distribution is cut off (`models.latents.truncated`); None: nowhere.
 
         Raises:
             ValueError: the seed is out of range, no picture is asked for, or there is no such class.
         """
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed is {seed}: use a number from 0 to 2**64 - 1")
         if count < 1:
             raise ValueError(f"count is {count}: ask for one picture or more")
-        return self.generate(seeded_latents(seed, count, self.latent_dim), self.labels(seed, count, label))
+        return self.generate(self._latents(seed, count, truncation), self.labels(seed, count, label))
+
+    def interpolation(self, seed: int, to_seed: int, steps: int, label: int | None = None, truncation: float | None = None) -> np.ndarray:
+        """The way from the first picture of `seed` to that of `to_seed`, both included, (steps, H, W, C) uint8.
+
+        Args:
+            seed, to_seed, truncation: as for `pictures`.
+            steps: pictures, at least 2, at equal distances on the great circle.
+            label: the class of all; without one, that of the first picture of `seed`.
+
+        Raises:
+            ValueError: a seed is out of range, there are fewer than 2 steps, or there is no such class.
+        """
+        if steps < 2:
+            raise ValueError(f"steps is {steps}: ask for two pictures or more")
+        first, last = (self._latents(end, 1, truncation)[0] for end in (seed, to_seed))
+        labels = self.labels(seed, 1, label)
+        return self.generate(walk(first, last, steps), None if labels is None else labels * steps)
+
+    def _latents(self, seed: int, count: int, truncation: float | None) -> np.ndarray:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}: use a number from 0 to 2**64 - 1")
+        latents = seeded_latents(seed, count, self.latent_dim)
+        return latents if truncation is None else truncated(latents, truncation)
 
     def labels(self, seed: int, count: int, label: int | None = None) -> list[int] | None:
         """The class of each of the pictures that `pictures` draws, None where the model has no classes."""
@@ -156,3 +181,9 @@ def _verified(folder: Path, kind: str) -> bundle.Manifest:
     if manifest["kind"] != kind:
         raise ValueError(f"{folder} is a {manifest['kind']} bundle where a {kind} bundle is needed")
     return manifest
+
+
+def _sample(folder: Path, manifest: bundle.Manifest) -> bytes | None:
+    """What the model made at its export, a text in UTF-8 or a PNG; None where the bundle has none."""
+    name = {"gpt": "sample.txt", "gan": "sample.png"}[manifest["kind"]]
+    return (folder / name).read_bytes() if name in manifest["files"] else None

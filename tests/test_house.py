@@ -16,6 +16,7 @@ TORCHLESS = {
     "models",
     "models.bundle",
     "models.cli",
+    "models.latents",
     "models.registry",
     "models.runtime",
     "models.storage",

@@ -23,7 +23,7 @@ from serve.deployments import Pictures, Text
 from serve.engine import Chunk
 from serve.errors import Rejected
 from serve.ingress import Drawing, build_app
-from serve.schemas import CompletionRequest, ImagesRequest, Model
+from serve.schemas import CompletionRequest, ImagesRequest, InterpolationsRequest, Model
 from tests import bundles
 from tests.conftest import free_port
 
@@ -51,6 +51,9 @@ class Here:
     async def describe(self) -> Model:
         return await self.replica.describe()
 
+    async def sample(self) -> bytes | None:
+        return await self.replica.sample()
+
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
         return raised(await self.replica.complete(request, client))
 
@@ -61,6 +64,9 @@ class Here:
 
     async def draw(self, request: ImagesRequest) -> tuple[str, Drawing]:
         return raised(await self.replica.draw(request))
+
+    async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing]:
+        return raised(await self.replica.interpolate(request))
 
 
 def raised(answer: Any) -> Any:

@@ -122,10 +122,19 @@ def engine(client: httpx.Client) -> dict[str, int]:
     return client.get("/v1/models").json()["data"][0]["engine"]
 
 
-def draw(client: httpx.Client, **body: Any) -> dict[str, Any]:
-    response = client.post("/v1/images/generations", json=body)
+def draw(client: httpx.Client, path: str = "generations", **body: Any) -> dict[str, Any]:
+    response = client.post(f"/v1/images/{path}", json=body)
     assert response.status_code == 200, response.text
     return response.json()
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def drawn(answer: dict[str, Any]) -> np.ndarray:
+    """The pictures of an answer, (N, H, W)."""
+    return np.stack([pixels(base64.b64decode(picture["b64_json"])) for picture in answer["data"]])
 
 
 # ---- text
@@ -237,9 +246,8 @@ def test_pictures_are_those_of_the_bundle(client: httpx.Client, root: str) -> No
     recorded = json.loads((Path(root) / "dcgan/1/golden.json").read_text())
     for label, expected in zip(recorded["labels"], recorded["images"], strict=True):
         index = recorded["labels"].index(label)
-        drawn = draw(client, n=index + 1, seed=recorded["seed"], label=label)["data"][index]
-        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn["b64_json"]))), np.float32)
-        assert np.abs(pixels - (np.array(expected)[0] + 1) * 127.5).max() <= 1
+        picture = drawn(draw(client, n=index + 1, seed=recorded["seed"], label=label))[index]
+        assert np.abs(picture - (np.array(expected)[0] + 1) * 127.5).max() <= 1
 
 
 def test_a_class_by_prompt_by_name_and_by_index(client: httpx.Client) -> None:
@@ -252,6 +260,44 @@ def test_without_a_seed_each_request_is_another(client: httpx.Client) -> None:
     first, second = draw(client), draw(client)
     assert first["seed"] != second["seed"]
     assert draw(client, seed=first["seed"])["data"] == first["data"]
+
+
+def test_an_interpolation_is_the_way_between_two_seeds_pictures(client: httpx.Client) -> None:
+    way = draw(client, "interpolations", seed=7, to_seed=8, steps=5, truncation=1.5)
+    ends = [draw(client, seed=seed, label=7 % 3, truncation=1.5)["data"][0] for seed in (7, 8)]
+    assert [way["data"][0], way["data"][-1]] == ends
+    assert [picture["label"] for picture in way["data"]] == ["class 1"] * 5
+    assert len({picture["b64_json"] for picture in way["data"]}) == 5
+    assert draw(client, "interpolations", seed=7, to_seed=8, steps=5, label="Class 1", truncation=1.5)["data"] == way["data"]
+
+
+def test_truncation_is_part_of_what_a_picture_is(client: httpx.Client) -> None:
+    many, one = (draw(client, n=n, seed=7, truncation=0.5)["data"] for n in (4, 1))
+    assert many[0] == one[0]
+    assert one != draw(client, seed=7)["data"]
+
+
+def test_pictures_as_one_png(client: httpx.Client) -> None:
+    response = client.post("/v1/images/generations", json={"n": 5, "seed": 7, "response_format": "png"})
+    assert (response.status_code, response.headers["content-type"]) == (200, "image/png")
+    assert (response.headers["raykiln-seed"], response.headers["raykiln-model"]) == ("7", "dcgan/1")
+    first, second, third, fourth, fifth = drawn(draw(client, n=5, seed=7))
+    left_over = np.full((28, 28), 255)
+    np.testing.assert_array_equal(pixels(response.content), np.block([[first, second, third], [fourth, fifth, left_over]]))
+
+    walk = {"seed": 7, "to_seed": 8, "steps": 4}
+    strip = client.post("/v1/images/interpolations", json={**walk, "response_format": "png"})
+    np.testing.assert_array_equal(pixels(strip.content), np.hstack(drawn(draw(client, "interpolations", **walk))))
+
+
+def test_a_models_sample_is_its_bundles(client: httpx.Client, root: str) -> None:
+    for name, media_type, file in (("gpt", "text/plain; charset=utf-8", "gpt/1/sample.txt"), ("dcgan", "image/png", "dcgan/1/sample.png")):
+        response = client.get(f"/v1/models/{name}/sample")
+        assert (response.status_code, response.headers["content-type"]) == (200, media_type)
+        assert response.content == (Path(root) / file).read_bytes()
+    assert [model["sample"] for model in client.get("/v1/models").json()["data"]] == [True, True]
+    unknown = client.get("/v1/models/other/sample")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
 
 
 # ---- requests that cannot be served
@@ -318,12 +364,33 @@ def test_a_bad_request_gets_its_status_and_a_sentence(
         ({"n": 65}, 422, "n is 65"),
         ({"response_format": "url"}, 422, "response_format is 'url'"),
         ({"model": "gpt"}, 404, "use dcgan"),
+        ({"truncation": 0}, 422, "truncation is 0: input should be greater than or equal to 0.05"),
+        ({"truncation": 5.1}, 422, "truncation is 5.1"),
     ],
 )
 def test_a_bad_picture_request_too(client: httpx.Client, body: dict[str, Any], status: int, message: str) -> None:
     response = client.post("/v1/images/generations", json=body)
     assert response.status_code == status
     assert message in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param", "message"),
+    [
+        ({"to_seed": None}, 422, "to_seed", "the field to_seed is missing"),
+        ({"to_seed": -1}, 422, "to_seed", "to_seed is -1"),
+        ({"steps": 1}, 422, "steps", "steps is 1: input should be greater than or equal to 2"),
+        ({"steps": 65}, 422, "steps", "steps is 65"),
+        ({"n": 3}, 422, "n", "the field 'n' is unknown"),
+        ({"label": "a cat"}, 400, "label", "label is 'a cat', which is no class of this model"),
+        ({"model": "gpt"}, 404, "model", "use dcgan"),
+    ],
+)
+def test_a_bad_interpolation_too(client: httpx.Client, change: dict[str, Any], status: int, param: str, message: str) -> None:
+    response = client.post("/v1/images/interpolations", json={"seed": 7, "to_seed": 8, **change})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param)
+    assert message in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -354,6 +421,9 @@ class Failing:
         self.error = error
 
     async def describe(self) -> Any:
+        raise self.error
+
+    async def sample(self) -> bytes | None:
         raise self.error
 
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:

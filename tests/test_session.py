@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models import bundle
+from models.latents import seeded_latents, truncated
 from models.runtime import choose_providers
 from serve.engine import Chunk, Engine
 from serve.scheduler import Sampling
@@ -348,6 +349,61 @@ def test_a_seed_is_a_picture_alone_or_in_company(gan_folder: Path) -> None:
     assert not np.array_equal(five[0], five[1])
     assert not np.array_equal(session.pictures(8, 1)[0], five[0])
     assert not np.array_equal(session.pictures(2**64 - 1, 1), session.pictures(2**64 - 2, 1))
+
+
+def test_every_session_draws_the_same_to_the_bit_alone_or_in_a_batch(conditional_folder: Path) -> None:
+    """Two replicas on like machines: the graph's own floats, before they are rounded to grey levels."""
+    one, other = ImageSession(conditional_folder), ImageSession(conditional_folder, threads=2)
+    latents, labels = seeded_latents(7, 33, 16), np.arange(33) % 3
+    alone = np.concatenate([one.run(latents[i : i + 1], labels[i : i + 1]) for i in range(33)])
+    for batch in (2, 3, 8, 33):
+        np.testing.assert_array_equal(other.run(latents[:batch], labels[:batch]), alone[:batch])
+
+
+def test_truncation_changes_a_seeds_picture_alike_alone_and_in_company(conditional_folder: Path) -> None:
+    session = ImageSession(conditional_folder)
+    plain, typical = session.pictures(7, 4), session.pictures(7, 4, truncation=0.5)
+    assert not np.array_equal(plain, typical)
+    np.testing.assert_array_equal(session.pictures(7, 1, truncation=0.5), typical[:1])
+    latents = truncated(seeded_latents(7, 4, 16), 0.5)
+    np.testing.assert_array_equal(typical, session.generate(latents, session.labels(7, 4)))
+
+
+def test_truncated_pictures_of_a_class_are_more_alike(conditional_folder: Path) -> None:
+    session = ImageSession(conditional_folder)
+    spread = [session.pictures(0, 32, 1, truncation).std(axis=0).mean() for truncation in (None, 1.0, 0.3, 0.05)]
+    assert spread == sorted(spread, reverse=True)
+    assert spread[-1] < spread[0] / 3
+
+
+@pytest.mark.parametrize("truncation", [None, 0.7])
+def test_an_interpolation_leads_from_one_seeds_picture_to_the_others(conditional_folder: Path, truncation: float | None) -> None:
+    session = ImageSession(conditional_folder)
+    way = session.interpolation(7, 8, 9, truncation=truncation)
+    for end, seed in ((way[0], 7), (way[-1], 8)):
+        np.testing.assert_array_equal(end, session.pictures(seed, 1, 7 % 3, truncation)[0])  # both in the class of the first
+    np.testing.assert_array_equal(session.interpolation(8, 7, 9, 7 % 3, truncation)[0], way[-1])
+    np.testing.assert_array_equal(session.interpolation(7, 8, 5, truncation=truncation), way[::2])
+    strides = np.abs(np.diff(way.astype(int), axis=0)).mean(axis=(1, 2, 3))
+    assert strides.max() < np.abs(way[0].astype(int) - way[-1]).mean() / 2, "a jump instead of a walk"
+
+
+def test_an_interpolation_without_classes_and_its_limits(gan_folder: Path) -> None:
+    session = ImageSession(gan_folder)
+    np.testing.assert_array_equal(session.interpolation(1, 2, 2), [session.pictures(1, 1)[0], session.pictures(2, 1)[0]])
+    with pytest.raises(ValueError, match="steps is 1"):
+        session.interpolation(1, 2, 1)
+    with pytest.raises(ValueError, match="seed is -2"):
+        session.interpolation(1, -2, 3)
+
+
+def test_a_session_keeps_its_bundles_sample(gpt_folder: Path, gan_folder: Path, tmp_path: Path) -> None:
+    assert ImageSession(gan_folder).sample == (gan_folder / "sample.png").read_bytes()
+    assert TextSession(gpt_folder, slots=1).sample == (gpt_folder / "sample.txt").read_bytes()
+    bare = tiny_gan_bundle(tmp_path / "gan")
+    (bare / "sample.png").unlink()
+    bundle.write(bare, bundle.read(bare))
+    assert ImageSession(bare).sample is None
 
 
 def test_pictures_span_the_grey_levels(gan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from torchvision.utils import save_image
 
 from models import storage
 from models.dcgan import Generator
-from models.runtime import ImageGraph, seeded_latents, signature
+from models.latents import seeded_latents
+from models.runtime import ImageGraph, signature
 from train.parity import judge
 
 OPSET = 20

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn import functional
+
+from models.latents import walk
 
 GRID_ROWS, GRID_COLUMNS = 10, 10
 GUTTER = 2  # pixels between the pictures of a grid
@@ -54,24 +55,6 @@ def cells(sheet: np.ndarray, columns: int) -> np.ndarray:
 # ---------------------------------------------------------------- between latents
 
 
-def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Between two latents along the great circle, where a straight line would cut through lengths that normal noise never has.
-
-    Shoemake 1985 (https://doi.org/10.1145/325165.325242), White 2016 (https://arxiv.org/abs/1609.04468).
-
-    Args:
-        first, second: (..., Z).
-        share: 0 gives the first, 1 the second.
-
-    Returns:
-        (..., Z); on the straight line where the two point the same way, or opposite ways: no circle, or every circle, is theirs.
-    """
-    angle = functional.cosine_similarity(first, second, dim=-1).clamp(-1, 1).arccos().unsqueeze(-1)
-    sine = angle.sin()
-    circle = (((1 - share) * angle).sin() * first + (share * angle).sin() * second) / sine
-    return torch.where(sine < 1e-3, torch.lerp(first, second, share), circle)
-
-
 def interpolations(latents: Tensor, steps: int) -> Tensor:
     """Walks from each latent to the next, and from the last to the first: one row of `grid(..., columns=steps)` each.
 
@@ -82,8 +65,9 @@ def interpolations(latents: Tensor, steps: int) -> Tensor:
     Returns:
         (N * steps, Z).
     """
-    walks = [slerp(latents, latents.roll(-1, dims=0), step / (steps - 1)) for step in range(steps)]
-    return torch.stack(walks, dim=1).flatten(0, 1)
+    ends = latents.cpu().numpy()
+    walks = walk(ends, np.roll(ends, -1, axis=0), steps)  # (steps, N, Z)
+    return torch.from_numpy(walks).to(latents.device).transpose(0, 1).flatten(0, 1)
 
 
 # ---------------------------------------------------------------- the film of a training
