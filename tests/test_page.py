@@ -3,13 +3,14 @@
 import asyncio
 import base64
 import contextlib
+import io
 import os
 import shutil
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ import httpx
 import psutil
 import pytest
 import uvicorn
+from PIL import Image
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from models import registry
 from serve.deployments import Pictures, Text
@@ -40,6 +45,33 @@ CHROMIUM = [
     "--disable-sync",
     "--window-size=1360,1250",
 ]
+
+STATUS = {
+    "deployments": {
+        "Text": {"replicas": 1, "target": 2, "status": "UPSCALING"},
+        "Pictures": {"replicas": 1, "target": 1, "status": "HEALTHY"},
+    },
+    "latency_ms": {"text_first_token": {"p50": 12.345, "p99": 40.1}, "picture": {"p50": None, "p99": None}},
+}
+# The contrast of every text that is shown, by WCAG 2.2's definition (https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio).
+CONTRASTS = """
+const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+const luminance = (color) => {
+  const [r, g, b] = channels(color).map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const opaque = (color) => (channels(color)[3] ?? 1) === 1;
+const paper = (element) => {
+  const color = getComputedStyle(element).backgroundColor;
+  return opaque(color) || !element.parentElement ? color : paper(element.parentElement);
+};
+const texts = [...document.querySelectorAll("body *")].filter((element) =>
+  element.checkVisibility() && !element.disabled && [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
+return texts.map((element) => {
+  const [a, b] = [luminance(getComputedStyle(element).color), luminance(paper(element))];
+  return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.outerHTML.slice(0, 120)];
+});
+"""
 
 
 class Here:
@@ -82,7 +114,7 @@ def replica() -> Text:
 
 @pytest.fixture(scope="module")
 def server(replica: Text, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The ingress over tiny models, and a second one at port + 1 that serves text only."""
+    """The ingress over tiny models, and a second one at port + 1 that serves text only and has no /status."""
     folder = tmp_path_factory.mktemp("page")
     root = str(folder / "models")
     registry.publish(root, "gpt", bundles.tiny_gpt_bundle(folder / "gpt"))
@@ -95,7 +127,9 @@ def server(replica: Text, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         await replica.reconfigure({"uri": registry.resolve(root, "gpt")[2]})
         await pictures.reconfigure({"uri": registry.resolve(root, "dcgan")[2]})
         slow_down(replica.session)
-        for app, at in ((build_app(Here(replica), Here(pictures)), port), (build_app(Here(replica), None), port + 1)):
+        for images, told, at in ((Here(pictures), STATUS, port), (None, None, port + 1)):
+            app = build_app(Here(replica), images)
+            app.router.routes.insert(0, Route("/status", tell_status(told)))
             servers.append(uvicorn.Server(uvicorn.Config(app, port=at, log_level="warning")))
         await asyncio.gather(*(server.serve() for server in servers))
 
@@ -108,6 +142,13 @@ def server(replica: Text, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     for server in servers:
         server.should_exit = True
     thread.join(20)
+
+
+def tell_status(told: dict[str, Any] | None) -> Callable[[Request], Awaitable[Response]]:
+    async def status(_: Request) -> Response:
+        return Response(status_code=404) if told is None else JSONResponse(told)
+
+    return status
 
 
 def slow_down(session: Any) -> None:
@@ -166,6 +207,11 @@ class Browser:
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
+
+    def prefer(self, scheme: str) -> None:
+        """light or dark; "": what the system has."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": features}})
 
     def complaints(self) -> list[str]:
         """What the console has: blocked by the page's policy, not found, thrown."""
@@ -262,6 +308,77 @@ def test_pictures_of_a_seed_and_a_class(browser: Browser, server: str) -> None:
     browser.until(lambda: "seed 8" in browser.text("#picture-status"))
 
 
+def set_slider(browser: Browser, selector: str, value: float) -> None:
+    browser.run(f"const it = document.querySelector('{selector}'); it.value = {value}; it.dispatchEvent(new Event('input'))")
+
+
+def test_truncation_is_asked_for_where_the_slider_is_not_at_its_end(browser: Browser, server: str) -> None:
+    browser.open(f"{server}/?seed=7&n=4&truncation=0.5&run=pictures")
+    sources = "return [...document.querySelectorAll('#grid img')].map((image) => image.src.split(',')[1])"
+    browser.until(lambda: len(browser.run(sources)) == 4)
+    cut, whole = (
+        [picture["b64_json"] for picture in httpx.post(f"{server}/v1/images/generations", json={"seed": 7, "n": 4, **more}).json()["data"]]
+        for more in ({"truncation": 0.5}, {})
+    )
+    assert browser.run(sources) == cut != whole
+    assert browser.text("#truncation-value") == "0.5"
+    assert "truncation=0.5" in browser.run("return location.search")
+    set_slider(browser, "#truncation", 3.1)
+    assert browser.text("#truncation-value") == "off"
+    browser.click("#draw")
+    browser.until(lambda: browser.run(sources) == whole)
+    assert "truncation" not in browser.run("return location.search")
+
+
+def test_a_slider_leads_from_one_seed_to_another_by_keyboard(browser: Browser, server: str) -> None:
+    browser.open(f"{server}/?from=3&to=5&label=class%201&run=pictures")
+    browser.until(lambda: not browser.run("return document.getElementById('way').hidden"))
+    request = {"seed": 3, "to_seed": 5, "steps": 21, "label": 1}
+    way = [picture["b64_json"] for picture in httpx.post(f"{server}/v1/images/interpolations", json=request).json()["data"]]
+    here = "return document.getElementById('here').src.split(',')[1]"
+    assert browser.run(here) == way[10]
+    for key, step, place in (("\ue014", 11, "55 %"), ("\ue010", 20, "100 %"), ("\ue011", 0, "0 %")):  # right, end, home
+        browser.type("#position", key)
+        assert browser.run(here) == way[step]
+        told = f"{place} of the way from seed 3 to seed 5"
+        assert browser.run("return document.getElementById('position').ariaValueText") == told
+        assert browser.run("return document.getElementById('here').alt") == f"Picture at {told}"
+    assert browser.run("const link = document.getElementById('download-here'); return [link.download, link.href.split(',')[1]]") == [
+        "dcgan-1-seed3-to-5-0.png",
+        way[0],
+    ]
+    strip = browser.run("return document.getElementById('download-strip').href.split(',')[1]")
+    assert Image.open(io.BytesIO(base64.b64decode(strip))).size == (21 * 28, 28)
+
+
+def test_what_is_served_is_shown_with_its_sample_replicas_and_latency(browser: Browser, server: str) -> None:
+    browser.open(server)
+    gpt, gan = ".card[data-kind=gpt]", ".card[data-kind=gan]"
+    browser.until(lambda: browser.find(f"{gan} .live dd"))
+    live = "return [...document.querySelectorAll('{} .live dd')].map((fact) => fact.textContent)"
+    assert browser.run(live.format(gpt)) == ["1 of 2, upscaling", "12.35 ms (p50), 40.1 ms (p99)"]
+    assert browser.run(live.format(gan)) == ["1, healthy"]
+    assert browser.until(lambda: browser.text(f"{gpt} pre")) == httpx.get(f"{server}/v1/models/gpt/sample").text
+    image = f"document.querySelector('{gan} figure img')"
+    browser.run(f"{image}.scrollIntoView()")
+    browser.until(lambda: browser.run(f"return {image}.naturalWidth > 28"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_has_enough_contrast(browser: Browser, server: str, scheme: str) -> None:
+    browser.prefer(scheme)
+    try:
+        browser.open(f"{server}/?prompt=Now&max_tokens=3&seed=7&run=1")
+        written(browser)
+        browser.until(lambda: not browser.run("return document.getElementById('way').hidden"))
+        browser.run("document.getElementById('notice').hidden = false; document.getElementById('notice').textContent = 'Wrong'")
+        contrasts = browser.run(CONTRASTS)
+        assert len(contrasts) > 50
+        assert [(ratio, markup) for ratio, markup in contrasts if ratio < 4.5] == []
+    finally:
+        browser.prefer("")
+
+
 def test_the_address_reproduces_what_is_shown(browser: Browser, server: str) -> None:
     browser.open(f"{server}/?prompt=Now%20is%0A&max_tokens=5&temperature=1.5&run=1")
     text, address = written(browser), browser.run("return location.href")
@@ -292,6 +409,8 @@ def test_a_kind_that_is_not_served_is_not_shown(browser: Browser, server: str) -
     browser.open(f"{address}:{int(port) + 1}/")
     browser.until(lambda: not browser.run("return document.getElementById('text').hidden"))
     assert browser.run("return document.getElementById('pictures').hidden")
+    browser.until(lambda: browser.text(".card pre"))
+    assert browser.run("return document.querySelector('.live').hidden && document.getElementById('notice').hidden")
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_complains_of_nothing(browser: Browser, server: str) -> None:
@@ -308,7 +427,7 @@ def test_the_page_loads_nothing_from_elsewhere_and_complains_of_nothing(browser:
 def test_every_control_has_a_name_and_the_page_fits_a_phone(browser: Browser, server: str) -> None:
     browser.open(f"{server}/?seed=7&run=pictures")
     browser.until(lambda: len(browser.find("#grid img")) == 16)
-    browser.until(lambda: not browser.run("return document.getElementById('download').hidden"))
+    browser.until(lambda: not browser.run("return document.getElementById('way').hidden"))
     names = {browser.markup(control): browser.name(control) for control in browser.find("button, input, select, textarea, a")}
     assert [markup for markup, name in names.items() if not name] == []
     browser.resize(500, 900)  # the narrowest that Chromium's window gets

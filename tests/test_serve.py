@@ -287,7 +287,7 @@ def test_pictures_as_one_png(client: httpx.Client) -> None:
 
     walk = {"seed": 7, "to_seed": 8, "steps": 4}
     strip = client.post("/v1/images/interpolations", json={**walk, "response_format": "png"})
-    np.testing.assert_array_equal(pixels(strip.content), np.hstack(drawn(draw(client, "interpolations", **walk))))
+    np.testing.assert_array_equal(pixels(strip.content), np.hstack([*drawn(draw(client, "interpolations", **walk))]))
 
 
 def test_a_models_sample_is_its_bundles(client: httpx.Client, root: str) -> None:
