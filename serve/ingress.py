@@ -45,7 +45,10 @@ from serve.schemas import (
 MAX_BODY_BYTES = 1024 * 1024
 PAGE = Path(__file__).parent / "page"
 # The page loads nothing from elsewhere, and a prompt's text can never become a script.
-PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'",
+    "Cache-Control": "no-cache",
+}
 
 PNG: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}, "description": "As JSON, or as one PNG file."}
@@ -98,7 +101,7 @@ def build_app(text: TextModel | None, images: ImageModel | None) -> FastAPI:
     app = FastAPI(title="raykiln", summary="Text and pictures, in OpenAI's shapes.", redoc_url=None)
     app.state.text, app.state.images = text, images
     app.include_router(router)
-    app.mount("/page", StaticFiles(directory=PAGE))
+    app.mount("/page", PageFiles(directory=PAGE))
     app.add_middleware(BodyLimit)
     app.add_exception_handler(Rejected, _rejected)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -340,6 +343,15 @@ def _field(loc: tuple[int | str, ...], body: type[BaseModel]) -> tuple[str | Non
 def _nearest(field: str, known: list[str]) -> str:
     close = difflib.get_close_matches(field, known, n=1)
     return f": did you mean {close[0]}?" if close else f": known are {', '.join(known)}"
+
+
+class PageFiles(StaticFiles):
+    """The page's files; a browser asks each time whether they have changed, so that none of another version is among them."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 class BodyLimit:

@@ -364,6 +364,29 @@ def test_what_is_served_is_shown_with_its_sample_replicas_and_latency(browser: B
     browser.until(lambda: browser.run(f"return {image}.naturalWidth > 28"))
 
 
+def test_the_keyboards_focus_stays_where_it_is_of_use(browser: Browser, server: str) -> None:
+    browser.open(f"{server}/?prompt=Now&run=text")
+    browser.until(lambda: browser.text("#generated"))
+    focus = "return document.activeElement.id"
+    enter = "\ue007"
+    browser.type("#stop", enter)
+    assert (browser.text("#reason"), browser.run(focus)) == ("stop button", "write")
+    browser.type("#draw", enter)
+    browser.until(lambda: browser.find("#grid img"))
+    assert browser.run(focus) == "draw"
+    browser.type("#interpolate", enter)
+    browser.until(lambda: not browser.run("return document.getElementById('way').hidden"))
+    assert browser.run(focus) == "interpolate"
+
+
+def test_a_browser_asks_whether_the_pages_files_have_changed(server: str) -> None:
+    for path in ("/", "/page/studio.js"):
+        response = httpx.get(f"{server}{path}")
+        assert response.headers["cache-control"] == "no-cache"
+    again = httpx.get(f"{server}/page/studio.js", headers={"If-None-Match": response.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_has_enough_contrast(browser: Browser, server: str, scheme: str) -> None:
     browser.prefer(scheme)

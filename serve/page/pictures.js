@@ -27,15 +27,16 @@ function choices() {
   return { label: $("label").value || undefined, truncation };
 }
 
-/** Does some work with its button disabled, and shows what went wrong. */
+/** Does some work, but not twice at a time, and shows what went wrong. Its button keeps the focus, which `disabled` would take. */
 async function during(button, work) {
-  button.disabled = true;
+  if (button.ariaDisabled === "true") return;
+  button.ariaDisabled = "true";
   try {
     await work();
   } catch (error) {
     complain(error);
   } finally {
-    button.disabled = false;
+    button.ariaDisabled = "false";
   }
 }
 

@@ -96,6 +96,7 @@ function startSheet({ prompt, seed }) {
 function endSheet(reason) {
   writing = null;
   $("written").ariaBusy = "false";
+  if (document.activeElement === $("stop")) $("write").focus(); // a disabled button loses the focus to nowhere
   $("stop").disabled = true;
   $("reason").textContent = reason;
   $("text-status").textContent = `Ended by ${reason}, ${$("tokens").textContent} tokens.`;
