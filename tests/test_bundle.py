@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -72,6 +73,15 @@ def test_damage_is_named(folder: Path, damage: Any, sentence: str) -> None:
 def _edit(folder: Path, **entries: Any) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | entries))
+
+
+def test_no_flipped_bit_of_a_manifest_goes_unseen(folder: Path) -> None:
+    place, manifest = folder / "manifest.json", bundle.read(folder)
+    content = place.read_bytes()
+    for number, byte in enumerate(content):
+        place.write_bytes(content[:number] + bytes([byte ^ 1 << number % 7]) + content[number + 1 :])
+        with contextlib.suppress(ValueError):
+            assert bundle.read(folder) == manifest, f"byte {number} is {bytes([byte])!r}"  # blank space, at most
 
 
 def test_an_incomplete_manifest_is_not_written(folder: Path) -> None:

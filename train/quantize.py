@@ -1,4 +1,4 @@
-"""8-bit weights for an exported GPT: a graph a quarter of the size where its matrices are, and what that costs on held-out text.
+"""8-bit weights for an exported GPT: its matrices take a quarter of the room. What that costs is measured on held-out text.
 
 Every matrix is cut into blocks of 32 weights down a column, each with a scale of its own (ONNX Runtime's MatMulNBits). Activations are
 rounded to 8 bits block by block too, within their own row: a row's logits do not depend on the other rows of its batch, as they
