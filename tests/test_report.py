@@ -235,7 +235,10 @@ def test_the_report_says_where_time_went_and_how_often_the_run_was_resumed(tmp_p
     }
     report.write(str(tmp_path), summary)
     page = (tmp_path / "report.md").read_text()
-    assert "Time: 1,234.6 s training, 2.5 s of it waiting for data, 3.0 s evaluation, 0.2 s blocked by checkpoints." in page
+    assert (
+        "Time since the last start: 1,234.6 s training, 2.5 s of it waiting for data, 3.0 s evaluation, 0.2 s blocked by checkpoints."
+        in page
+    )
     assert "Resumed 1 time(s):\n\n- from step 2 at 2" in page
     assert "| mfu | 0.4 |" in page
     assert "| train_s" not in page

@@ -163,19 +163,14 @@ def _fit(axes: Any, values: np.ndarray, logarithmic: bool) -> None:
 
 def _head(uri: str, summary: dict[str, Any]) -> list[str]:
     """What ran, how often it was started again, and where its time went."""
-    lines = [
-        f"# Run {summary['run']}",
-        "",
-        f"{summary['steps']} steps on {summary['workers']} worker(s) in {summary['seconds']} s, data {summary['dataset']}.",
-        "",
-    ]
+    steps = f"{summary['steps']} steps on {summary['workers']} worker(s)"
+    lines = [f"# Run {summary['run']}", "", f"{steps}, data {summary['dataset']}; the last command took {summary['seconds']:,} s.", ""]
     if "failed" in summary:
         lines = [*lines[:2], f"**It did not reach its {summary['steps']} steps.** {summary['failed']}.", ""]
-    if summary["resumed_from"]:
-        lines += [f"Went on from step {summary['resumed_from']}; the seconds are those of this part.", ""]
-    lines += _starts(metrics.starts(uri))
+    starts = metrics.starts(uri)
+    lines += _starts(starts)
     if spent := [f"{summary['metrics'][tag]:,.1f} s {what}" for tag, what in TIMES.items() if tag in summary["metrics"]]:
-        lines += [f"Time: {', '.join(spent)}.", ""]
+        lines += [f"Time{' since the last start' if len(starts) > 1 else ''}: {', '.join(spent)}.", ""]
     return lines
 
 
