@@ -4,8 +4,12 @@
 """
 
 import argparse
+import contextlib
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +18,7 @@ from rich.table import Table
 
 from models import cli, storage
 from models.runtime import PROVIDERS
+from serve import fast
 
 EPILOG = "REF is NAME (its alias production, else its newest version), NAME/VERSION or NAME@ALIAS."
 
@@ -38,8 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--threads", type=int, default=1, help="CPUs of a replica (1: best for tiny models)")
     start.add_argument("--providers", nargs="+", choices=list(PROVIDERS), help="what to run on, best first (default: the best that works)")
     start.add_argument("--max-replicas", type=int, default=4, help="replicas of a model under load (4)")
+    start.add_argument(
+        "--fast", action="store_true", help="HAProxy and Serve's throughput-optimised mode; opens two more ports: docs/serving.md"
+    )
     start.add_argument("--detach", action="store_true", help="leave it running on the cluster of RAY_ADDRESS")
-    actions.add_parser("status", parents=[address], help="what is served")
+    actions.add_parser("status", parents=[address], help="what is served: models, replicas, load, latency")
     actions.add_parser("down", help="take it off the cluster of RAY_ADDRESS")
     return parser
 
@@ -48,9 +56,25 @@ def up(arguments: argparse.Namespace) -> int:
     """Serves until Ctrl-C, or leaves it running with --detach."""
     if arguments.detach and not os.environ.get("RAY_ADDRESS"):
         raise ValueError("--detach needs a cluster to stay on, and RAY_ADDRESS is not set: start one with `python -m cluster up`")
+    if arguments.fast and os.environ.get("RAY_ADDRESS"):
+        raise ValueError("--fast is for a private cluster, and RAY_ADDRESS names one that runs already: unset it, or leave --fast out")
     for option in ("slots", "threads", "max_replicas"):
         if getattr(arguments, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(arguments, option)}: use 1 or more")
+    with _fast_mode() if arguments.fast else contextlib.nullcontext():
+        return _serve(arguments)
+
+
+@contextlib.contextmanager
+def _fast_mode() -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="raykiln-") as folder:  # short, as a socket's path must be
+        os.environ.update(fast.environment(Path(folder)))
+        ports = [os.environ[f"RAY_SERVE_HAPROXY_{page}_PORT"] for page in ("STATS", "METRICS")]
+        print(f"HAProxy shows its statistics on all interfaces, at the ports {' and '.join(ports)}: keep strangers from them", flush=True)
+        yield
+
+
+def _serve(arguments: argparse.Namespace) -> int:
     from serve import launch  # Ray takes seconds to import: not before what was asked for is known to make sense
     from serve.deployments import Options
 
@@ -72,7 +96,8 @@ def up(arguments: argparse.Namespace) -> int:
             launch.deploy(chosen, address, options)
             for reference, ran_on in launch.providers(chosen).items():
                 print(f"{reference} runs on {', '.join(ran_on)}", flush=True)
-            print(f"\n  studio  {address.url}/\n  API     {address.url}/v1   (OpenAPI: {address.url}/docs)\n", flush=True)
+            print(f"\n  studio  {address.url}/\n  API     {address.url}/v1   (OpenAPI: {address.url}/docs)", flush=True)
+            print(f"  metrics {launch.metrics_url()}   (for Prometheus; each node of a cluster has its own)\n", flush=True)
             stays = arguments.detach
             print("`python -m serve down` ends it" if stays else "Ctrl-C ends it", flush=True)
             if not stays:
@@ -86,27 +111,48 @@ def up(arguments: argparse.Namespace) -> int:
 def status(arguments: argparse.Namespace) -> int:
     """Asks the running server; exit code 1 where none answers."""
     url = f"http://{arguments.host}:{arguments.port}"
-    try:
-        answer = httpx.get(f"{url}/v1/models", timeout=15, trust_env=False).raise_for_status()  # past any proxy: it may be this machine
-    except httpx.HTTPError as error:
-        print(f"nothing serves at {url}: {error}")
-        return 1
-    try:
-        table = _table(url, answer.json()["data"])
-    except (ValueError, LookupError, TypeError, AttributeError):
-        print(f"what serves at {url} is no raykiln: its /v1/models lists no bundles")
-        return 1
-    Console().print(table)
+    with httpx.Client(base_url=url, timeout=15, trust_env=False) as client:  # past any proxy: it may be this machine
+        try:
+            models = client.get("/v1/models").raise_for_status()
+        except httpx.HTTPError as error:
+            print(f"nothing serves at {url}: {error}")
+            return 1
+        try:
+            tables = [_models(url, models.json()["data"])]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            print(f"what serves at {url} is no raykiln: its /v1/models lists no bundles")
+            return 1
+        with contextlib.suppress(httpx.HTTPError):  # where Serve's controller is away, the models are told all the same
+            seen = client.get("/status").raise_for_status().json()
+            tables += [_deployments(seen["deployments"]), _latency(seen["latency_ms"])]
+    for table in tables:
+        Console().print(table)
     return 0
 
 
-def _table(url: str, models: list[dict[str, Any]]) -> Table:
+def _models(url: str, models: list[dict[str, Any]]) -> Table:
     table = Table("model", "kind", "from run", "metrics", title=url)
     for model in models:
         metrics = ", ".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in model["metrics"].items()
         )
         table.add_row(f"{model['id']}/{model['version']}", model["kind"], str(model["run"]["name"]), metrics)
+    return table
+
+
+def _deployments(deployments: dict[str, dict[str, Any]]) -> Table:
+    load = ("slots", "running", "waiting")
+    table = Table("deployment", "status", "replicas", *load)
+    for name, facts in deployments.items():
+        replicas = f"{facts['replicas']} of {facts['target']}" + (f", {facts['starting']} starting" if facts["starting"] else "")
+        table.add_row(name, facts["status"], replicas, *("" if facts[figure] is None else str(facts[figure]) for figure in load))
+    return table
+
+
+def _latency(latency_ms: dict[str, dict[str, float | None]]) -> Table:
+    table = Table("latency", "p50 ms", "p99 ms")
+    for kind, percentiles in latency_ms.items():
+        table.add_row(kind, *("" if value is None else f"{value:.1f}" for value in percentiles.values()))
     return table
 
 

@@ -6,9 +6,11 @@ a dropped request. `build` is what a Serve config file names as its import path.
 
 import asyncio
 import contextlib
+import functools
 import io
 import math
 import random
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -21,20 +23,24 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from ray import serve
-from ray.serve.config import AutoscalingConfig
+from ray.serve.context import _get_global_client  # `serve.status()` doesn't tell the number of replicas that is aimed at
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from serve import access
 from serve.engine import Chunk, Engine, Stream
 from serve.errors import Overloaded, Rejected, Unavailable, UnknownModel, WrongValue
 from serve.ingress import Drawing, build_app
+from serve.prometheus import PictureMetrics, TextMetrics
 from serve.scheduler import Sampling
-from serve.schemas import CompletionRequest, ImagesRequest, InterpolationsRequest, Model, PictureRequest
+from serve.schemas import CompletionRequest, DeploymentStatus, ImagesRequest, InterpolationsRequest, Model, PictureRequest
 from serve.session import ImageSession, TextSession, open_bundle
 
 Answer = TypeVar("Answer")
 
 QUEUE_LIMIT = 64  # requests that may wait at a replica; one more is refused with 429
 DESCRIBE_TIMEOUT_S = 10.0
+STATUS_TIMEOUT_S = 2.0
+STATUS_AGE_S = 1.0  # every open page asks for it
 HEALTH_CHECK_S = 1.0  # a replica whose engine has died refuses at once and so draws requests, until three checks have failed
 
 
@@ -65,6 +71,7 @@ class Text:
     def __init__(self, slots: int, threads: int, timeout_s: float, providers: list[str] | None = None) -> None:
         self.slots, self.threads, self.timeout_s, self.providers = slots, threads, timeout_s, providers
         self.engine: Engine | None = None
+        self.metrics = TextMetrics()
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Serves the bundle at `user_config["uri"]` from now on; what is under way finishes on the one before."""
@@ -73,13 +80,21 @@ class Text:
         )
         before = self.engine
         self.session, self.reference = session, _reference(session)
-        self.engine = Engine(session, queue_limit=QUEUE_LIMIT, timeout_s=self.timeout_s)
+        observe = functools.partial(self.metrics.observe, model=self.reference)
+        self.engine = Engine(session, queue_limit=QUEUE_LIMIT, timeout_s=self.timeout_s, observe=observe)
         if before is not None:
             before.close()
+            self.metrics.rollouts.inc(1, {"model": self.reference})
 
     def check_health(self) -> None:
+        """Serve asks every second: so fresh are the gauges, too."""
         if self.engine is None or not self.engine.alive:
             raise RuntimeError("the engine's thread has ended")
+        self.metrics.set_load(self.engine.status())
+
+    async def load(self) -> dict[str, int]:
+        assert self.engine is not None
+        return self.engine.status()
 
     async def describe(self) -> Model:
         assert self.engine is not None
@@ -134,12 +149,20 @@ class Pictures:
         self.threads, self.providers = threads, providers
         self.waiting = 0
         self.executor = ThreadPoolExecutor(1, "pictures")
+        self.metrics = PictureMetrics()
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Serves the bundle at `user_config["uri"]` from now on."""
+        rollout = hasattr(self, "session")
         self.session = await asyncio.to_thread(
             open_bundle, ImageSession, user_config["uri"], threads=self.threads, providers=self.providers
         )
+        if rollout:
+            self.metrics.rollouts.inc(1, {"model": _reference(self.session)})
+
+    async def load(self) -> dict[str, int]:
+        running = min(self.waiting, 1)
+        return {"slots": 1, "running": running, "waiting": self.waiting - running}
 
     async def describe(self) -> Model:
         return _describe(self.session)
@@ -170,11 +193,14 @@ class Pictures:
         if self.waiting >= QUEUE_LIMIT:
             raise Overloaded(f"{self.waiting} requests for pictures wait: try again in a moment")
         self.waiting += 1
+        started = time.monotonic()
         try:
             loop = asyncio.get_running_loop()
-            return _reference(session), await loop.run_in_executor(self.executor, make, session, request, label)
+            drawing = await loop.run_in_executor(self.executor, make, session, request, label)
         finally:
             self.waiting -= 1
+        self.metrics.drawn(len(drawing.labels), time.monotonic() - started, _reference(session))
+        return _reference(session), drawing
 
 
 def _draw(session: ImageSession, request: ImagesRequest, label: int | None) -> Drawing:
@@ -316,6 +342,60 @@ class RemotePictures:
             return _kept(await self.handle.interpolate.remote(request))
 
 
+class ServeCluster:
+    """The deployments as the ingress sees them (`serve.ingress.Cluster`).
+
+    Args:
+        handles: by deployment, of those whose replicas tell their load.
+    """
+
+    def __init__(self, handles: dict[str, DeploymentHandle]) -> None:
+        self.handles = handles
+        self.lock, self.seen, self.seen_at = asyncio.Lock(), dict[str, DeploymentStatus](), -STATUS_AGE_S
+
+    async def deployments(self) -> dict[str, DeploymentStatus]:
+        """At most `STATUS_AGE_S` old."""
+        async with self.lock:
+            if time.monotonic() - self.seen_at >= STATUS_AGE_S:
+                self.seen = await self._look()
+                self.seen_at = time.monotonic()
+        return self.seen
+
+    async def _look(self) -> dict[str, DeploymentStatus]:
+        client, application = _get_global_client(), serve.get_replica_context().app_name
+        assert client is not None
+        try:
+            details = await asyncio.to_thread(client.get_serve_details)
+        except ray.exceptions.RayError as error:
+            raise Unavailable("Serve's controller does not answer just now: try again in a moment") from error
+        deployments = details["applications"][application]["deployments"]
+        loads = await asyncio.gather(*(self._load(name) for name in deployments))
+        return {name: _deployment_status(found, load) for (name, found), load in zip(deployments.items(), loads, strict=True)}
+
+    async def _load(self, name: str) -> dict[str, int | None]:
+        """Summed over the replicas that answer."""
+        loads: list[Any] = []
+        if name in self.handles:
+            with contextlib.suppress(TimeoutError):
+                broadcast = self.handles[name].broadcast("load")
+                loads = await broadcast.results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
+        answers = [load for load in loads if isinstance(load, dict)]
+        return {key: sum(answer[key] for answer in answers) if answers else None for key in ("slots", "running", "waiting")}
+
+
+def _deployment_status(details: dict[str, Any], load: dict[str, int | None]) -> DeploymentStatus:
+    states = [replica["state"] for replica in details["replicas"]]
+    return DeploymentStatus.model_validate(
+        {
+            "replicas": states.count("RUNNING"),
+            "starting": states.count("STARTING"),
+            "target": details["target_num_replicas"],
+            "status": details["status"],
+            **load,
+        }
+    )
+
+
 @serve.ingress()
 class Gateway:
     """HTTP in front of the models; it holds none itself."""
@@ -323,9 +403,11 @@ class Gateway:
     def __init__(self, text: DeploymentHandle | None, images: DeploymentHandle | None) -> None:
         self.text = None if text is None else RemoteText(text)
         self.images = None if images is None else RemotePictures(images)
+        self.cluster = ServeCluster({handle.deployment_name: handle for handle in (text, images) if handle is not None})
+        access.to_stdout()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self.text, self.images)
+        return build_app(self.text, self.images, self.cluster, gives_request_id_back=False)  # Serve's proxy does
 
 
 # ---- the application
@@ -360,7 +442,10 @@ def build(options: Options) -> serve.Application:
 
 def _model(replica: type, options: Options, target_ongoing_requests: float) -> serve.Deployment:
     return serve.deployment(
-        autoscaling_config=_autoscaling(target_ongoing_requests, options.max_replicas),
+        # Serve's own preset: up after 30 s of load, down after 10 minutes without. Its delays are no shorter than its look-back,
+        # so that the count does not swing.
+        num_replicas="auto",
+        autoscaling_config={"max_replicas": options.max_replicas, "target_ongoing_requests": target_ongoing_requests},
         ray_actor_options={"num_cpus": options.threads},
         # Twice what a replica holds: replicas queue and refuse by themselves. Were Serve's limit the lower one, its routers would
         # queue, without bound or fairness; and their default back-off of up to half a second halves the throughput at saturation.
@@ -370,15 +455,3 @@ def _model(replica: type, options: Options, target_ongoing_requests: float) -> s
         max_constructor_retry_count=3,  # a bundle that cannot be loaded will not become loadable
         graceful_shutdown_wait_loop_s=0.5,
     )(replica)
-
-
-def _autoscaling(target_ongoing_requests: float, max_replicas: int) -> AutoscalingConfig:
-    """Up after 20 s of load, down after 2 minutes without; the delays are no shorter than the look-back, so that the count does not swing."""
-    return AutoscalingConfig(
-        min_replicas=1,
-        max_replicas=max_replicas,
-        target_ongoing_requests=target_ongoing_requests,
-        look_back_period_s=20,
-        upscale_delay_s=20,
-        downscale_delay_s=120,
-    )

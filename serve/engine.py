@@ -85,7 +85,7 @@ class Stream:
         self._error: Rejected | None = None
         self._ready, self._done = asyncio.Event(), asyncio.Event()
 
-    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+    def chunks(self) -> AsyncGenerator[Chunk, None]:
         """The texts as they come: the first chunk at once, then whatever was made in the meantime, at most every `interval_s`.
 
         Leaving early (a break with `aclosing`, a cancelled task) frees the request's slots.
@@ -95,6 +95,9 @@ class Stream:
             DeadlineExceeded: the request's time ran out.
             Unavailable: the engine has ended.
         """
+        return self._engine.observe(self._chunks())
+
+    async def _chunks(self) -> AsyncGenerator[Chunk, None]:
         unfinished = len(self.sequences)
         try:
             while unfinished:
@@ -151,6 +154,7 @@ class Engine:
         interval_s: the shortest time between two chunks of a stream. A message to a client costs more than a token of a
             small model, and 50 a second look continuous.
         idle_s: once nothing was asked for so long, the cache's room is given back, and with it the prompts that it holds.
+        observe: every request's chunks go through it, on the event loop.
     """
 
     def __init__(
@@ -161,8 +165,9 @@ class Engine:
         timeout_s: float = 300.0,
         interval_s: float = 0.02,
         idle_s: float = 10.0,
+        observe: Callable[[AsyncGenerator[Chunk, None]], AsyncGenerator[Chunk, None]] = lambda chunks: chunks,
     ) -> None:
-        self.session, self.timeout_s, self.interval_s, self.idle_s = session, timeout_s, interval_s, idle_s
+        self.session, self.timeout_s, self.interval_s, self.idle_s, self.observe = session, timeout_s, interval_s, idle_s, observe
         self.generated = 0  # tokens in all
         self._scheduler = Scheduler(session.slots, queue_limit, chunk_size, session.copies)
         self._longest_token = max(map(len, session.tokenizer.get_vocab(with_added_tokens=True)))

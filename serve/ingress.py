@@ -8,12 +8,13 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Awaitable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
@@ -21,13 +22,16 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.access import AccessLog
 from serve.engine import Chunk
 from serve.errors import Rejected, UnknownModel
+from serve.latency import Latency
 from serve.schemas import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
+    DeploymentStatus,
     Error,
     Generated,
     GenerateRequest,
@@ -39,6 +43,7 @@ from serve.schemas import (
     Models,
     Picture,
     PictureRequest,
+    Status,
     Usage,
 )
 
@@ -91,15 +96,47 @@ class ImageModel(Protocol):
     async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing]: ...
 
 
+class Cluster(Protocol):
+    """What replicas there are."""
+
+    async def deployments(self) -> dict[str, DeploymentStatus]: ...
+
+
+MESSAGE = {
+    "type": "string",
+    "contentMediaType": "application/json",
+    "contentSchema": {"anyOf": [{"$ref": "#/components/schemas/Completion"}, {"$ref": "#/components/schemas/Error"}]},
+}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, MESSAGE]}}}
+EVENT_STREAM: dict[str, Any] = {  # as FastAPI describes its own
+    "description": "The whole text, or with `stream` server-sent events.",
+    "content": {"text/event-stream": {"itemSchema": EVENT, "example": "data: {...}\n\ndata: [DONE]\n\n"}},
+}
 router = APIRouter(
     responses={status: {"model": Error} for status in (400, 404, 422, 429, 503)}  # 422: in place of FastAPI's own shape
 )
 
 
-def build_app(text: TextModel | None, images: ImageModel | None) -> FastAPI:
-    """The ASGI application; the routes of a model that is None answer 404."""
-    app = FastAPI(title="raykiln", summary="Text and pictures, in OpenAI's shapes.", redoc_url=None)
-    app.state.text, app.state.images = text, images
+class App(FastAPI):
+    """FastAPI with the access log around everything: what crashes is answered outside of the middleware that one can add."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return AccessLog(super().build_middleware_stack(), self.state.gives_request_id_back)
+
+
+def build_app(
+    text: TextModel | None, images: ImageModel | None, cluster: Cluster | None = None, gives_request_id_back: bool = True
+) -> FastAPI:
+    """The ASGI application; the routes of a model that is None answer 404.
+
+    Args:
+        cluster: for /status; None: there are no replicas to tell of.
+        gives_request_id_back: see `serve.access.AccessLog`.
+    """
+    app = App(title="raykiln", summary="Text and pictures, in OpenAI's shapes.", redoc_url=None)
+    app.state.text, app.state.images, app.state.cluster = text, images, cluster
+    app.state.latency = {"text_first_token": Latency(), "picture": Latency()}
+    app.state.gives_request_id_back = gives_request_id_back
     app.include_router(router)
     app.mount("/page", PageFiles(directory=PAGE))
     app.add_middleware(BodyLimit)
@@ -142,6 +179,16 @@ async def models(http: Request) -> Models:
     return Models(data=await _describe(http))
 
 
+@router.get("/v1/models/{name}")
+async def model(name: Annotated[str, PathParameter(examples=["gpt"])], http: Request) -> Model:
+    """One of /v1/models."""
+    described = await _describe(http)
+    for served in described:
+        if served.id == name:
+            return served
+    raise UnknownModel(f"model {name!r} is not served here: use {' or '.join(served.id for served in described)}")
+
+
 @router.get("/v1/models/{name}/sample", response_class=Response, responses={200: {"content": {"image/png": {}, "text/plain": {}}}})
 async def sample(name: str, http: Request) -> Response:
     """What a model made at its export: a text, or a PNG of pictures."""
@@ -153,36 +200,49 @@ async def sample(name: str, http: Request) -> Response:
     raise UnknownModel(f"there is no sample of a model {name!r}: see /v1/models")
 
 
-@router.post("/v1/completions", responses={413: {"model": Error}, 504: {"model": Error}})
+@router.get("/status")
+async def status(http: Request) -> Status:
+    """Replicas and their load, and how long the last 1,000 requests of a kind took here."""
+    cluster: Cluster | None = http.app.state.cluster
+    return Status(
+        deployments={} if cluster is None else await cluster.deployments(),
+        latency_ms={kind: latency.percentiles_ms() for kind, latency in http.app.state.latency.items()},
+    )
+
+
+@router.post("/v1/completions", responses={200: EVENT_STREAM, 413: {"model": Error}, 504: {"model": Error}})
 async def completions(body: CompletionRequest, http: Request, model: Annotated[TextModel, Depends(_text_model)]) -> Completion:
     """Continues a text. With `stream`, server-sent events: messages of this same shape, then `[DONE]`."""
     client = http.client.host if http.client else ""
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
     if body.stream:
-        chunks = model.stream(body, client)
+        chunks = _watched(http, model.stream(body, client))
         first = await anext(chunks)  # a refusal must come before the status line has gone
         events = _events(body, head, first, chunks)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})  # type: ignore[return-value]
     reference, texts = await model.complete(body, client)
+    http.state.tokens = _usage(texts).completion_tokens
     return _completion(body, head, reference, texts, _usage(texts))
 
 
 @router.post("/v1/images/generations", response_model=Images, responses=PNG)
-async def images(body: ImagesRequest, model: Annotated[ImageModel, Depends(_image_model)]) -> Images | Response:
+async def images(body: ImagesRequest, http: Request, model: Annotated[ImageModel, Depends(_image_model)]) -> Images | Response:
     """Draws pictures, the same for the same seed."""
-    return _drawn(body, *await model.draw(body))
+    return _drawn(body, *await _timed(http, model.draw(body)))
 
 
 @router.post("/v1/images/interpolations", response_model=Images, responses=PNG)
-async def interpolations(body: InterpolationsRequest, model: Annotated[ImageModel, Depends(_image_model)]) -> Images | Response:
+async def interpolations(
+    body: InterpolationsRequest, http: Request, model: Annotated[ImageModel, Depends(_image_model)]
+) -> Images | Response:
     """Draws the way from one seed's picture to another's, along the great circle between their latents."""
-    return _drawn(body, *await model.interpolate(body))
+    return _drawn(body, *await _timed(http, model.interpolate(body)))
 
 
 @router.post("/generate")
-async def generate(body: GenerateRequest, model: Annotated[ImageModel, Depends(_image_model)]) -> Generated:
+async def generate(body: GenerateRequest, http: Request, model: Annotated[ImageModel, Depends(_image_model)]) -> Generated:
     """Draws one picture."""
-    reference, drawing = await model.draw(ImagesRequest(seed=body.seed, label=body.label))
+    reference, drawing = await _timed(http, model.draw(ImagesRequest(seed=body.seed, label=body.label)))
     return Generated(image_base64=base64.b64encode(drawing.pngs[0]).decode(), seed=drawing.seed, label=drawing.labels[0], model=reference)
 
 
@@ -191,6 +251,13 @@ def _drawn(body: PictureRequest, reference: str, drawing: Drawing) -> Images | R
         return Response(drawing.pngs[0], media_type="image/png", headers={"Raykiln-Seed": str(drawing.seed), "Raykiln-Model": reference})
     data = [Picture(b64_json=base64.b64encode(png).decode(), label=label) for png, label in zip(drawing.pngs, drawing.labels, strict=True)]
     return Images(created=int(time.time()), data=data, seed=drawing.seed, model=reference)
+
+
+async def _timed(http: Request, drawing: Awaitable[tuple[str, Drawing]]) -> tuple[str, Drawing]:
+    started = time.perf_counter()
+    answer = await drawing
+    http.app.state.latency["picture"].add(time.perf_counter() - started)
+    return answer
 
 
 async def _describe(http: Request) -> list[Model]:
@@ -239,6 +306,18 @@ def _usage(latest: Collection[Chunk]) -> Usage:
     """A request's, from each text's latest chunk; the prompt counts once."""
     prompt, completion = max(chunk.prompt_tokens for chunk in latest), sum(chunk.completion_tokens for chunk in latest)
     return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+async def _watched(http: Request, chunks: AsyncGenerator[tuple[str, Chunk], None]) -> AsyncGenerator[tuple[str, Chunk], None]:
+    """The same chunks; what the access log and /status tell of them is noted on the way."""
+    started, tokens = time.perf_counter(), dict[int, int]()
+    async with contextlib.aclosing(chunks):
+        async for reference, chunk in chunks:
+            if not tokens:
+                http.app.state.latency["text_first_token"].add(time.perf_counter() - started)
+            tokens[chunk.choice] = chunk.completion_tokens
+            http.state.tokens = sum(tokens.values())
+            yield reference, chunk
 
 
 async def _events(
@@ -295,7 +374,7 @@ async def _http_error(http: Request, error: Exception) -> Response:
 
 
 async def _crashed(http: Request, error: Exception) -> Response:
-    logger.error("%s %s crashed", http.method, http.url.path, exc_info=error)
+    logger.error("%s %s crashed (request %s)", http.method, http.url.path, http.state.request_id, exc_info=error)
     return JSONResponse(_error(500, CRASHED), 500)
 
 

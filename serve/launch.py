@@ -195,6 +195,13 @@ def running_address() -> Address | None:
     return None if client is None else Address(client.http_config.host, client.http_config.port)
 
 
+def metrics_url() -> str:
+    """Where Prometheus finds the metrics of this process' node."""
+    node_id = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+
 def _wait_until_running() -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:

@@ -5,11 +5,16 @@ A field that OpenAI knows and this house doesn't may be sent at its neutral valu
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic.config import JsonDict
+from pydantic_core import CoreSchema, core_schema
 
 MAX_CHOICES = 16  # texts of one request
-MAX_SEED = 2**63 - 1  # what every JSON library and numpy's Philox key can hold
+MAX_SEED = 2**53 - 1  # what every JSON library holds exactly, a browser's too (RFC 8259, section 6)
 MAX_PICTURES = 64  # of a request
+
+MAX_STOPS, MAX_STOP_LENGTH = 4, 200
+STOP: JsonDict = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
 
 def _encodable(value: Any) -> Any:
@@ -25,23 +30,53 @@ def _encodable(value: Any) -> Any:
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
-def _neutral(*values: Any) -> AfterValidator:
-    def check(value: Any) -> None:
-        if value not in values:
-            raise ValueError("is not supported by this server: leave it out")
+class _neutral:  # used as an annotation, like pydantic's own
+    """Lets the field be one of these values only."""
 
-    return AfterValidator(check)
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self.values)}
+
+    def _check(self, value: Any) -> Any:
+        if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in self.values):
+            raise ValueError("is not supported by this server: leave it out")
+        return value
+
+
+def _nullable(field: dict[str, Any]) -> dict[str, Any]:
+    """A field's JSON schema, with null as one more of its types."""
+    about = {key: field[key] for key in ("title", "description", "default", "examples") if key in field}
+    types = field.get("anyOf") or [{key: value for key, value in field.items() if key not in about}]
+    null = {"type": "null"}
+    return about | {"anyOf": types if null in types or None in types[0].get("enum", []) else [*types, null]}
 
 
 class Body(BaseModel):
-    """A JSON body: unknown fields and wrong types are errors; null means the default."""
+    """A JSON body: unknown fields and wrong types are errors; null means the default; 10.0 is the integer 10, as in JSON Schema."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+    def _plain(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+        return {name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in given.items()}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Says that each field with a default may be null."""
+        described = handler.resolve_ref_schema(handler(schema))
+        described["properties"] = {
+            name: _nullable(field) if "default" in field else field for name, field in described["properties"].items()
+        }
+        return described
 
 
 class StreamOptions(Body):
@@ -59,19 +94,25 @@ class CompletionRequest(Body):
     top_k: int = Field(default=50, ge=0, description="Draw from the k likeliest tokens only; 0: from all.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Draw from the likeliest tokens that together have this probability.")
     repetition_penalty: float = Field(
-        default=1.0, gt=0, le=10, description="Above 1, what stands in prompt or text becomes less likely (as in transformers); 1: off."
+        default=1.0, ge=0.01, le=10, description="Above 1, what stands in prompt or text becomes less likely (as in transformers); 1: off."
     )
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="Makes what stands in the text less likely; 0: off.")
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="The same, by how often it stands there; 0: off.")
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="The same seed gives the same text.")
-    stop: Text | list[Text] = Field(default=[], description="Up to 4 strings; the text ends before the first of them.")
+    stop: Text | list[Text] = Field(
+        default=[],
+        description="Up to 4 strings; the text ends before the first of them.",
+        json_schema_extra={"anyOf": [STOP, {"type": "array", "items": STOP, "maxItems": MAX_STOPS}]},
+    )
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="Texts to write: of a seed, text i is the same whatever n.")
     logprobs: int | None = Field(
         default=None, ge=0, le=5, description="Tell each token's logarithm of probability, and those of so many of the likeliest tokens."
     )
-    timeout_s: float | None = Field(default=None, gt=0, description="Give up after so many seconds; the server's own limit is the most.")
+    timeout_s: float | None = Field(
+        default=None, gt=0, examples=[30], description="Give up after so many seconds; the server's own limit is the most."
+    )
     user: Text | None = Field(default=None, description="Accepted for OpenAI's clients; not used.")
     best_of: Annotated[Any, _neutral(None, 1)] = None
     echo: Annotated[Any, _neutral(None, False)] = None
@@ -84,8 +125,8 @@ class CompletionRequest(Body):
 
     @model_validator(mode="after")
     def _check_stops(self) -> "CompletionRequest":
-        if len(self.stops) > 4 or not all(0 < len(stop) <= 200 for stop in self.stops):
-            raise ValueError("stop takes up to 4 strings of 1 to 200 characters")
+        if len(self.stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in self.stops):
+            raise ValueError(f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters")
         return self
 
 
@@ -208,6 +249,28 @@ class Models(BaseModel):
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
     models: list[str] = Field(description="Name and version of each model that answered.")
+
+
+class DeploymentStatus(BaseModel):
+    replicas: int = Field(description="That serve now.")
+    starting: int
+    target: int = Field(description="What autoscaling wants.")
+    status: str = Field(description="Serve's word for it, such as HEALTHY or UPSCALING.")
+    slots: int | None = Field(description="Requests that the replicas can work on at once; null where they do not answer, or have none.")
+    running: int | None
+    waiting: int | None
+
+
+class Percentiles(BaseModel):
+    p50: float | None
+    p99: float | None
+
+
+class Status(BaseModel):
+    deployments: dict[str, DeploymentStatus]
+    latency_ms: dict[str, Percentiles] = Field(
+        description="As the gateway saw it: `text_first_token` of streamed texts, `picture` of whole requests."
+    )
 
 
 class ErrorBody(BaseModel):

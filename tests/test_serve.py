@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,10 +22,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+import openai
 import psutil
 import pytest
 import torch
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -320,7 +324,7 @@ BAD_TEXT: list[tuple[Any, int, str | None, str]] = [
     ({"n": 17}, 422, "n", "n is 17: input should be less than or equal to 16"),
     ({"logprobs": 6}, 422, "logprobs", "logprobs is 6: input should be less than or equal to 5"),
     ({"logprobs": True}, 422, "logprobs", "logprobs is True"),
-    ({"repetition_penalty": 0}, 422, "repetition_penalty", "repetition_penalty is 0: input should be greater than 0"),
+    ({"repetition_penalty": 0}, 422, "repetition_penalty", "repetition_penalty is 0: input should be greater than or equal to 0.01"),
     ({"presence_penalty": 2.1}, 422, "presence_penalty", "presence_penalty is 2.1"),
     ({"frequency_penalty": -2.1}, 422, "frequency_penalty", "frequency_penalty is -2.1"),
     ({"timeout_s": 0}, 422, "timeout_s", "timeout_s is 0: input should be greater than 0"),
@@ -409,6 +413,57 @@ def test_what_is_no_request_at_all(client: httpx.Client, method: str, path: str,
     response = client.request(method, path, content=content, headers={"content-type": "application/json"})
     assert response.status_code == status
     assert message in response.json()["error"]["message"]
+
+
+# ---- what is seen of it
+
+
+def test_openais_client_through_serve(client: httpx.Client, root: str) -> None:
+    recorded = golden(root, 1)
+    openai_client = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="there are no keys yet", max_retries=0)
+    request = {"model": "gpt", "prompt": recorded["prompt"], "max_tokens": recorded["max_tokens"], "temperature": 0}
+    messages = openai_client.completions.create(**request, stream=True)
+    assert "".join(message.choices[0].text for message in messages) == recorded["text"]
+    with pytest.raises(openai.NotFoundError, match="model 'gtp' is not served here"):
+        openai_client.completions.create(**request | {"model": "gtp"})
+
+
+def test_status_tells_the_replicas_and_their_load(client: httpx.Client) -> None:
+    idle = {"replicas": 1, "starting": 0, "target": 1, "status": "HEALTHY"}
+
+    async def busy() -> dict[str, Any]:
+        """What /status says while more texts are asked for than there are slots."""
+        body = {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0}
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=60, limits=limits) as many:
+            texts = [asyncio.create_task(many.post("/v1/completions", json=body)) for _ in range(40)]
+            while not all(text.done() for text in texts):
+                deployments = (await many.get("/status")).json()["deployments"]
+                if deployments["Text"]["waiting"]:
+                    break
+            for text in texts:
+                text.cancel()
+            return deployments
+
+    deployments = asyncio.run(busy())
+    assert deployments["Gateway"] == {**idle, "slots": None, "running": None, "waiting": None}
+    assert deployments["Pictures"] == {**idle, "slots": 1, "running": 0, "waiting": 0}
+    assert deployments["Text"]["waiting"] in range(1, 33)
+    assert deployments["Text"] == {**idle, "slots": 8, "running": 8, "waiting": deployments["Text"]["waiting"]}
+    until(lambda: client.get("/status").json()["deployments"]["Text"] == {**idle, "slots": 8, "running": 0, "waiting": 0})
+    latency = client.get("/status").json()["latency_ms"]
+    assert 0 < latency["text_first_token"]["p50"] <= latency["text_first_token"]["p99"]
+
+
+def test_a_request_is_logged_on_its_machine_with_the_id_that_it_came_with(client: httpx.Client) -> None:
+    request_id = uuid.uuid4().hex
+    response = client.post("/v1/completions", json={"prompt": "SECRET", "max_tokens": 3}, headers={"X-Request-ID": request_id})
+    assert response.headers.get_list("x-request-id") == [request_id]
+    logs = Path("/tmp").glob("kiln-*/session_latest/logs/worker-*.out")  # of the session's cluster
+    (line,) = (line for log in logs for line in log.read_text().splitlines() if request_id in line)
+    logged = json.loads(line)
+    assert (logged["route"], logged["status"], logged["tokens"], logged["client"]) == ("/v1/completions", 200, 3, "127.0.0.1")
+    assert "SECRET" not in line
 
 
 # ---- the ingress alone, over models that fail
@@ -688,6 +743,37 @@ def test_a_bundle_that_answers_wrongly_does_not_take_down_what_is_served(
     assert (answer["system_fingerprint"], answer["choices"][0]["text"]) == ("gpt/1", recorded["text"])
 
 
+def test_prometheus_finds_what_was_counted(client: httpx.Client) -> None:
+    def scrape() -> dict[str, list[dict[str, str]]]:
+        samples: dict[str, list[dict[str, str]]] = {}
+        text = httpx.get(launch.metrics_url(), timeout=60, trust_env=False).text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("ray_raykiln_") and sample.value > 0:
+                    samples.setdefault(sample.name.removeprefix("ray_raykiln_"), []).append(sample.labels)
+        return samples
+
+    wanted = {  # by what the tests above did
+        "text_requests_total": {"deployment": "Text", "model": "gpt/1", "outcome": "cancelled"},
+        "prompt_tokens_total": {"deployment": "Text", "model": "gpt/1"},
+        "generation_tokens_total": {"deployment": "Text", "model": "gpt/2"},
+        "time_to_first_token_seconds_count": {"deployment": "Text", "model": "gpt/1"},
+        "inter_token_latency_seconds_count": {"deployment": "Text", "model": "gpt/1"},
+        "rollouts_total": {"deployment": "Text", "model": "gpt/2"},
+        "slots": {"deployment": "Text"},
+        "pictures_total": {"deployment": "Pictures", "model": "dcgan/1"},
+        "picture_request_seconds_count": {"deployment": "Pictures", "model": "dcgan/1"},
+    }
+
+    def counted() -> bool:
+        """Ray exports every few seconds."""
+        found = scrape()
+        return all(any(labels.items() <= one.items() for one in found.get(name, [])) for name, labels in wanted.items())
+
+    draw(client)
+    until(counted)
+
+
 def test_commands_change_and_show_what_a_cluster_serves(
     client: httpx.Client, root: str, address: launch.Address, command: Callable[..., Any]
 ) -> None:
@@ -697,9 +783,12 @@ def test_commands_change_and_show_what_a_cluster_serves(
         assert (changed.returncode, changed.stderr) == (0, "")
         assert f"studio  http://localhost:{address.port}/" in changed.stdout
         assert "gpt/2 runs on CPUExecutionProvider\n" in changed.stdout
+        assert f"metrics {launch.metrics_url()}" in changed.stdout
         status = command("serve", "status", "--port", str(address.port))
         assert status.returncode == 0
         assert "gpt/2" in status.stdout
+        assert re.search(r"Text +│ HEALTHY +│ 1 of 1 +│ 8 +│ 0 +│ 0 ", status.stdout), status.stdout
+        assert re.search(r"text_first_token +│ [0-9]+\.[0-9] +│ [0-9]+\.[0-9] ", status.stdout), status.stdout
         refused = command(*up)
         assert (refused.returncode, "this cluster serves already: change what it serves with --detach" in refused.stderr) == (2, True)
         elsewhere = command(*up[:-1], str(free_port()), "--detach")
@@ -773,6 +862,8 @@ def test_up_says_what_is_wrong_and_ends(command: Callable[..., Any], root: str, 
     assert (no_gpu.returncode, "cannot be served: execution provider 'cuda' is not in this build" in no_gpu.stderr) == (2, True)
     detached = command("serve", "up", "--detach", "--storage", str(tmp_path), RAY_ADDRESS="")
     assert "--detach needs a cluster to stay on" in detached.stderr
+    fast = command("serve", "up", "--fast", "--storage", str(tmp_path), RAY_ADDRESS="127.0.0.1:1")
+    assert (fast.returncode, "--fast is for a private cluster" in fast.stderr) == (2, True)
 
 
 def test_status_of_another_openai_server_is_a_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -791,10 +882,11 @@ def test_status_of_another_openai_server_is_a_sentence(capsys: pytest.CaptureFix
     assert "is no raykiln: its /v1/models lists no bundles" in capsys.readouterr().out
 
 
-def test_a_private_server_ends_with_ctrl_c_and_leaves_no_process(root: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [[], ["--fast"]], ids=["default", "fast"])
+def test_a_private_server_ends_with_ctrl_c_and_leaves_no_process(root: str, tmp_path: Path, mode: list[str]) -> None:
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    arguments = [sys.executable, "-m", "serve", "up", "--storage", str(Path(root).parent), "--port", str(port)]
+    arguments = [sys.executable, "-m", "serve", "up", "--storage", str(Path(root).parent), "--port", str(port), *mode]
     with open(tmp_path / "out", "w") as out:
         server = psutil.Popen(arguments, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
@@ -803,10 +895,39 @@ def test_a_private_server_ends_with_ctrl_c_and_leaves_no_process(root: str, tmp_
         assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok", "models": ["gpt/1", "dcgan/1"]}
         processes = server.children(recursive=True)
         assert any("Text" in process.name() or "raylet" in process.name() for process in processes)
+        scratch = check_fast_mode(processes, port, golden(root, 1)) if mode else None
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0
         _, alive = psutil.wait_procs(processes, timeout=20)
         assert not alive
+        assert scratch is None or not scratch.exists()
     finally:
         for process in [*server.children(recursive=True), server] if server.is_running() else []:
             process.kill()
+
+
+def check_fast_mode(processes: list[psutil.Process], port: int, recorded: dict[str, Any]) -> Path:
+    """HAProxy answers in the Python proxy's place, with the same text, and only its statistics are for other machines: its folder."""
+    haproxy = [process for process in processes if process.name() == "haproxy"]
+    replicas = [process for process in processes if "ServeReplica" in "".join(process.cmdline())]
+    listening = {
+        (process.name(), socket.laddr)
+        for process in haproxy + replicas
+        for socket in process.net_connections()
+        if socket.status == "LISTEN"
+    }
+    assert ("haproxy", ("127.0.0.1", port)) in listening
+    direct = [address.ip for _, address in listening if 30_000 <= address.port <= 31_000]  # the gateway's own port
+    assert direct == ["127.0.0.1"]
+    scratch = Path(haproxy[0].cmdline()[haproxy[0].cmdline().index("-f") + 1]).parents[1]
+    assert scratch.stat().st_mode & 0o777 == 0o700
+    assert list(scratch.glob("*/admin.sock"))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        body = {"prompt": recorded["prompt"], "max_tokens": recorded["max_tokens"], "temperature": 0}
+        *messages, _ = stream(client, **body)
+        assert "".join(message["choices"][0]["text"] for message in messages) == recorded["text"]
+        response = client.get("/status", headers={"X-Request-ID": "mine"})
+        assert response.headers.get_list("x-request-id") == ["mine"]
+        assert response.json()["deployments"]["Text"]["slots"] == 8
+        assert client.post("/v1/completions", json={"max_tokens": 0}).json()["error"]["param"] == "max_tokens"
+    return scratch

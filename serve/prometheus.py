@@ -1,0 +1,97 @@
+"""What the replicas count, for Prometheus: beside Ray's own metrics, on each node's metrics port.
+
+Ray puts `ray_` before every name and `_total` behind a counter's, and tags deployment, replica and application; what a
+model does has the tag `model` too, such as gpt/3. All is recorded on the event loop, once a message to a client or a request (2 us each),
+and never by the engine's thread.
+"""
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from serve.engine import Chunk
+from serve.errors import Rejected
+
+TOKEN_S = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+REQUEST_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0]
+MODEL = ("model",)
+
+
+class TextMetrics:
+    """Of a `Text` replica."""
+
+    def __init__(self) -> None:
+        self.requests = Counter(
+            "raykiln_text_requests",
+            "Requests for text that ended, by outcome: stop, length, cancelled (the client went), or the code of an error.",
+            tag_keys=("model", "outcome"),  # type: ignore[arg-type]  # annotated as a tuple of one
+        )
+        self.prompt_tokens = Counter("raykiln_prompt_tokens", "Tokens of the prompts whose first token was sent.", tag_keys=MODEL)
+        self.generation_tokens = Counter("raykiln_generation_tokens", "Tokens generated and sent.", tag_keys=MODEL)
+        self.time_to_first_token = Histogram(
+            "raykiln_time_to_first_token_seconds", "From a request's arrival at the replica, its waiting included.", REQUEST_S, MODEL
+        )
+        self.inter_token_latency = Histogram(
+            "raykiln_inter_token_latency_seconds",
+            "Between two messages of a stream, by the tokens in the second: a stutter longer than the messages' interval is seen whole.",
+            TOKEN_S,
+            MODEL,
+        )
+        self.rollouts = _rollouts()
+        self.load = {
+            "slots": Gauge("raykiln_slots", "Texts that the replica can write at once."),
+            "running": Gauge("raykiln_requests_running", "Texts that have a slot."),
+            "waiting": Gauge("raykiln_requests_waiting", "Texts that wait for a slot."),
+        }
+
+    async def observe(self, chunks: AsyncGenerator[Chunk, None], model: str) -> AsyncGenerator[Chunk, None]:
+        """The same chunks, counted on their way."""
+        tags, started = {"model": model}, time.monotonic()
+        latest: dict[int, tuple[float, Chunk]] = {}  # of each of the request's texts
+        outcome = "cancelled"
+        try:
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    now = time.monotonic()
+                    if not latest:
+                        self.time_to_first_token.observe(now - started, tags)
+                        self.prompt_tokens.inc(chunk.prompt_tokens, tags)
+                    new = chunk.completion_tokens
+                    if chunk.choice in latest:
+                        before, previous = latest[chunk.choice]
+                        new -= previous.completion_tokens
+                        self.inter_token_latency.observe((now - before) / new, tags)
+                    self.generation_tokens.inc(new, tags)
+                    latest[chunk.choice] = now, chunk
+                    ended = all(text.finish_reason for _, text in latest.values())
+                    outcome = (ended and chunk.finish_reason) or "cancelled"
+                    yield chunk
+        except Rejected as error:
+            outcome = error.code or "rejected"
+            raise
+        finally:
+            self.requests.inc(1, {**tags, "outcome": outcome})
+
+    def set_load(self, status: dict[str, int]) -> None:
+        for name, gauge in self.load.items():
+            gauge.set(status[name])
+
+
+class PictureMetrics:
+    """Of a `Pictures` replica."""
+
+    def __init__(self) -> None:
+        self.pictures = Counter("raykiln_pictures", "Pictures drawn.", tag_keys=MODEL)
+        self.seconds = Histogram("raykiln_picture_request_seconds", "A request for pictures, its waiting included.", REQUEST_S, MODEL)
+        self.rollouts = _rollouts()
+
+    def drawn(self, count: int, seconds: float, model: str) -> None:
+        """Counts a request for `count` pictures."""
+        self.seconds.observe(seconds, {"model": model})
+        self.pictures.inc(count, {"model": model})
+
+
+def _rollouts() -> Counter:
+    return Counter("raykiln_rollouts", "Versions that took another's place in a running replica.", tag_keys=MODEL)

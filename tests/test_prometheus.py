@@ -1,0 +1,118 @@
+"""What the metrics are told of a request: with recorders in place of Ray's instruments, whose way out tests/test_serve.py follows."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from serve.engine import Chunk
+from serve.errors import DeadlineExceeded, Rejected
+from serve.prometheus import TextMetrics
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.recorded: list[tuple[float, dict[str, str] | None]] = []
+
+    def inc(self, value: float, tags: dict[str, str] | None = None) -> None:
+        self.recorded.append((value, tags))
+
+    observe = set = inc
+
+    @property
+    def values(self) -> list[float]:
+        return [value for value, _ in self.recorded]
+
+
+def recorded_text() -> Any:
+    metrics: Any = TextMetrics()
+    for name in ("requests", "prompt_tokens", "generation_tokens", "time_to_first_token", "inter_token_latency"):
+        setattr(metrics, name, Recorder())
+    metrics.load = {name: Recorder() for name in metrics.load}
+    return metrics
+
+
+async def chunks(*made: Chunk | Rejected, pause_s: float = 0.0) -> AsyncGenerator[Chunk, None]:
+    for item in made:
+        await asyncio.sleep(pause_s)
+        if isinstance(item, Rejected):
+            raise item
+        yield item
+
+
+def test_a_texts_tokens_and_times() -> None:
+    metrics = recorded_text()
+    made = [Chunk("a", 7, 1), Chunk("bc", 7, 3), Chunk("d", 7, 4, "length")]
+
+    async def go() -> list[Chunk]:
+        return [chunk async for chunk in metrics.observe(chunks(*made, pause_s=0.02), model="gpt/3")]
+
+    assert asyncio.run(go()) == made
+    assert metrics.prompt_tokens.recorded == [(7, {"model": "gpt/3"})]
+    assert metrics.generation_tokens.values == [1, 2, 1]
+    (first,), (second, third) = metrics.time_to_first_token.values, metrics.inter_token_latency.values
+    assert first >= 0.019
+    assert second >= 0.0095, "two tokens came in one message: each took half"
+    assert third >= 0.019
+    assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "length"})]
+
+
+@pytest.mark.parametrize(("stays", "outcome"), [(True, "stop"), (False, "cancelled")])
+def test_several_texts_are_one_request(stays: bool, outcome: str) -> None:
+    metrics = recorded_text()
+    made = [
+        Chunk("a", 7, 1, choice=0),
+        Chunk("b", 7, 2, "length", choice=1),
+        Chunk("c", 7, 5, choice=0),
+        Chunk("d", 7, 6, "stop", choice=0),
+    ]
+
+    async def go() -> None:
+        async for _ in metrics.observe(chunks(*(made if stays else made[:3])), model="gpt/3"):
+            pass
+
+    asyncio.run(go())
+    assert metrics.prompt_tokens.values == [7]
+    assert metrics.generation_tokens.values == ([1, 2, 4, 1] if stays else [1, 2, 4])
+    assert len(metrics.inter_token_latency.values) == (2 if stays else 1), "each text has times of its own"
+    assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": outcome})]
+
+
+def test_a_client_that_goes_is_a_cancel_and_ends_the_text() -> None:
+    metrics, ended = recorded_text(), False
+
+    async def endless() -> AsyncGenerator[Chunk, None]:
+        nonlocal ended
+        try:
+            for count in range(1, 1000):
+                yield Chunk("a", 1, count)
+        finally:
+            ended = True
+
+    async def go() -> None:
+        async with contextlib.aclosing(metrics.observe(endless(), model="gpt/3")) as text:
+            await anext(text)
+
+    asyncio.run(go())
+    assert ended
+    assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "cancelled"})]
+
+
+def test_a_refusal_is_told_by_its_code() -> None:
+    metrics = recorded_text()
+
+    async def go() -> None:
+        async for _ in metrics.observe(chunks(Chunk("a", 1, 1), DeadlineExceeded("late")), model="gpt/3"):
+            pass
+
+    with pytest.raises(DeadlineExceeded, match="late"):
+        asyncio.run(go())
+    assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "deadline_exceeded"})]
+
+
+def test_the_load_is_what_the_engine_says() -> None:
+    metrics = recorded_text()
+    metrics.set_load({"slots": 8, "running": 3, "waiting": 2, "generated": 999})
+    assert {name: gauge.values for name, gauge in metrics.load.items()} == {"slots": [8], "running": [3], "waiting": [2]}
