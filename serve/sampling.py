@@ -26,10 +26,10 @@ def penalize(
         frequency: is taken off as often as the token stands in the text.
 
     Raises:
-        ValueError: a repetition penalty that is not above 0.
+        ValueError: a repetition penalty out of its range.
     """
-    if not 0 < repetition < np.inf:
-        raise ValueError(f"repetition is {repetition}: use 1 (no penalty) or another number above 0")
+    if not 0.01 <= repetition <= 100:  # far beyond, logits overflow
+        raise ValueError(f"repetition is {repetition}: use 1 (no penalty), or a number from 0.01 to 100")
     if (repetition, presence, frequency) == (1, 0, 0):
         return logits
     logits = logits.astype(np.float64)

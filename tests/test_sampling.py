@@ -98,7 +98,7 @@ def test_presence_and_frequency_penalties_are_openais() -> None:
     assert penalized.tolist() == [2 - 0.5 - 2 * 0.25, 1.0, -1 - 0.5 - 0.25, 0.5], "the prompt's tokens do not count"
     assert logits.tolist() == [2.0, 1.0, -1.0, 0.5]
     assert penalize(logits, [3], [0]) is logits
-    for repetition in (0.0, -1.0, float("nan"), float("inf")):
+    for repetition in (0.0, -1.0, 5e-324, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="repetition is "):
             penalize(logits, [3], [0], repetition=repetition)
 
