@@ -4,6 +4,7 @@ The application is deployed as a Serve config, never by `serve.run`: the same co
 deployment's `user_config` alone, and its replicas swap versions in place (`serve.deployments`).
 """
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -142,8 +143,15 @@ def deploy(chosen: dict[str, Chosen], address: Address, options: Options) -> Non
 
 def providers(chosen: dict[str, Chosen]) -> dict[str, list[str]]:
     """The execution providers of each bundle that is served, as a replica of it says."""
-    handles = {bundle.reference: serve.get_deployment_handle(DEPLOYMENTS[kind], APPLICATION) for kind, bundle in chosen.items()}
-    return {reference: handle.describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_S).providers for reference, handle in handles.items()}
+
+    async def ask() -> dict[str, list[str]]:  # on an event loop, without which handles can't be made in the fast mode
+        found = {}
+        for kind, served in chosen.items():
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                found[served.reference] = (await serve.get_deployment_handle(DEPLOYMENTS[kind], APPLICATION).describe.remote()).providers
+        return found
+
+    return asyncio.run(ask())
 
 
 def _apply(serve_config: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import functools
 import io
 import json
 import os
@@ -743,7 +744,7 @@ def test_a_bundle_that_answers_wrongly_does_not_take_down_what_is_served(
     assert (answer["system_fingerprint"], answer["choices"][0]["text"]) == ("gpt/1", recorded["text"])
 
 
-def test_prometheus_finds_what_was_counted(client: httpx.Client) -> None:
+def test_prometheus_finds_what_was_counted(client: httpx.Client, root: str, address: launch.Address) -> None:
     def scrape() -> dict[str, list[dict[str, str]]]:
         samples: dict[str, list[dict[str, str]]] = {}
         text = httpx.get(launch.metrics_url(), timeout=60, trust_env=False).text
@@ -753,7 +754,7 @@ def test_prometheus_finds_what_was_counted(client: httpx.Client) -> None:
                     samples.setdefault(sample.name.removeprefix("ray_raykiln_"), []).append(sample.labels)
         return samples
 
-    wanted = {  # by what the tests above did
+    wanted = {
         "text_requests_total": {"deployment": "Text", "model": "gpt/1", "outcome": "cancelled"},
         "prompt_tokens_total": {"deployment": "Text", "model": "gpt/1"},
         "generation_tokens_total": {"deployment": "Text", "model": "gpt/2"},
@@ -771,6 +772,13 @@ def test_prometheus_finds_what_was_counted(client: httpx.Client) -> None:
         return all(any(labels.items() <= one.items() for one in found.get(name, [])) for name, labels in wanted.items())
 
     draw(client)
+    with client.stream("POST", "/v1/completions", json={"max_tokens": CONTEXT - 40, "stream": True}) as response:
+        lines = response.iter_lines()
+        for _ in range(3):  # messages: time between tokens
+            next(lines), next(lines)
+    for version in (2, 1):
+        launch.deploy(launch.choose(root, text=f"gpt/{version}"), address, Options(max_replicas=1))
+        until(functools.partial(serves, client, f"gpt/{version}"))
     until(counted)
 
 
