@@ -11,6 +11,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from models.extractor import Extractor
 from train import quality
+from train.alarms import Alarms
 from train.config import ImageData
 from train.extractor import unpack
 from train.images import Pictures, prepare
@@ -219,6 +220,18 @@ def test_a_memoriser_is_told_by_recall_and_coverage(verdict: Callable, garments:
     assert found["coverage"] < 0.5 * found["coverage_floor"]
     assert found["precision"] > found["precision_floor"] - 0.1
     assert found["modes"] >= 9
+
+
+def test_a_generator_that_comes_to_copy_or_to_make_one_class_is_a_collapse(
+    judge: Judge, garments: dict[str, Pictures], others: np.ndarray
+) -> None:
+    train = garments["train"]
+    assert train.labels is not None
+    for collapsed in (np.arange(50), np.flatnonzero(train.labels == 6)):
+        alarms = Alarms("wgan-gp")
+        assert alarms.judged(100, judge(of(train, others))) == []
+        found = alarms.judged(200, judge(of(train, collapsed)))
+        assert "collapse" in {alarm.kind for alarm in found}
 
 
 @pytest.mark.parametrize("label", [2, 6, 9])  # a shirt is what is most often taken for another, a pullover next

@@ -241,7 +241,7 @@ def _share_lost(best: float, value: float, floor: float, samples: float) -> floa
 
 
 def _modes_lost(best: float, value: float, floor: float, samples: float) -> float:
-    """A third of the modes, two at least: one comes and goes."""
+    """30 % of the modes, two at least: one comes and goes."""
     return _ratio(0.7 * best, value) if best - value >= 2 else 0.0
 
 

@@ -60,16 +60,19 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
             recorder.scalars(step, {**finite(measured, step), **meter.read()})
         with meter.paused():
             judged: dict[str, float] = {}
+            seen: list[Alarm] = []
             if step % config.log.eval_every == 0 or last:
                 with meter.waiting("eval"):
                     judged = strategy.of_first(judge)
-                _say(worker, alarms.judged(step, judged))
+                seen = alarms.judged(step, judged)
+                _say(worker, seen)
                 recorder.scalars(step, finite(judged, step))
                 final = {**judged, **measured}
                 worker.report({"step": step, **final, **meter.total()})
             if strategy.rank == 0 and (step % config.log.sample_every == 0 or last):
                 with meter.waiting("sample"):
                     gan.draw(recorder, step, pictures)
+            _stop_at_collapse(config, seen)
             if worker.saves_at(step, bool(judged)):
                 recorder.flush()  # a run resumed from here has its curves up to here
                 with meter.waiting("checkpoint"):
@@ -94,15 +97,18 @@ def _judge(worker: Worker, gan: "Gan", pictures: images.Pictures, folder: Path) 
 
 
 def _say(worker: Worker, alarms: list[Alarm]) -> None:
-    """Puts down what was seen.
+    for alarm in alarms:
+        worker.recorder.alarm(alarm.step, alarm.kind, alarm.sentence)
+
+
+def _stop_at_collapse(config: GanConfig, alarms: list[Alarm]) -> None:
+    """Once all is put down that was seen.
 
     Raises:
         Halt: the generator collapses, and the run is to end then.
     """
     for alarm in alarms:
-        worker.recorder.alarm(alarm.step, alarm.kind, alarm.sentence)
-    for alarm in alarms:
-        if alarm.kind == "collapse" and worker.config.gan.on_collapse == "stop":
+        if alarm.kind == "collapse" and config.gan.on_collapse == "stop":
             raise Halt(f"collapse at step {alarm.step} (gan.on_collapse is stop): {alarm.sentence}")
 
 

@@ -1,7 +1,8 @@
 """How good generated pictures are: against held-out real ones, by what an extractor sees in both (docs/quality.md).
 
 A number by itself says little: each comes with its floor, the same number for as many real training pictures against
-the held-out ones, which no generator that learned the distribution is better than by more than chance.
+the held-out ones, which no generator that learned the distribution is better than by more than chance; precision and density
+are, where variety is missing.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -38,6 +38,7 @@ PANELS = {
         ("held-out precision and recall", ["heldout_precision", "heldout_recall"]),
         ("held-out density and coverage", ["heldout_density", "heldout_coverage"]),
         ("modes", ["heldout_modes"]),
+        ("KL of the modes' shares, nats", ["heldout_mode_kl"]),
         ("held-out sliced Wasserstein", ["heldout_sliced_wasserstein"]),
         ("pictures per second", ["images_per_s"]),
     ],
