@@ -265,8 +265,9 @@ def in_a_thread(*args: Any) -> None:
 
 
 def test_offline_all_that_is_recorded_is_in_wandbs_file_and_a_resume_keeps_each_step_once(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], warned: list[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], warned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "openai", sys)  # W&B would recommend Weave to whom it sees with it
     in_a_thread(tmp_path, 0, 5)
     rows = history(tmp_path)
     assert sorted(rows) == [1, 2, 3, 4, 5]

@@ -199,21 +199,21 @@ def test_publishers_at_once_on_an_object_store_never_share_a_version(object_stor
         assert storage.read_bytes(f"{object_store}/gpt/{version}/model.onnx") == f"graph {index}".encode()
 
 
-def test_aliases_set_at_once_on_an_object_store_all_stay(object_store: str, made: Path) -> None:
-    registry.publish(object_store, "gpt", made)
+def test_aliases_set_at_once_on_an_object_store_all_stay(bucket: str, made: Path) -> None:
+    registry.publish(bucket, "gpt", made)
     start = threading.Barrier(4)
 
     def set_some(writer: int) -> None:
         start.wait()
         for number in range(5):
-            registry.alias(object_store, "gpt", f"writer-{writer}-{number}", 1)
+            registry.alias(bucket, "gpt", f"writer-{writer}-{number}", 1)
 
     writers = [threading.Thread(target=set_some, args=(writer,)) for writer in range(4)]
     for thread in writers:
         thread.start()
     for thread in writers:
         thread.join()
-    assert len(registry.aliases(object_store, "gpt")) == 20
+    assert len(registry.aliases(bucket, "gpt")) == 20
 
 
 # ---------------------------------------------------------------- references and aliases

@@ -8,6 +8,7 @@ first writes again what the record has up to its start, of which W&B takes what 
 import html
 import io
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -70,6 +71,7 @@ class Mirror:
         self._folder = local or Path(tempfile.mkdtemp(prefix="raykiln-wandb-"))
         self._run: Any = None
         self._lost = False
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # which would print of itself where another client of language models is imported
         with self._costing_nothing():
             import wandb
 
