@@ -11,8 +11,6 @@ from rich.table import Column, Table
 
 from models import bundle, cli, registry, storage
 
-EPILOG = "REF is NAME (its alias production, else its newest version), NAME/VERSION or NAME@ALIAS."
-
 IN_A_LIST = ("heldout_loss", "heldout_bits_per_byte", "heldout_frechet_distance", "heldout_recall")  # `show` has all figures
 
 
@@ -34,14 +32,14 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--storage", default=cli.storage_default(), metavar="URI", help="where models/ lies (KILN_STORAGE; default ./kiln)")
-    parser = argparse.ArgumentParser(prog="python -m models", description="The registry of models.", epilog=EPILOG)
+    parser = argparse.ArgumentParser(prog="python -m models", description="The registry of models.", epilog=cli.REF)
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", parents=[common], help="every version of every model")
     for action, text in (
         ("show", "what a version is, and where it comes from"),
         ("verify", "check every file of a version against its hash"),
     ):
-        actions.add_parser(action, parents=[common], help=text, epilog=EPILOG).add_argument("reference", metavar="REF")
+        actions.add_parser(action, parents=[common], help=text, epilog=cli.REF).add_argument("reference", metavar="REF")
     alias = actions.add_parser("alias", parents=[common], help="point an alias to a version")
     alias.add_argument("name", metavar="NAME")
     alias.add_argument("alias", metavar="ALIAS")
@@ -57,6 +55,10 @@ def list_models(root: str, console: Console) -> None:
         console.print(f"no models in {root} yet: export a run with `python -m train export RUN`")
     for reference in registry.unfinished(root):
         console.print(f"{reference} is damaged or not finished, and is not served")
+    for name in found:
+        for alias, version in registry.aliases(root, name).items():
+            if version is None:
+                console.print(f"{name}@{alias} is damaged: set it again with `python -m models alias {name} {alias} VERSION`")
 
 
 def _table(root: str, found: list[str]) -> Table:

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 DEFAULT_STORAGE = "kiln"
+REF = "REF is NAME (its alias production, else its newest version), NAME/VERSION or NAME@ALIAS."  # where --help tells of models
 
 
 def storage_default() -> str:

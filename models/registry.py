@@ -58,15 +58,20 @@ def unfinished(root: Uri) -> list[str]:
     return [f"{name}/{version}" for name in _named(root) for version in _taken(root, name) if not _is_complete(_place(root, name, version))]
 
 
-def aliases(root: Uri, name: str) -> dict[str, int]:
-    """The model's aliases and their versions.
+def aliases(root: Uri, name: str) -> dict[str, int | None]:
+    """The model's aliases and their versions; None where an alias is damaged."""
+    found: dict[str, int | None] = {}
+    for alias in _alias_names(root, name):
+        try:
+            found[alias] = _target(_alias_place(root, name, alias))
+        except ValueError:
+            found[alias] = None
+    return found
 
-    Raises:
-        ValueError: an alias is damaged.
-    """
+
+def _alias_names(root: Uri, name: str) -> list[str]:
     files = storage.names(storage.join(root, name, "aliases"))
-    known = [file.removesuffix(".json") for file in files if file.endswith(".json")]
-    return {alias: _target(_alias_place(root, name, alias)) for alias in known}
+    return [file.removesuffix(".json") for file in files if file.endswith(".json")]
 
 
 def _alias_place(root: Uri, name: str, alias: str) -> str:
@@ -84,7 +89,7 @@ def resolve(root: Uri, reference: str) -> tuple[str, int, str]:
     """What a reference stands for: name, version and the bundle's URI.
 
     Raises:
-        ValueError: no such model, version or alias, or the version is incomplete.
+        ValueError: no such model, version or alias, the alias is damaged, or the version is incomplete.
     """
     match = REFERENCE.fullmatch(reference)
     if not match:
@@ -99,7 +104,7 @@ def resolve(root: Uri, reference: str) -> tuple[str, int, str]:
     version = known[-1]
     if match["version"]:
         version = int(match["version"])
-    elif match["alias"] or PRODUCTION in aliases(root, name):
+    elif match["alias"] or PRODUCTION in _alias_names(root, name):
         version = _aliased(root, name, match["alias"] or PRODUCTION)
     else:
         _warn_of_newer(root, name, version)
@@ -115,11 +120,11 @@ def _warn_of_newer(root: Uri, name: str, newest: int) -> None:
 
 
 def _aliased(root: Uri, name: str, alias: str) -> int:
-    known = aliases(root, name)
+    known = _alias_names(root, name)
     if alias not in known:
         none = f"it has none; set one with `python -m models alias {name} {alias} VERSION`"
-        raise ValueError(f"model {name!r} has no alias {alias!r}{_nearest(alias, list(known), none)}")
-    return known[alias]
+        raise ValueError(f"model {name!r} has no alias {alias!r}{_nearest(alias, known, none)}")
+    return _target(_alias_place(root, name, alias))
 
 
 def _check_version(root: Uri, name: str, version: int, known: list[int]) -> None:
@@ -180,6 +185,7 @@ def _publish_by_rename(root: Path, name: str, folder: Path, manifest: bundle.Man
     staged = root / name / f".{uuid.uuid4().hex}.tmp"
     try:
         shutil.copytree(folder, staged)
+        os.utime(staged)  # an old folder's own time, which copytree gives it, would make it look abandoned
         shutil.copymode(staged.parent, staged)  # a scratch folder's own is closed to the user who will serve it
         while True:
             version = _next(root, name)

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,22 @@ def test_a_publisher_killed_half_way_leaves_no_version(root: str, made: Path) ->
     os.utime(left, times=(0, 0))
     assert registry.publish(root, "gpt", made) == 2
     assert not left.exists()
+
+
+def test_an_old_folder_does_not_look_abandoned_while_it_is_published(root: str, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.utime(made, times=(0, 0))
+    write_manifest = bundle.write_manifest
+    others: list[str] = []
+
+    def after_another_publisher(*arguments: Any) -> None:
+        if not others:
+            others.append("is here")
+            assert registry.publish(root, "gpt", made) == 1
+        write_manifest(*arguments)
+
+    monkeypatch.setattr(bundle, "write_manifest", after_another_publisher)
+    assert registry.publish(root, "gpt", made) == 2
+    assert registry.versions(root, "gpt") == [1, 2]
 
 
 def test_a_half_written_version_is_not_listed_and_its_number_not_reused(root: str, made: Path) -> None:
@@ -293,6 +310,24 @@ def test_an_alias_that_is_damaged_is_set_again(three: str) -> None:
         registry.resolve(three, "gpt")
     registry.alias(three, "gpt", "production", 2)
     assert registry.resolve(three, "gpt")[1] == 2
+
+
+def test_a_damaged_alias_stops_nobody_who_does_not_ask_for_it(three: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for alias, version in (("production", 1), ("staging", 2)):
+        registry.alias(three, "gpt", alias, version)
+    Path(three, "gpt", "aliases", "staging.json").write_text("{")
+    assert registry.resolve(three, "gpt")[1] == registry.resolve(three, "gpt@production")[1] == 1
+    assert registry.aliases(three, "gpt") == {"production": 1, "staging": None}
+    with pytest.raises(ValueError, match=r"aliases/staging\.json is not valid JSON"):
+        registry.resolve(three, "gpt@staging")
+    with pytest.raises(ValueError, match=r"no alias 'stagin': did you mean 'staging'\?"):
+        registry.resolve(three, "gpt@stagin")
+    models_command(["list", "--storage", str(Path(three).parent)])
+    listed = capsys.readouterr().out
+    assert "gpt@staging is damaged: set it again with `python -m models alias gpt staging VERSION`\n" in listed
+    assert all(what in listed for what in ("gpt/1", "gpt/2", "production"))
+    models_command(["show", "gpt", "--storage", str(Path(three).parent)])
+    assert "aliases  production\n" in re.sub(" +\n", "\n", re.sub(" {2,}", "  ", capsys.readouterr().out))
 
 
 def test_an_alias_of_a_vanished_version_is_refused(three: str) -> None:
