@@ -20,8 +20,6 @@ from models import cli, storage
 from models.runtime import PROVIDERS
 from serve import fast
 
-EPILOG = "REF is NAME (its alias production, else its newest version), NAME/VERSION or NAME@ALIAS."
-
 
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
@@ -35,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     address = argparse.ArgumentParser(add_help=False)
     address.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: on all interfaces, without any authentication")
     address.add_argument("--port", type=cli.port, default=8000)
-    start = actions.add_parser("up", parents=[address], help="serve, or change what is served", epilog=EPILOG)
+    start = actions.add_parser("up", parents=[address], help="serve, or change what is served", epilog=cli.REF)
     start.add_argument("--storage", default=cli.storage_default(), metavar="URI", help="where models/ lies (KILN_STORAGE; default ./kiln)")
     start.add_argument("--text", metavar="REF", help="the text model; by default the registry's in production, or its newest")
     start.add_argument("--images", metavar="REF", help="the picture model, likewise")
@@ -83,8 +81,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     chosen = launch.choose(storage.join(arguments.storage, "models"), arguments.text, arguments.images, here)
     address = launch.Address(arguments.host, arguments.port)
     options = Options(slots=arguments.slots, threads=arguments.threads, providers=arguments.providers, max_replicas=arguments.max_replicas)
-    for bundle in chosen.values():
-        print(f"serving {bundle.reference} ({bundle.manifest['kind']}, from run {bundle.manifest['run']['name']})", flush=True)
+    for served in chosen.values():
+        print(f"serving {served.reference} ({served.manifest['kind']}, from run {served.manifest['run']['name']})", flush=True)
     with launch.connected(options.threads * len(chosen), address) as private:
         was_served = launch.is_served()
         if was_served and not arguments.detach:
@@ -94,11 +92,14 @@ def _serve(arguments: argparse.Namespace) -> int:
         stays = was_served
         try:
             launch.deploy(chosen, address, options)
-            for reference, ran_on in launch.providers(chosen).items():
-                print(f"{reference} runs on {', '.join(ran_on)}", flush=True)
+            stays = arguments.detach
+            for reference, providers in launch.running_on(chosen).items():
+                print(
+                    f"{reference} runs on {', '.join(providers)}" if providers else f"{reference} does not say yet what it runs on",
+                    flush=True,
+                )
             print(f"\n  studio  {address.url}/\n  API     {address.url}/v1   (OpenAPI: {address.url}/docs)", flush=True)
             print(f"  metrics {launch.metrics_url()}   (for Prometheus; each node of a cluster has its own)\n", flush=True)
-            stays = arguments.detach
             print("`python -m serve down` ends it" if stays else "Ctrl-C ends it", flush=True)
             if not stays:
                 launch.wait_for_interrupt()

@@ -42,6 +42,7 @@ DESCRIBE_TIMEOUT_S = 10.0
 STATUS_TIMEOUT_S = 2.0
 STATUS_AGE_S = 1.0  # every open page asks for it
 HEALTH_CHECK_S = 1.0  # a replica whose engine has died refuses at once and so draws requests, until three checks have failed
+UNREACHABLE = (TimeoutError, ray.exceptions.RayError, ray.serve.exceptions.RayServeException)  # a deployment, or a replica of it
 
 
 # ---- a replica's model
@@ -71,15 +72,20 @@ class Text:
     def __init__(self, slots: int, threads: int, timeout_s: float, providers: list[str] | None = None) -> None:
         self.slots, self.threads, self.timeout_s, self.providers = slots, threads, timeout_s, providers
         self.engine: Engine | None = None
+        self.uri, self.swapping = "", asyncio.Lock()
         self.metrics = TextMetrics()
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Serves the bundle at `user_config["uri"]` from now on; what is under way finishes on the one before."""
-        session = await asyncio.to_thread(
-            open_bundle, TextSession, user_config["uri"], slots=self.slots, threads=self.threads, providers=self.providers
-        )
+        async with self.swapping:  # Serve's calls may overlap, and the last of them must win
+            # Serve calls again with the same config where a replica's rank has changed.
+            if user_config["uri"] != self.uri or self.engine is None or not self.engine.alive:
+                await self._swap(user_config["uri"])
+
+    async def _swap(self, uri: str) -> None:
+        session = await asyncio.to_thread(open_bundle, TextSession, uri, slots=self.slots, threads=self.threads, providers=self.providers)
         before = self.engine
-        self.session, self.reference = session, _reference(session)
+        self.uri, self.session, self.reference = uri, session, _reference(session)
         observe = functools.partial(self.metrics.observe, model=self.reference)
         self.engine = Engine(session, queue_limit=QUEUE_LIMIT, timeout_s=self.timeout_s, observe=observe)
         if before is not None:
@@ -149,14 +155,19 @@ class Pictures:
         self.threads, self.providers = threads, providers
         self.waiting = 0
         self.executor = ThreadPoolExecutor(1, "pictures")
+        self.uri, self.swapping = "", asyncio.Lock()
         self.metrics = PictureMetrics()
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Serves the bundle at `user_config["uri"]` from now on."""
-        rollout = hasattr(self, "session")
-        self.session = await asyncio.to_thread(
-            open_bundle, ImageSession, user_config["uri"], threads=self.threads, providers=self.providers
-        )
+        async with self.swapping:  # as in `Text`
+            if user_config["uri"] != self.uri:
+                await self._swap(user_config["uri"])
+
+    async def _swap(self, uri: str) -> None:
+        session = await asyncio.to_thread(open_bundle, ImageSession, uri, threads=self.threads, providers=self.providers)
+        rollout = self.uri != ""
+        self.uri, self.session = uri, session
         if rollout:
             self.metrics.rollouts.inc(1, {"model": _reference(self.session)})
 
@@ -373,10 +384,10 @@ class ServeCluster:
         return {name: _deployment_status(found, load) for (name, found), load in zip(deployments.items(), loads, strict=True)}
 
     async def _load(self, name: str) -> dict[str, int | None]:
-        """Summed over the replicas that answer."""
+        """Summed over the replicas that answer; nothing where none does, or where one keeps the others waiting."""
         loads: list[Any] = []
         if name in self.handles:
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(*UNREACHABLE):
                 broadcast = self.handles[name].broadcast("load")
                 loads = await broadcast.results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
         answers = [load for load in loads if isinstance(load, dict)]

@@ -22,7 +22,7 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from cluster.connect import connect
 from models import bundle, registry, storage
-from serve.deployments import DESCRIBE_TIMEOUT_S, Options
+from serve.deployments import DESCRIBE_TIMEOUT_S, UNREACHABLE, Options
 from serve.session import ImageSession, TextSession, open_bundle
 
 APPLICATION = "raykiln"
@@ -141,14 +141,17 @@ def deploy(chosen: dict[str, Chosen], address: Address, options: Options) -> Non
         raise
 
 
-def providers(chosen: dict[str, Chosen]) -> dict[str, list[str]]:
-    """The execution providers of each bundle that is served, as a replica of it says."""
+def running_on(chosen: dict[str, Chosen]) -> dict[str, list[str] | None]:
+    """The execution providers of each bundle that is served, as a replica of it says; None where none answers."""
 
-    async def ask() -> dict[str, list[str]]:  # on an event loop, without which handles can't be made in the fast mode
-        found = {}
+    async def ask() -> dict[str, list[str] | None]:  # on an event loop, without which handles can't be made in the fast mode
+        found: dict[str, list[str] | None] = {}
         for kind, served in chosen.items():
-            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                found[served.reference] = (await serve.get_deployment_handle(DEPLOYMENTS[kind], APPLICATION).describe.remote()).providers
+            found[served.reference] = None
+            with contextlib.suppress(*UNREACHABLE):
+                async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                    model = await serve.get_deployment_handle(DEPLOYMENTS[kind], APPLICATION).describe.remote()
+                found[served.reference] = model.providers
         return found
 
     return asyncio.run(ask())
@@ -174,7 +177,7 @@ def _deployed() -> dict[str, Any] | None:
 def config(chosen: dict[str, Chosen], options: Options) -> dict[str, Any]:
     """The Serve config of the application; `serve deploy` takes it as well."""
     args = options.model_copy(update={"text": "gpt" in chosen, "images": "gan" in chosen})
-    deployments = [{"name": DEPLOYMENTS[kind], "user_config": {"uri": bundle.uri}} for kind, bundle in chosen.items()]
+    deployments = [{"name": DEPLOYMENTS[kind], "user_config": {"uri": served.uri}} for kind, served in chosen.items()]
     application = {
         "name": APPLICATION,
         "route_prefix": "/",

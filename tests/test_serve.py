@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from models import bundle, registry, storage
-from serve import launch
+from serve import deployments, launch
 from serve.__main__ import main
 from serve.deployments import Options, Pictures, Text
 from serve.detokenize import spelled
@@ -41,6 +41,7 @@ from serve.engine import Chunk
 from serve.errors import Overloaded, Unavailable
 from serve.ingress import build_app
 from serve.schemas import CompletionRequest, ImagesRequest
+from serve.session import ImageSession, TextSession
 from tests import bundles
 from tests.conftest import ROOT, free_port
 
@@ -554,6 +555,57 @@ def test_a_replica_whose_engine_died_is_not_healthy(root: str) -> None:
     asyncio.run(scenario())
 
 
+class Swaps:
+    """`open_bundle` over sessions that are open: the first is given once `go` is set."""
+
+    def __init__(self, sessions: list[Any]) -> None:
+        self.sessions, self.opened, self.go = sessions, 0, threading.Event()
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        self.opened += 1
+        session = self.sessions[self.opened - 1]
+        if self.opened == 1:
+            self.go.wait(60)
+        return session
+
+
+@pytest.mark.parametrize(
+    ("make", "session_type", "uri"),
+    [(lambda: Text(slots=1, threads=1, timeout_s=60), TextSession, "gpt/2"), (lambda: Pictures(threads=1), ImageSession, "dcgan/1")],
+    ids=["text", "pictures"],
+)
+def test_of_swaps_that_overlap_the_last_wins_and_one_to_the_same_is_none(
+    root: str, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], session_type: Any, uri: str
+) -> None:
+    sessions = [session_type(f"{root}/{uri}") for _ in range(2)]
+    swaps = Swaps(sessions)
+    monkeypatch.setattr(deployments, "open_bundle", swaps)
+
+    async def scenario() -> None:
+        replica, rollouts = make(), []
+        replica.metrics.rollouts.inc = lambda value, tags: rollouts.append(tags["model"])
+        first = asyncio.create_task(replica.reconfigure({"uri": "first"}))
+        second = asyncio.create_task(replica.reconfigure({"uri": "second"}))
+        await asyncio.wait({second}, timeout=0.5)  # for one that overtakes
+        swaps.go.set()
+        await asyncio.gather(first, second)
+        assert replica.session is sessions[1]
+        assert rollouts == [f"{uri.rpartition('/')[0]}/{sessions[1].manifest['version']}"]
+        served = dict(vars(replica))
+        await replica.reconfigure({"uri": "second"})
+        assert (swaps.opened, len(rollouts)) == (2, 1)
+        assert vars(replica) == served, "the same engine, with what is under way in it"
+        if isinstance(replica, Text):
+            assert replica.engine is not None
+            replica.engine.close()
+            await asyncio.to_thread(replica.engine.join)
+            sessions.append(session_type(f"{root}/{uri}"))
+            await replica.reconfigure({"uri": "second"})
+            assert replica.engine.alive, "a dead engine is no reason to leave things as they are"
+
+    asyncio.run(scenario())
+
+
 def test_probabilities_are_those_of_transformers(root: str) -> None:
     async def scenario() -> dict[str, Any]:
         replica = Text(slots=1, threads=1, timeout_s=60)
@@ -806,16 +858,46 @@ def test_commands_change_and_show_what_a_cluster_serves(
     assert command("serve", "status", "--port", str(free_port())).returncode == 1
 
 
+def text_replica() -> psutil.Process:
+    """Its process, in the session's cluster and no other of this machine."""
+    (replica,) = (
+        process for process in psutil.Process().children(recursive=True) if "ServeReplica:raykiln:Text" in "".join(process.cmdline()[:1])
+    )
+    return replica
+
+
+def slots(client: httpx.Client) -> int | None:
+    """Those of the text model as /status tells them, which must answer whatever its replica does."""
+    response = client.get("/status")
+    assert response.status_code == 200, response.text
+    return response.json()["deployments"]["Text"]["slots"]
+
+
+def test_a_replica_that_hangs_leaves_the_status_and_up_without_its_answer(
+    client: httpx.Client, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "DESCRIBE_TIMEOUT_S", 0.5)
+    chosen = {"gpt": launch.choose(root)["gpt"]}
+    replica = text_replica()
+    replica.suspend()
+    try:
+        assert launch.running_on(chosen) == {"gpt/1": None}
+        until(lambda: slots(client) is None)
+    finally:
+        replica.resume()
+    until(lambda: slots(client) == 8)
+
+
 def test_a_killed_replica_ends_its_streams_with_a_sentence_and_is_replaced(client: httpx.Client) -> None:
     body = {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()
         next(lines)
-        ours = psutil.Process().children(recursive=True)  # the session's cluster, and no other of this machine
-        (replica,) = (process for process in ours if "ServeReplica:raykiln:Text" in process.cmdline()[0])
-        replica.kill()
+        text_replica().kill()
         *_, last = (line for line in lines if line)
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the text model does not answer just now: try again in a moment"
+    until(lambda: slots(client) is None)
+    until(lambda: slots(client) == 8)
     until(lambda: client.post("/v1/completions", json={"max_tokens": 1}).status_code == 200)
 
 
