@@ -498,8 +498,8 @@ def collapsing(rank: int, source: Path, root: Path, on_collapse: str) -> None:
     except Halt as sentence:
         end = str(sentence)
     alarms = [(step, kind) for step, kind, _ in recorder.alarms if kind == "collapse"]
-    judged = [row["step"] for row in recorder.rows if "heldout_recall" in row]
-    (root / f"{rank}.json").write_text(json.dumps({"alarms": alarms, "end": end, "judged": judged}))
+    on_record = [row["step"] for row in recorder.rows if "heldout_recall" in row]
+    (root / f"{rank}.json").write_text(json.dumps({"alarms": alarms, "end": end, "judged": on_record}))
 
 
 @pytest.mark.parametrize("on_collapse", ["warn", "stop"])
