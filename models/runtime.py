@@ -93,9 +93,10 @@ class TextGraph:
         names = [name.removeprefix("past_") for name in shapes if name.startswith("past_")]
         _, self._heads, _, self._head_dim = shapes[f"past_{names[0]}"]
         self._device = "cpu" if self.providers[0] == "CPUExecutionProvider" else "cuda"
-        self.copies = self._device == "cpu"  # whether `copy` works: ONNX Runtime shows Python no part of a GPU's memory
         self.room = self._first_room = min(FIRST_TOKENS, context)  # tokens that fit into each slot: so far, and at first
         self._caches = {name: self._cache() for name in names}
+        # Whether `copy` works: ONNX Runtime shows Python no part of a GPU's memory. Of the CPU's it does, which it promises nowhere.
+        self.copies = self._device == "cpu" and all(cache.numpy().ctypes.data == cache.data_ptr() for cache in self._caches.values())
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
 
     def reserve(self, tokens: int) -> None:
@@ -116,12 +117,22 @@ class TextGraph:
             values = cache.numpy()  # the memory itself
             values[target, :, :tokens] = values[source, :, :tokens]
 
-    def release(self) -> None:
-        """Forgets what the slots hold, and gives back the room that one long text has made for all."""
-        if self.room > self._first_room:
-            self.room = self._first_room
-            self._caches = {name: self._cache() for name in self._caches}
-            self._bindings.clear()
+    def clear(self, slot: int) -> None:
+        """Zeros for what a slot holds: a NaN there would reach whoever takes it next, through positions that are masked."""
+        for name, cache in self._caches.items():
+            values = cache.numpy().copy()
+            values[slot] = 0
+            self._caches[name] = ort.OrtValue.ortvalue_from_numpy(values, self._device, 0)
+        self._bindings.clear()
+
+    def release(self) -> bool:
+        """Gives back the room that one long text has made for all, with what the slots hold. False: there is no such room, all stays."""
+        if self.room <= self._first_room:
+            return False
+        self.room = self._first_room
+        self._caches = {name: self._cache() for name in self._caches}
+        self._bindings.clear()
+        return True
 
     def _cache(self, content: np.ndarray | None = None) -> ort.OrtValue:
         # One position more than tokens: the rows of a decode that have no token write there, where no token ever looks.

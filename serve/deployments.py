@@ -92,8 +92,8 @@ class Text:
             before.close()
             self.metrics.rollouts.inc(1, {"model": self.reference})
 
-    def check_health(self) -> None:
-        """Serve asks every second: so fresh are the gauges, too."""
+    async def check_health(self) -> None:
+        """Serve asks every second: so fresh are the gauges, too. Async, since Serve would call it on another thread."""
         if self.engine is None or not self.engine.alive:
             raise RuntimeError("the engine's thread has ended")
         self.metrics.set_load(self.engine.status())

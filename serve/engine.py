@@ -4,8 +4,9 @@
     async for chunk in engine.submit("To be", Sampling(max_tokens=40)).chunks():
         print(chunk.text, end="")
 
-The thread alone touches the scheduler and the session, so neither needs a lock: it takes what the event loop wants
-(join, leave) from an inbox between two steps, and hands what a step made back to the loop in one call.
+The thread alone touches the scheduler and the session (but for counts, which others may read), so neither needs a lock: it
+takes what the event loop wants (join, leave) from an inbox between two steps, and hands what a step made back to the loop in
+one call.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ import numpy as np
 import tokenizers
 
 from serve.detokenize import TextStream, spelled
-from serve.errors import DeadlineExceeded, Overloaded, Rejected, TooLong, Unavailable
+from serve.errors import DeadlineExceeded, Failed, Overloaded, Rejected, TooLong, Unavailable
 from serve.sampling import logprobs, penalize, sample
 from serve.scheduler import Sampling, Scheduler, Sequence
 
@@ -46,7 +47,9 @@ class Session(Protocol):
 
     def copy(self, source: int, target: int, tokens: int) -> None: ...
 
-    def release(self) -> None: ...
+    def clear(self, slot: int) -> None: ...
+
+    def release(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,12 @@ class Stream:
         Leaving early (a break with `aclosing`, a cancelled task) frees the request's slots.
 
         Raises:
-            Overloaded: the queue was full, and no client had more in it than this one.
+            Overloaded: the queue was full, and this request was the one to leave (`Scheduler.add`).
             DeadlineExceeded: the request's time ran out.
             Unavailable: the engine has ended.
+            Failed: the model's numbers, or the text made of them, could not be used.
         """
-        return self._engine.observe(self._chunks())
+        return self._engine.observe(self._chunks(), len(self.sequences))
 
     async def _chunks(self) -> AsyncGenerator[Chunk, None]:
         unfinished = len(self.sequences)
@@ -148,13 +152,14 @@ class Engine:
 
     Args:
         session: used by the engine's thread alone from now on.
-        queue_limit: requests that may wait for a slot; where one more comes, the client with the most of them loses its newest.
+        queue_limit: texts that may wait for a slot; where more come, the client with the most of them loses its newest request.
         chunk_size: most prompt tokens of one prefill.
         timeout_s: the longest that a request may take, its waiting included.
         interval_s: the shortest time between two chunks of a stream. A message to a client costs more than a token of a
             small model, and 50 a second look continuous.
-        idle_s: once nothing was asked for so long, the cache's room is given back, and with it the prompts that it holds.
-        observe: every request's chunks go through it, on the event loop.
+        idle_s: once nothing was asked for so long, the room that the cache has grown by is given back, and with it the prompts that it
+            holds.
+        observe: every request's chunks go through it, with the number of its texts, on the event loop.
     """
 
     def __init__(
@@ -165,13 +170,14 @@ class Engine:
         timeout_s: float = 300.0,
         interval_s: float = 0.02,
         idle_s: float = 10.0,
-        observe: Callable[[AsyncGenerator[Chunk, None]], AsyncGenerator[Chunk, None]] = lambda chunks: chunks,
+        observe: Callable[[AsyncGenerator[Chunk, None], int], AsyncGenerator[Chunk, None]] = lambda chunks, n: chunks,
     ) -> None:
         self.session, self.timeout_s, self.interval_s, self.idle_s, self.observe = session, timeout_s, interval_s, idle_s, observe
         self.generated = 0  # tokens in all
         self._scheduler = Scheduler(session.slots, queue_limit, chunk_size, session.copies)
         self._longest_token = max(map(len, session.tokenizer.get_vocab(with_added_tokens=True)))
         self._texts: dict[Sequence, _Text] = {}  # those that the thread has taken in
+        self._failed: dict[Stream, None] = {}  # in this step, in order
         self._inbox: queue.SimpleQueue[tuple[Callable[[Stream], None], Stream] | None] = queue.SimpleQueue()
         self._outbox: list[tuple[Stream, Chunk | Rejected]] = []
         self._loop = asyncio.get_running_loop()
@@ -257,8 +263,9 @@ class Engine:
             except queue.Empty:
                 if not nothing_to_do:
                     break
-                self.session.release()
-                self._scheduler.forget()
+                if self.session.release():
+                    for slot in range(self._scheduler.slots):
+                        self._scheduler.forget(slot)
                 continue
             if item is None:
                 self._closing = True
@@ -276,13 +283,10 @@ class Engine:
     def _join(self, stream: Stream) -> None:
         for sequence in stream.sequences:
             self._texts[sequence] = _Text(stream, TextStream(self.session.tokenizer, sequence.sampling.stop))
-            refused = self._scheduler.add(sequence)
-            if refused is not None:
-                slots, waiting = self._scheduler.slots, self._scheduler.queue_limit
-                error = Overloaded(f"the {slots} slots are taken and {waiting} more requests wait: try again in a moment")
-                self._refuse(self._texts[refused].stream, error)
-            if sequence not in self._texts:
-                return
+        slots, waiting = self._scheduler.slots, self._scheduler.queue_limit
+        leaving = {self._texts[sequence].stream: None for sequence in self._scheduler.add(stream.sequences)}
+        for refused in leaving:
+            self._refuse(refused, Overloaded(f"the {slots} slots are taken and {waiting} more requests wait: try again in a moment"))
 
     def _refuse(self, stream: Stream, error: Rejected) -> None:
         self._drop(stream)
@@ -310,8 +314,17 @@ class Engine:
             for sequence, logits in zip(batch, rows, strict=True):
                 sequence.cached += 1
                 self._accept(sequence, logits)
+        self._refuse_failed()
 
     def _accept(self, sequence: Sequence, logits: np.ndarray) -> None:
+        """Goes on with a sequence. What cannot be made into text ends its own request, and nobody else's."""
+        try:
+            self._extend(sequence, logits)
+        except Exception:
+            logger.exception("a request could not be continued")
+            self._failed[self._texts[sequence].stream] = None
+
+    def _extend(self, sequence: Sequence, logits: np.ndarray) -> None:
         """Draws a sequence's next token, and ends the sequence where that was its last."""
         how, text = sequence.sampling, self._texts[sequence]
         token = _drawn(sequence, logits)
@@ -333,6 +346,16 @@ class Engine:
         self._tell(sequence, piece, reason)
         self._scheduler.remove(sequence)
         del self._texts[sequence]
+
+    def _refuse_failed(self) -> None:
+        """At a step's end: until then its prefills copy from slots, a failed request's among them."""
+        for stream in self._failed:
+            slots = [sequence.slot for sequence in stream.sequences if sequence.slot is not None]
+            self._refuse(stream, Failed("this request could not be continued, and the server's log says why: try another prompt or seed"))
+            for slot in slots:  # where the model's numbers have gone wrong, they lie there too
+                self.session.clear(slot)
+                self._scheduler.forget(slot)
+        self._failed.clear()
 
     def _logprob(self, logits: np.ndarray, token: int, count: int, offset: int) -> TokenLogprob:
         tokenizer = self.session.tokenizer

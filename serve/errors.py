@@ -38,6 +38,12 @@ class Unavailable(Rejected):
     retry_after_s = 1
 
 
+class Failed(Rejected):
+    """The server's own fault, at this request alone."""
+
+    status, code = 500, "internal_error"
+
+
 class WrongValue(Rejected):
     """A field that is well-formed, and yet not possible for the model that is served."""
 

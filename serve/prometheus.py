@@ -46,8 +46,8 @@ class TextMetrics:
             "waiting": Gauge("raykiln_requests_waiting", "Texts that wait for a slot."),
         }
 
-    async def observe(self, chunks: AsyncGenerator[Chunk, None], model: str) -> AsyncGenerator[Chunk, None]:
-        """The same chunks, counted on their way."""
+    async def observe(self, chunks: AsyncGenerator[Chunk, None], n: int, model: str) -> AsyncGenerator[Chunk, None]:
+        """The same chunks, those of a request for `n` texts, counted on their way."""
         tags, started = {"model": model}, time.monotonic()
         latest: dict[int, tuple[float, Chunk]] = {}  # of each of the request's texts
         outcome = "cancelled"
@@ -65,7 +65,7 @@ class TextMetrics:
                         self.inter_token_latency.observe((now - before) / new, tags)
                     self.generation_tokens.inc(new, tags)
                     latest[chunk.choice] = now, chunk
-                    ended = all(text.finish_reason for _, text in latest.values())
+                    ended = len(latest) == n and all(text.finish_reason for _, text in latest.values())
                     outcome = (ended and chunk.finish_reason) or "cancelled"
                     yield chunk
         except Rejected as error:

@@ -77,13 +77,16 @@ def sample(
         position: the new token's place in its sequence.
 
     Raises:
-        ValueError: a parameter out of its range.
+        ValueError: a parameter out of its range, or a logit that is NaN or infinite.
     """
     _check(temperature, top_k, top_p, seed)
+    highest = logits.max()  # NaN where any is
+    if not np.isfinite(highest):
+        raise ValueError(f"the highest logit is {highest}: no token can be drawn")
     if temperature == 0:
         return int(logits.argmax())
     with np.errstate(over="ignore"):  # the maximum is taken off first: a tiny temperature gives -inf, never NaN
-        scaled = (logits.astype(np.float64) - logits.max()) / temperature
+        scaled = (logits.astype(np.float64) - highest) / temperature
     if 0 < top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
     probabilities = np.exp(scaled)

@@ -4,6 +4,7 @@ A step of the engine is the prompts' chunks of `prefills()`, then one token furt
 """
 
 import heapq
+import itertools
 import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)  # generated so far
     slot: int | None = None
     cached: int = 0  # tokens whose keys and values lie in the slot
+    request: list["Sequence"] = field(default_factory=list, repr=False)  # all of its request, itself included: `Scheduler.add` sets it
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Scheduler:
 
     Args:
         slots: sequences that can run at once.
-        queue_limit: sequences that may wait; where one more comes, the client with the most of them loses its newest.
+        queue_limit: sequences that may wait; where more come, the client with the most of them loses its newest request.
         chunk_size: most prompt tokens of one prefill. A prompt is cut at multiples of it, whatever else runs, so that
             its keys and values are computed the same way alone and in company. Whole chunks that prompts begin with alike
             are therefore the same to the bit, and computed once: later prompts take them over from the slot that has them.
@@ -70,7 +72,8 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return sum(len(queue) for queue in self._queues.values())
+        # A list: other threads ask too, and the queues may change meanwhile.
+        return sum(len(queue) for queue in list(self._queues.values()))
 
     @property
     def running(self) -> int:
@@ -80,18 +83,20 @@ class Scheduler:
     def idle(self) -> bool:
         return not self._running and not self._queues
 
-    def add(self, sequence: Sequence) -> Sequence | None:
-        """Puts a new sequence into the queue, and returns the one that had to leave for it, if any: it may be itself.
+    def add(self, request: list[Sequence]) -> list[Sequence]:
+        """Puts the new sequences of one request into the queue, and returns those that had to leave for them: maybe they themselves.
 
-        In a full queue the newest of the client with the most there has to leave, so that nobody can shut the others out.
+        A request comes and leaves as a whole. In a full queue the newest of the client with the most sequences there has to leave,
+        so that nobody can shut the others out. What has begun goes on, and nobody leaves for a request that has to leave all the same.
         """
-        self._queues.setdefault(sequence.client, deque()).append(sequence)
-        if self.waiting <= self.queue_limit + len(self._free):
-            return None
-        longest = max(self._queues.values(), key=lambda queue: (len(queue), queue[-1] is sequence))
-        newest = longest[-1]
-        self.remove(newest)
-        return newest
+        for sequence in request:
+            sequence.request = request
+        leaving = self._leaving(request)
+        if leaving != request:
+            for sequence in leaving:
+                self.remove(sequence)
+            self._queues.setdefault(request[0].client, deque()).extend(request)
+        return leaving
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is; its slot is free at once. Nothing happens where it has left already."""
@@ -137,10 +142,28 @@ class Scheduler:
         waiting = [sequence for queue in self._queues.values() for sequence in queue]
         return [sequence for sequence in self._running + waiting if sequence.deadline < now]
 
-    def forget(self) -> None:
-        """The slots' contents are gone; only where nothing runs."""
-        assert not self._running
-        self._tenants = [None] * self.slots
+    def forget(self, slot: int) -> None:
+        """A free slot's content is gone."""
+        assert slot in self._free
+        self._tenants[slot] = None
+
+    def _leaving(self, request: list[Sequence]) -> list[Sequence]:
+        """Who has to leave for a new request; the request itself where there aren't enough others to whom that may happen."""
+        excess = self.waiting + len(request) - self.queue_limit - len(self._free)
+        if excess <= 0:
+            return []
+        waiting = {client: len(queue) for client, queue in self._queues.items()}
+        own = waiting.pop(request[0].client, 0) + len(request)
+        untouched = {client: _untouched(self._queues[client]) for client in waiting}
+        leaving: list[Sequence] = []
+        while len(leaving) < excess:
+            longest = max((client for client in waiting if untouched[client]), key=lambda client: waiting[client], default=None)
+            if longest is None or waiting[longest] <= own:
+                return request
+            newest = untouched[longest].pop()
+            waiting[longest] -= len(newest)
+            leaving += newest
+        return leaving
 
     def _longest_shared(self, sequence: Sequence) -> tuple[int | None, int]:
         """The slot that holds the most of what is still missing of a prompt, and how far; None where its own holds as much."""
@@ -171,3 +194,9 @@ class Scheduler:
         sequence.cached = 0 if before is None else self._shared(before, sequence)
         sequence.slot, self._tenants[slot] = slot, sequence
         self._running.append(sequence)
+
+
+def _untouched(queue: deque[Sequence]) -> list[list[Sequence]]:
+    """A client's waiting sequences by request, the newest last, without the request of which some run or have run."""
+    requests = itertools.groupby(queue, key=lambda sequence: sequence.request)
+    return [list(waiting) for request, waiting in requests if not any(one.slot is not None or one.tokens for one in request)]

@@ -3,10 +3,14 @@
 import asyncio
 import contextlib
 import hashlib
+import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -16,9 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from serve.detokenize import TextStream, spelled
 from serve.engine import Chunk, Engine, Stream
-from serve.errors import DeadlineExceeded, Overloaded, Rejected, TooLong, Unavailable
+from serve.errors import DeadlineExceeded, Failed, Overloaded, Rejected, TooLong, Unavailable
 from serve.sampling import penalize, sample
-from serve.scheduler import Sampling, Scheduler, Sequence
+from serve.scheduler import Prefill, Sampling, Scheduler, Sequence
 
 EOS = 256
 VOCAB = 257
@@ -70,9 +74,13 @@ class HashSession:
         assert tokens <= len(self.cache[source])
         self.cache[target] = self.cache[source][:tokens]
 
-    def release(self) -> None:
+    def clear(self, slot: int) -> None:
+        self.cache[slot] = []
+
+    def release(self) -> bool:
         self.cache = [[] for _ in range(self.slots)]
         self.released += 1
+        return True
 
 
 def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -134,7 +142,7 @@ def reference(prompt: str, sampling: Sampling) -> str:
 def test_clients_are_served_in_turn() -> None:
     scheduler = Scheduler(slots=1, queue_limit=10, chunk_size=8)
     for client in ["greedy", "greedy", "greedy", "modest", "late"]:
-        scheduler.add(Sequence([1], client=client))
+        scheduler.add([Sequence([1], client=client)])
     served = []
     while not scheduler.idle:
         (chunk,) = scheduler.prefills()
@@ -146,28 +154,87 @@ def test_clients_are_served_in_turn() -> None:
 def test_a_full_queue_refuses_and_takes_again_when_one_leaves() -> None:
     scheduler = Scheduler(slots=1, queue_limit=1, chunk_size=8)
     first, second, third = Sequence([1]), Sequence([1]), Sequence([1])
-    assert scheduler.add(first) is scheduler.add(second) is None
-    assert scheduler.add(third) is third
+    assert scheduler.add([first]) == scheduler.add([second]) == []
+    assert scheduler.add([third]) == [third]
     scheduler.remove(second)
-    assert scheduler.add(third) is None
+    assert scheduler.add([third]) == []
 
 
 def test_nobody_can_fill_the_queue_for_the_others() -> None:
     scheduler = Scheduler(slots=1, queue_limit=4, chunk_size=8)
     greedy = [Sequence([1], client="greedy") for _ in range(6)]
-    assert [scheduler.add(sequence) for sequence in greedy] == [None] * 5 + [greedy[5]]
+    assert [scheduler.add([sequence]) for sequence in greedy] == [[]] * 5 + [[greedy[5]]]
     scheduler.prefills()
     modest = [Sequence([1], client="modest") for _ in range(3)]
-    assert [scheduler.add(sequence) for sequence in modest] == [greedy[4], greedy[3], modest[2]]
-    assert scheduler.add(greedy[5]) is greedy[5]
+    assert [scheduler.add([sequence]) for sequence in modest] == [[greedy[4]], [greedy[3]], [modest[2]]]
+    assert scheduler.add([greedy[5]]) == [greedy[5]]
     assert scheduler.waiting == 4
+
+
+def request_of(client: str, n: int = 1) -> list[Sequence]:
+    return [Sequence([1], Sampling(choice=choice), client) for choice in range(n)]
+
+
+def test_a_request_that_has_begun_goes_on_whoever_comes() -> None:
+    scheduler = Scheduler(slots=2, queue_limit=4, chunk_size=8)
+    begun, later, modest, other = request_of("greedy", 4), request_of("greedy", 2), request_of("modest"), request_of("other")
+    assert scheduler.add(begun) == []
+    scheduler.prefills()  # two of its texts run, two wait
+    assert scheduler.add(later) == []
+    assert scheduler.add(modest) == later, "the newest of which nothing runs, as a whole"
+    assert scheduler.add(request_of("late")) == []
+    assert scheduler.add(other) == other, "greedy has the most, but what is left of it has begun"
+    for sequence in begun[:2]:
+        sequence.tokens.append(0)
+        scheduler.remove(sequence)  # finished
+    assert scheduler.add(request_of("third")) == scheduler.add(request_of("fourth")) == []
+    assert scheduler.add(other) == other, "its finished texts were sent: the others still belong to what has begun"
+    assert [chunk.sequence for chunk in scheduler.prefills()] == [begun[2], *modest]
+
+
+def test_nobody_leaves_for_a_request_that_has_to_leave_all_the_same() -> None:
+    scheduler = Scheduler(slots=0, queue_limit=64, chunk_size=8)
+    for client, count in (("a", 22), ("b", 22), ("c", 20)):
+        for _ in range(count):
+            scheduler.add(request_of(client))
+    assert scheduler.add(refused := request_of("c", 4)) == refused
+    assert scheduler.waiting == 64
+    leaving = scheduler.add(request_of("d", 4))
+    assert [sequence.client for sequence in leaving] == ["a", "b", "a", "b"]
+    assert scheduler.waiting == 64
+
+
+def test_counts_can_be_read_while_the_queue_changes() -> None:
+    scheduler = Scheduler(slots=1, queue_limit=200, chunk_size=8)
+    requests = [request_of(str(client)) for client in range(100)]
+    seen: list[int] = []
+
+    def change() -> None:
+        for _ in range(20):
+            for request in requests:
+                scheduler.add(request)
+            for request in requests:
+                scheduler.remove(request[0])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=change)
+        thread.start()
+        while thread.is_alive():
+            seen.append(scheduler.waiting)
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert scheduler.waiting == 0
+    assert all(0 <= waiting <= 100 for waiting in seen)
 
 
 def test_prompts_are_cut_at_the_same_places_whatever_else_runs() -> None:
     scheduler = Scheduler(slots=3, queue_limit=10, chunk_size=4)
     long, short = Sequence(list(range(10))), Sequence([1, 2])
-    scheduler.add(short)
-    scheduler.add(long)
+    scheduler.add([short])
+    scheduler.add([long])
     seen = []
     for _ in range(3):
         chunks = scheduler.prefills()
@@ -178,35 +245,58 @@ def test_prompts_are_cut_at_the_same_places_whatever_else_runs() -> None:
     assert seen == [(False, 0, [1, 2]), (True, 0, [0, 1, 2, 3]), (True, 4, [4, 5, 6, 7]), (True, 8, [8, 9])]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["add", "leave", "step"]), st.integers(0, 30), st.sampled_from("abc")), max_size=60))
-def test_no_slot_leaks_and_no_sequence_is_lost(events: list[tuple[str, int, str]]) -> None:
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "add", "step", "leave"]), st.integers(0, 30), st.sampled_from([1, 4]), st.sampled_from("abc")),
+        max_size=60,
+    )
+)
+def test_no_slot_leaks_and_no_sequence_is_lost(events: list[tuple[str, int, int, str]]) -> None:
     scheduler = Scheduler(slots=2, queue_limit=3, chunk_size=4)
     alive: list[Sequence] = []
     held: list[list[int]] = [[], []]
-    for what, number, client in events:
+    for what, number, n, client in events:
         if what == "add":
             prompt = list(range(number % 13 + 1)) if number < 20 else [7] * (number % 13 + 1)
-            sequence = Sequence(prompt, Sampling(max_tokens=number % 4 + 1), client)
-            alive.append(sequence)
-            refused = scheduler.add(sequence)
-            if refused is not None:
-                alive.remove(refused)
+            request = [Sequence(prompt, Sampling(max_tokens=number % 8 + 1), client) for _ in range(n)]
+            refused = added(scheduler, request, alive)
+            alive = [sequence for sequence in alive + request if sequence not in refused]
         elif what == "leave" and alive:
-            scheduler.remove(alive.pop(number % len(alive)))
+            for sequence in alive[number % len(alive)].request:
+                scheduler.remove(sequence)
+                if sequence in alive:
+                    alive.remove(sequence)
         elif what == "step":
             step(scheduler, alive, held)
         slots = [sequence.slot for sequence in alive if sequence.slot is not None]
         assert len(set(slots)) == len(slots) == scheduler.running <= 2
         assert scheduler.running + scheduler.waiting == len(alive)
+        assert scheduler.waiting <= 3 + 2 - scheduler.running
     while alive:
         before = sum(len(sequence.tokens) + sequence.cached for sequence in alive), len(alive)
         step(scheduler, alive, held)
         assert (sum(len(sequence.tokens) + sequence.cached for sequence in alive), len(alive)) != before
     assert scheduler.idle
-    for _ in range(2):
-        scheduler.add(Sequence([99]))
+    scheduler.add([Sequence([99]), Sequence([99])])
     assert {chunk.sequence.slot for chunk in scheduler.prefills()} == {0, 1}
+
+
+def added(scheduler: Scheduler, request: list[Sequence], alive: list[Sequence]) -> list[Sequence]:
+    """What `Scheduler.add` returns, after a look at who had to leave."""
+    waited = Counter(sequence.client for sequence in alive if sequence.slot is None)
+    room = scheduler.queue_limit + scheduler.slots - scheduler.running - scheduler.waiting
+    leaving = scheduler.add(request)
+    if leaving == request:
+        assert room < len(request)
+        assert scheduler.waiting == waited.total(), "nobody has left in vain"
+        return leaving
+    assert (room >= len(request)) == (not leaving)
+    for sequence in leaving:
+        assert not any(one.slot is not None or one.tokens for one in sequence.request), "what has begun goes on"
+        assert set(sequence.request) <= set(leaving), "as a whole"
+        assert waited[sequence.client] > waited[request[0].client] + len(request), "the newcomer's client had less"
+    return leaving
 
 
 def step(scheduler: Scheduler, alive: list[Sequence], held: list[list[int]]) -> None:
@@ -235,8 +325,8 @@ def step(scheduler: Scheduler, alive: list[Sequence], held: list[list[int]]) -> 
 def test_chunks_that_prompts_begin_with_alike_are_computed_once(copies: bool) -> None:
     scheduler = Scheduler(slots=2, queue_limit=10, chunk_size=4, copies=copies)
     first, second = Sequence(list(range(9))), Sequence([*range(8), 99])
-    scheduler.add(first)
-    scheduler.add(second)
+    scheduler.add([first])
+    scheduler.add([second])
     computed: dict[int | None, list[tuple[int, int | None]]] = {0: [], 1: []}
     while first.cached < 9 or second.cached < 9:
         for chunk in scheduler.prefills():
@@ -244,13 +334,13 @@ def test_chunks_that_prompts_begin_with_alike_are_computed_once(copies: bool) ->
             chunk.sequence.cached = chunk.start + len(chunk.ids)
     assert computed == {0: [(0, None), (4, None), (8, None)], 1: [(8, 0)] if copies else [(0, None), (4, None), (8, None)]}
     scheduler.remove(first)
-    scheduler.add(again := Sequence(list(range(8))))  # in the first's slot, which holds its first chunk: the last is for the logits
+    scheduler.add([again := Sequence(list(range(8)))])  # in the first's slot, which holds its first chunk: the last is for the logits
     assert [(chunk.start, chunk.source) for chunk in scheduler.prefills()] == [(4, None)]
     scheduler.remove(again)
     scheduler.remove(second)
-    scheduler.forget()
-    scheduler.add(Sequence(list(range(8))))
-    assert scheduler.prefills()[0].start == 0
+    scheduler.forget(0)
+    scheduler.add([Sequence(list(range(8)))])
+    assert scheduler.prefills()[0] == Prefill(ANY, [4, 5, 6, 7], 4, 1) if copies else Prefill(ANY, [0, 1, 2, 3], 0)
 
 
 # ---- text
@@ -456,12 +546,19 @@ def test_a_prompt_that_many_ask_with_is_computed_once_and_gives_the_same_texts()
 def test_a_request_for_many_texts_is_one_request() -> None:
     async def scenario() -> None:
         session = HashSession(slots=2, context=4000, step_s=0.002)
-        async with engine_of(session, queue_limit=2) as engine:
+        observed: list[int] = []
+
+        def observe(chunks: AsyncGenerator[Chunk, None], n: int) -> AsyncGenerator[Chunk, None]:
+            observed.append(n)
+            return chunks
+
+        async with engine_of(session, queue_limit=2, observe=observe) as engine:
             sampling = Sampling(max_tokens=20, temperature=1.0, seed=3)
             answers = await engine.submit("To be", sampling, n=3).results()
             expected = [reference("To be", replace(sampling, choice=choice)) for choice in range(3)]
             assert [(answer.choice, answer.text) for answer in answers] == list(enumerate(expected))
             assert len(set(expected)) == 3
+            assert observed == [3]
             with pytest.raises(Overloaded):
                 await engine.submit("x", sampling, n=5).results()
             assert engine.status()["running"] + engine.status()["waiting"] == 0
@@ -506,6 +603,82 @@ def test_a_client_with_few_requests_is_let_in_where_another_fills_the_queue() ->
             assert "the 1 slots are taken and 2 more requests wait" in str(refused)
             assert {answer.text for answer in answers if isinstance(answer, Chunk)} == {reference("To be", sampling)}
             assert all(isinstance(answer, Chunk) for answer in answers)
+
+    run(scenario)
+
+
+def test_a_stream_that_has_begun_is_not_cut_off_by_who_comes_later() -> None:
+    async def scenario() -> None:
+        async with engine_of(HashSession(slots=2, context=4000, step_s=0.002), queue_limit=2) as engine:
+            sampling = Sampling(max_tokens=60, temperature=1.0, seed=3)
+            begun = asyncio.create_task(engine.submit("To be", sampling, "greedy", n=4).results())
+            await until(lambda: engine.status()["running"] == engine.status()["waiting"] == 2)
+            with pytest.raises(Overloaded):
+                await engine.submit("x", sampling, "modest").results()
+            expected = [reference("To be", replace(sampling, choice=choice)) for choice in range(4)]
+            assert [text.text for text in await begun] == expected
+
+    run(scenario)
+
+
+def test_a_request_that_cannot_be_continued_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
+    class Spoiled(HashSession):
+        """No numbers after an exclamation mark, and its slot spoils whoever takes it next, as masked NaNs do."""
+
+        def __init__(self) -> None:
+            super().__init__(slots=4)
+            self.spoiled: set[int] = set()
+            (self.mark,) = self.tokenizer.encode("!").ids
+
+        def _seen(self, slot: int, logits: np.ndarray) -> np.ndarray:
+            if self.mark in self.cache[slot]:
+                self.spoiled.add(slot)
+            return np.full_like(logits, np.nan) if slot in self.spoiled else logits
+
+        def prefill(self, slot: int, ids: list[int], start: int = 0) -> np.ndarray:
+            return self._seen(slot, super().prefill(slot, ids, start))
+
+        def decode(self, slots: list[int], ids: list[int], lengths: list[int]) -> np.ndarray:
+            return np.stack([self._seen(slot, row) for slot, row in zip(slots, super().decode(slots, ids, lengths), strict=True)])
+
+        def clear(self, slot: int) -> None:
+            super().clear(slot)
+            self.spoiled.remove(slot)
+
+    async def scenario() -> None:
+        session = Spoiled()
+        stem, sampling = "O " * 10, Sampling(max_tokens=20, temperature=0.0, stop=("!",))
+        async with engine_of(session, chunk_size=8) as engine:
+            for how in (sampling, replace(sampling, temperature=0.7)):
+                streams = [engine.submit(stem + "!", how, n=2), *(engine.submit(stem + end, how) for end in ("x", "y"))]
+                failed, *answers = await asyncio.gather(*(stream.results() for stream in streams), return_exceptions=True)
+                assert isinstance(failed, Failed)
+                assert (failed.status, failed.code) == (500, "internal_error")
+                assert [answer[0].text for answer in answers if isinstance(answer, list)] == [
+                    reference(stem + end, how) for end in ("x", "y")
+                ]
+            again = await asyncio.gather(*(whole(engine.submit(stem + "x", sampling)) for _ in range(4)))
+            assert {text.text for text in again} == {reference(stem + "x", sampling)}, "no slot is left spoiled"
+
+    run(scenario)
+    assert "the highest logit is nan" in caplog.text
+
+
+def test_an_idle_engine_keeps_its_prompts_where_there_is_no_room_to_give_back() -> None:
+    class Small(HashSession):
+        def release(self) -> bool:
+            self.released += 1
+            return False
+
+    async def scenario() -> None:
+        session = Small(slots=1)
+        async with engine_of(session, idle_s=0.01, chunk_size=8) as engine:
+            prompt, sampling = REQUESTS[2]
+            for _ in range(2):
+                assert (await whole(engine.submit(prompt, sampling))).text == reference(prompt, sampling)
+                before = session.released
+                await until(lambda: session.released > before)  # noqa: B023
+            assert sum(session.prefill_sizes) == len(prompt) + 8
 
     run(scenario)
 

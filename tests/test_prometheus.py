@@ -47,7 +47,7 @@ def test_a_texts_tokens_and_times() -> None:
     made = [Chunk("a", 7, 1), Chunk("bc", 7, 3), Chunk("d", 7, 4, "length")]
 
     async def go() -> list[Chunk]:
-        return [chunk async for chunk in metrics.observe(chunks(*made, pause_s=0.02), model="gpt/3")]
+        return [chunk async for chunk in metrics.observe(chunks(*made, pause_s=0.02), 1, model="gpt/3")]
 
     assert asyncio.run(go()) == made
     assert metrics.prompt_tokens.recorded == [(7, {"model": "gpt/3"})]
@@ -70,7 +70,7 @@ def test_several_texts_are_one_request(stays: bool, outcome: str) -> None:
     ]
 
     async def go() -> None:
-        async for _ in metrics.observe(chunks(*(made if stays else made[:3])), model="gpt/3"):
+        async for _ in metrics.observe(chunks(*(made if stays else made[:3])), 2, model="gpt/3"):
             pass
 
     asyncio.run(go())
@@ -78,6 +78,19 @@ def test_several_texts_are_one_request(stays: bool, outcome: str) -> None:
     assert metrics.generation_tokens.values == ([1, 2, 4, 1] if stays else [1, 2, 4])
     assert len(metrics.inter_token_latency.values) == (2 if stays else 1), "each text has times of its own"
     assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": outcome})]
+
+
+def test_a_client_that_goes_before_a_text_has_begun_is_a_cancel() -> None:
+    metrics = recorded_text()
+
+    async def go() -> None:
+        async with contextlib.aclosing(
+            metrics.observe(chunks(Chunk("a", 7, 1, "stop"), Chunk("b", 7, 1, choice=1)), 2, model="gpt/3")
+        ) as texts:
+            await anext(texts)
+
+    asyncio.run(go())
+    assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "cancelled"})]
 
 
 def test_a_client_that_goes_is_a_cancel_and_ends_the_text() -> None:
@@ -92,7 +105,7 @@ def test_a_client_that_goes_is_a_cancel_and_ends_the_text() -> None:
             ended = True
 
     async def go() -> None:
-        async with contextlib.aclosing(metrics.observe(endless(), model="gpt/3")) as text:
+        async with contextlib.aclosing(metrics.observe(endless(), 1, model="gpt/3")) as text:
             await anext(text)
 
     asyncio.run(go())
@@ -104,7 +117,7 @@ def test_a_refusal_is_told_by_its_code() -> None:
     metrics = recorded_text()
 
     async def go() -> None:
-        async for _ in metrics.observe(chunks(Chunk("a", 1, 1), DeadlineExceeded("late")), model="gpt/3"):
+        async for _ in metrics.observe(chunks(Chunk("a", 1, 1), DeadlineExceeded("late")), 1, model="gpt/3"):
             pass
 
     with pytest.raises(DeadlineExceeded, match="late"):

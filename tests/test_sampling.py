@@ -150,3 +150,12 @@ def test_any_parameters_give_a_token_that_may_be_drawn(
 def test_a_parameter_out_of_range_is_named(parameters: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(parameters))} is "):
         sample(LOGITS, **parameters)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_no_numbers_give_no_token(value: float, temperature: float) -> None:
+    logits = LOGITS.copy()
+    logits[3] = value
+    with pytest.raises(ValueError, match=f"the highest logit is {value}"):
+        sample(logits, temperature=temperature)

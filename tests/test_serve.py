@@ -546,11 +546,11 @@ def test_a_replica_whose_engine_died_is_not_healthy(root: str) -> None:
     async def scenario() -> None:
         replica = Text(slots=1, threads=1, timeout_s=60)
         await replica.reconfigure({"uri": f"{root}/gpt/2"})
-        replica.check_health()
+        await replica.check_health()
         replica.session.decode = None  # type: ignore[assignment,method-assign]
         assert isinstance(await replica.complete(CompletionRequest(max_tokens=9), ""), Unavailable)
         with pytest.raises(RuntimeError, match="the engine's thread has ended"):
-            replica.check_health()
+            await replica.check_health()
 
     asyncio.run(scenario())
 

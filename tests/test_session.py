@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -162,8 +163,9 @@ def test_a_cache_shrinks_again_and_changes_no_bit(gpt_folder: Path, rows: list[l
     session = TextSession(gpt_folder, slots=2)
     first = [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])]
     grown = session.room
-    session.release()
+    assert session.release()
     assert (session.room, grown) == (4, session.context)
+    assert not session.release(), "there is nothing to give back"
     for before, after in zip(first, [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])], strict=True):
         np.testing.assert_array_equal(before, after)
 
@@ -178,6 +180,26 @@ def test_a_copied_slot_is_the_same_to_the_bit(session: TextSession, rows: list[l
     np.testing.assert_array_equal(answers, expected)
     session.copy(5, 1, 10)
     np.testing.assert_array_equal(session.prefill(5, rows[5][:20]), untouched)
+
+
+def test_memory_that_python_sees_only_as_a_copy_is_not_copied_in(gpt_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TextSession(gpt_folder, slots=2).copies
+    numpy = ort.OrtValue.numpy
+    monkeypatch.setattr(ort.OrtValue, "numpy", lambda value: numpy(value).copy())
+    assert not TextSession(gpt_folder, slots=2).copies
+
+
+def test_a_cleared_slot_no_longer_spoils_who_takes_it_and_the_others_keep_what_they_hold(gpt_folder: Path, rows: list[list[int]]) -> None:
+    session = TextSession(gpt_folder, slots=2)
+    expected = session.prefill(1, rows[1][:20])
+    following = session.decode([1], [rows[1][20]], [20])[0]
+    session.prefill(1, rows[1][:20])
+    for cache in session._caches.values():
+        cache.numpy()[0] = np.nan
+    assert np.isnan(session.prefill(0, rows[1][:20])).all(), "masked positions are not without effect: 0 x NaN is NaN"
+    session.clear(0)
+    np.testing.assert_array_equal(session.prefill(0, rows[1][:20]), expected)
+    np.testing.assert_array_equal(session.decode([1], [rows[1][20]], [20])[0], following)
 
 
 def test_texts_and_probabilities_are_the_same_to_the_bit_alone_and_in_company(gpt_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
