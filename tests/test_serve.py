@@ -38,7 +38,7 @@ from serve.__main__ import main
 from serve.deployments import Options, Pictures, Text
 from serve.detokenize import spelled
 from serve.engine import Chunk
-from serve.errors import Overloaded, Unavailable
+from serve.errors import Failed, Overloaded, Unavailable
 from serve.ingress import build_app
 from serve.schemas import CompletionRequest, ImagesRequest
 from serve.session import ImageSession, TextSession
@@ -505,6 +505,7 @@ def ask(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
     [
         (Overloaded("full: try again"), 429, "rate_limit_error"),
         (Unavailable("away: try again"), 503, "server_error"),
+        (Failed("this request could not be continued"), 500, "server_error"),
         (RuntimeError("secret"), 500, "server_error"),
     ],
 )
