@@ -71,7 +71,8 @@ class Mirror:
         self._folder = local or Path(tempfile.mkdtemp(prefix="raykiln-wandb-"))
         self._run: Any = None
         self._lost = False
-        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # which would print of itself where another client of language models is imported
+        # Weave would recommend itself on the terminal where another client of language models is imported.
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         with self._costing_nothing():
             import wandb
 
