@@ -211,6 +211,9 @@ def ask(server: str, caplog: pytest.LogCaptureFixture, method: str, path: str, *
     caplog.clear()
     with caplog.at_level(logging.INFO, access.logger.name):
         response = httpx.request(method, f"{server}{path}", **options)
+        until = time.monotonic() + 10
+        while not logged(caplog.records) and time.monotonic() < until:  # it is written once the response has gone
+            time.sleep(0.01)
         (line,) = logged(caplog.records)
     return response, line
 
