@@ -138,13 +138,16 @@ def upload_changed(local_folder: str | os.PathLike[str], uri: str | os.PathLike[
         before: what an earlier call has copied, as {path relative to the folder: (bytes, ns since the epoch)}; brought up to date.
     """
     filesystem, path = locate(uri)
+    there = {os.path.dirname(join(path, name)) for name in before}
     for file in sorted(found for found in Path(local_folder).rglob("*") if found.is_file()):
         name, facts = file.relative_to(local_folder).as_posix(), file.stat()
         now = (facts.st_size, facts.st_mtime_ns)
         if before.get(name) == now:
             continue
-        target = f"{path}/{name}"
-        filesystem.create_dir(os.path.dirname(target), recursive=True)
+        target = join(path, name)
+        if (folder := os.path.dirname(target)) not in there:  # an object store need not be asked for it at every file
+            filesystem.create_dir(folder, recursive=True)
+            there.add(folder)
         fs.copy_files(str(file), target, destination_filesystem=filesystem)
         before[name] = now
 

@@ -66,21 +66,44 @@ def _describe(session: TextSession | ImageSession, **more: Any) -> Model:
     )
 
 
-class Text:
-    """A GPT bundle under continuous batching."""
+class Replica:
+    """A bundle that is served, and can be swapped for another."""
 
-    def __init__(self, slots: int, threads: int, timeout_s: float, providers: list[str] | None = None) -> None:
-        self.slots, self.threads, self.timeout_s, self.providers = slots, threads, timeout_s, providers
-        self.engine: Engine | None = None
+    session: TextSession | ImageSession
+
+    def __init__(self) -> None:
         self.uri, self.swapping = "", asyncio.Lock()
-        self.metrics = TextMetrics()
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
         """Serves the bundle at `user_config["uri"]` from now on; what is under way finishes on the one before."""
         async with self.swapping:  # Serve's calls may overlap, and the last of them must win
             # Serve calls again with the same config where a replica's rank has changed.
-            if user_config["uri"] != self.uri or self.engine is None or not self.engine.alive:
+            if user_config["uri"] != self.uri or not self._alive():
                 await self._swap(user_config["uri"])
+
+    def _alive(self) -> bool:
+        return True
+
+    async def _swap(self, uri: str) -> None:
+        raise NotImplementedError
+
+    async def sample(self) -> bytes | None:
+        return self.session.sample
+
+
+class Text(Replica):
+    """A GPT bundle under continuous batching."""
+
+    session: TextSession
+
+    def __init__(self, slots: int, threads: int, timeout_s: float, providers: list[str] | None = None) -> None:
+        super().__init__()
+        self.slots, self.threads, self.timeout_s, self.providers = slots, threads, timeout_s, providers
+        self.engine: Engine | None = None
+        self.metrics = TextMetrics()
+
+    def _alive(self) -> bool:
+        return self.engine is not None and self.engine.alive
 
     async def _swap(self, uri: str) -> None:
         session = await asyncio.to_thread(open_bundle, TextSession, uri, slots=self.slots, threads=self.threads, providers=self.providers)
@@ -94,7 +117,7 @@ class Text:
 
     async def check_health(self) -> None:
         """Serve asks every second: so fresh are the gauges, too. Async, since Serve would call it on another thread."""
-        if self.engine is None or not self.engine.alive:
+        if self.engine is None or not self._alive():
             raise RuntimeError("the engine's thread has ended")
         self.metrics.set_load(self.engine.status())
 
@@ -105,9 +128,6 @@ class Text:
     async def describe(self) -> Model:
         assert self.engine is not None
         return _describe(self.session, engine=self.engine.status())
-
-    async def sample(self) -> bytes | None:
-        return self.session.sample
 
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]] | Rejected:
         try:
@@ -148,21 +168,17 @@ class Text:
         return self.engine.submit(request.prompt, sampling, client, n=request.n, timeout_s=request.timeout_s)
 
 
-class Pictures:
+class Pictures(Replica):
     """A generator's bundle; requests are drawn one after the other: a batch of 32 is 10 to 20 % faster a picture on a CPU."""
 
+    session: ImageSession
+
     def __init__(self, threads: int, providers: list[str] | None = None) -> None:
+        super().__init__()
         self.threads, self.providers = threads, providers
         self.waiting = 0
         self.executor = ThreadPoolExecutor(1, "pictures")
-        self.uri, self.swapping = "", asyncio.Lock()
         self.metrics = PictureMetrics()
-
-    async def reconfigure(self, user_config: dict[str, str]) -> None:
-        """Serves the bundle at `user_config["uri"]` from now on."""
-        async with self.swapping:  # as in `Text`
-            if user_config["uri"] != self.uri:
-                await self._swap(user_config["uri"])
 
     async def _swap(self, uri: str) -> None:
         session = await asyncio.to_thread(open_bundle, ImageSession, uri, threads=self.threads, providers=self.providers)
@@ -177,9 +193,6 @@ class Pictures:
 
     async def describe(self) -> Model:
         return _describe(self.session)
-
-    async def sample(self) -> bytes | None:
-        return self.session.sample
 
     async def draw(self, request: ImagesRequest) -> tuple[str, Drawing] | Rejected:
         session = self.session
@@ -299,57 +312,59 @@ def _kept(answer: Answer | Rejected) -> Answer:
     return answer
 
 
-class RemoteText:
-    """The `Text` deployment as the ingress sees it (`serve.ingress.TextModel`)."""
+class Remote:
+    """A deployment as the ingress sees it; `name` says in sentences which."""
+
+    name: str
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle, self.streaming = handle, handle.options(stream=True)
+        self.handle = handle
 
     async def describe(self) -> Model:
-        with _reaching("text"):
+        with _reaching(self.name):
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
                 return await self.handle.describe.remote()
 
     async def sample(self) -> bytes | None:
-        with _reaching("text"):
+        with _reaching(self.name):
             return await self.handle.sample.remote()
 
+
+class RemoteText(Remote):
+    """The `Text` deployment (`serve.ingress.TextModel`)."""
+
+    name = "text"
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        super().__init__(handle)
+        self.streaming = handle.options(stream=True)
+
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
-        with _reaching("text"):
+        with _reaching(self.name):
             return _kept(await self.handle.complete.remote(request, client))
 
     async def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]:
         answers = self.streaming.stream.remote(request, client)
         assert isinstance(answers, DeploymentResponseGenerator)
         try:
-            with _reaching("text"):
+            with _reaching(self.name):
                 async for answer in answers:
                     yield _kept(answer)
         finally:
             answers.cancel()  # nothing where it has ended
 
 
-class RemotePictures:
-    """The `Pictures` deployment as the ingress sees it (`serve.ingress.ImageModel`)."""
+class RemotePictures(Remote):
+    """The `Pictures` deployment (`serve.ingress.ImageModel`)."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
-
-    async def describe(self) -> Model:
-        with _reaching("picture"):
-            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                return await self.handle.describe.remote()
-
-    async def sample(self) -> bytes | None:
-        with _reaching("picture"):
-            return await self.handle.sample.remote()
+    name = "picture"
 
     async def draw(self, request: ImagesRequest) -> tuple[str, Drawing]:
-        with _reaching("picture"):
+        with _reaching(self.name):
             return _kept(await self.handle.draw.remote(request))
 
     async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing]:
-        with _reaching("picture"):
+        with _reaching(self.name):
             return _kept(await self.handle.interpolate.remote(request))
 
 

@@ -216,13 +216,16 @@ async def completions(body: CompletionRequest, http: Request, model: Annotated[T
     client = http.client.host if http.client else ""
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
     if body.stream:
-        chunks = _watched(http, model.stream(body, client))
+        started = time.perf_counter()
+        chunks = model.stream(body, client)
         first = await anext(chunks)  # a refusal must come before the status line has gone
-        events = _events(body, head, first, chunks)
+        http.app.state.latency["text_first_token"].add(time.perf_counter() - started)
+        events = _events(body, http, head, first, chunks)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})  # type: ignore[return-value]
     reference, texts = await model.complete(body, client)
-    http.state.tokens = _usage(texts).completion_tokens
-    return _completion(body, head, reference, texts, _usage(texts))
+    usage = _usage(texts)
+    http.state.tokens = usage.completion_tokens
+    return _completion(body, head, reference, texts, usage)
 
 
 @router.post("/v1/images/generations", response_model=Images, responses=PNG)
@@ -308,20 +311,9 @@ def _usage(latest: Collection[Chunk]) -> Usage:
     return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
-async def _watched(http: Request, chunks: AsyncGenerator[tuple[str, Chunk], None]) -> AsyncGenerator[tuple[str, Chunk], None]:
-    """The same chunks; what the access log and /status tell of them is noted on the way."""
-    started, tokens = time.perf_counter(), dict[int, int]()
-    async with contextlib.aclosing(chunks):
-        async for reference, chunk in chunks:
-            if not tokens:
-                http.app.state.latency["text_first_token"].add(time.perf_counter() - started)
-            tokens[chunk.choice] = chunk.completion_tokens
-            http.state.tokens = sum(tokens.values())
-            yield reference, chunk
-
-
 async def _events(
     body: CompletionRequest,
+    http: Request,
     head: dict[str, Any],
     first: tuple[str, Chunk],
     chunks: AsyncGenerator[tuple[str, Chunk], None],
@@ -334,8 +326,10 @@ async def _events(
             while True:
                 latest[chunk.choice] = chunk
                 last = sum(one.finish_reason is not None for one in latest.values()) == body.n
-                usage = _usage(latest.values()) if last or body.stream_options.continuous_usage_stats else None
-                message = _completion(body, head, reference, [chunk], usage)
+                usage = _usage(latest.values())
+                http.state.tokens = usage.completion_tokens
+                told = usage if last or body.stream_options.continuous_usage_stats else None
+                message = _completion(body, head, reference, [chunk], told)
                 yield f"data: {message.model_dump_json()}\n\n"
                 if last:
                     break

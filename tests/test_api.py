@@ -32,8 +32,7 @@ from serve.latency import Latency
 from serve.schemas import Percentiles
 from tests import bundles
 from tests.conftest import free_port
-from tests.test_page import Here
-from tests.test_serve import Failing
+from tests.gateway import Failing, Here
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import contextlib
 import io
 import os
 import shutil
@@ -10,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,10 @@ from starlette.routing import Route
 
 from models import registry
 from serve.deployments import Pictures, Text
-from serve.engine import Chunk
-from serve.errors import Rejected
-from serve.ingress import Drawing, build_app
-from serve.schemas import CompletionRequest, ImagesRequest, InterpolationsRequest, Model
+from serve.ingress import build_app
 from tests import bundles
 from tests.conftest import free_port
+from tests.gateway import Here
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's id, https://www.w3.org/TR/webdriver2/#elements
 TOKEN_S = 0.03  # slow enough to be watched, and to be stopped
@@ -72,39 +69,6 @@ return texts.map((element) => {
   return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.outerHTML.slice(0, 120)];
 });
 """
-
-
-class Here:
-    """The two deployments' classes as the ingress sees them, without Ray in between."""
-
-    def __init__(self, replica: Any) -> None:
-        self.replica = replica
-
-    async def describe(self) -> Model:
-        return await self.replica.describe()
-
-    async def sample(self) -> bytes | None:
-        return await self.replica.sample()
-
-    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
-        return raised(await self.replica.complete(request, client))
-
-    async def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]:
-        async with contextlib.aclosing(self.replica.stream(request, client)) as answers:
-            async for answer in answers:
-                yield raised(answer)
-
-    async def draw(self, request: ImagesRequest) -> tuple[str, Drawing]:
-        return raised(await self.replica.draw(request))
-
-    async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing]:
-        return raised(await self.replica.interpolate(request))
-
-
-def raised(answer: Any) -> Any:
-    if isinstance(answer, Rejected):
-        raise answer
-    return answer
 
 
 @pytest.fixture(scope="module")

@@ -37,13 +37,13 @@ from serve import deployments, launch
 from serve.__main__ import main
 from serve.deployments import Options, Pictures, Text
 from serve.detokenize import spelled
-from serve.engine import Chunk
 from serve.errors import Failed, Overloaded, Unavailable
 from serve.ingress import build_app
 from serve.schemas import CompletionRequest, ImagesRequest
 from serve.session import ImageSession, TextSession
 from tests import bundles
 from tests.conftest import ROOT, free_port
+from tests.gateway import Failing
 
 CONTEXT = 1024  # long enough that a text can be cut off while it is written
 PROMPT = "Now is the winter"
@@ -470,26 +470,6 @@ def test_a_request_is_logged_on_its_machine_with_the_id_that_it_came_with(client
 
 
 # ---- the ingress alone, over models that fail
-
-
-class Failing:
-    """A text model that gives one chunk where it streams, and then fails."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    async def describe(self) -> Any:
-        raise self.error
-
-    async def sample(self) -> bytes | None:
-        raise self.error
-
-    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
-        raise self.error
-
-    async def stream(self, request: CompletionRequest, client: str) -> Any:
-        yield "gpt/1", Chunk("To be", 1, 2)
-        raise self.error
 
 
 def ask(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
