@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,13 +26,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from cluster import local, machine
+from cluster import browser, local, machine
 from models import storage
 
 PROMPT = "**HAMLET**  \nTo be, or "
 PICTURES_PER_CLASS = 8
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, `kill`, a terminal that closes
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Demo:
@@ -143,19 +141,20 @@ class Demo:
         return rows
 
     def _photograph(self, url: str) -> str | None:
-        """The page's picture, where a browser is installed."""
-        browser = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
-        if browser is None:
+        """The page's picture once it has written and drawn, where a browser is installed."""
+        if not browser.is_installed():
             return None
         target = self.folder / "page.png"
-        options = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --hide-scrollbars --window-size=1200,1100 --virtual-time-budget=15000"
-        with tempfile.TemporaryDirectory() as profile:
-            command = [browser, *options.split(), f"--user-data-dir={profile}", f"--screenshot={target}", url]
-            try:
-                done = subprocess.run(command, capture_output=True, timeout=90, check=False)
-            except subprocess.TimeoutExpired:
-                return None  # the road was gone to its end without it
-        return str(target) if done.returncode == 0 and target.is_file() else None
+        written = "return document.getElementById('reason').textContent !== '–' && !document.getElementById('way').hidden"
+        try:
+            with browser.started(1200, 1200) as page:
+                page.open(url)
+                page.until(lambda: page.run(written))
+                page.screenshot(target)
+        except (RuntimeError, TimeoutError, httpx.HTTPError) as error:
+            self.say(f"no picture of the page: {error}")  # the road was gone to its end without it
+            return None
+        return str(target)
 
     # ---------------------------------------------------------------- what is left behind
 

@@ -48,29 +48,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def list_models(root: str, console: Console) -> None:
-    found = registry.names(root)
-    if found:
-        console.print(_table(root, found))
+    models = registry.listing(root)
+    if any(model.versions for model in models):
+        console.print(_table(models))
     else:
         console.print(f"no models in {root} yet: export a run with `python -m train export RUN`")
-    for reference in registry.unfinished(root):
-        console.print(f"{reference} is damaged or not finished, and is not served")
-    for name in found:
-        for alias, version in registry.aliases(root, name).items():
-            if version is None:
-                console.print(f"{name}@{alias} is damaged: set it again with `python -m models alias {name} {alias} VERSION`")
+    for model in models:
+        for version in model.unfinished:
+            console.print(f"{model.name}/{version} is damaged or not finished, and is not served")
+        for alias, target in model.aliases.items():
+            if target is None:
+                console.print(f"{model.name}@{alias} is damaged: set it again with `python -m models alias {model.name} {alias} VERSION`")
 
 
-def _table(root: str, found: list[str]) -> Table:
+def _table(models: list[registry.Listed]) -> Table:
     table = Table("model", "kind", "aliases", "from run", Column("held-out", overflow="fold"), "MB", "created")
-    for name in found:
-        names_of = registry.aliases(root, name)
-        for version in registry.versions(root, name):
-            manifest = bundle.read(storage.join(root, name, str(version)))
+    for model in models:
+        for version, manifest in model.versions.items():
             table.add_row(
-                f"{name}/{version}",
+                f"{model.name}/{version}",
                 f"{manifest['kind']}, {manifest['quantization']['weights']}" if manifest["quantization"] else manifest["kind"],
-                ", ".join(alias for alias, target in names_of.items() if target == version),
+                ", ".join(model.aliases_of(version)),
                 f"{manifest['run']['name']}, step {manifest['run']['step']}",
                 _metrics(manifest, "\n", IN_A_LIST),
                 f"{bundle.size(manifest) / 1e6:.1f}",
@@ -86,7 +84,7 @@ def show(root: str, reference: str, console: Console) -> None:
     table = Table.grid("", "", padding=(0, 2))
     for field, value in {
         "model": f"{name}/{version} ({manifest['kind']})",
-        "aliases": ", ".join(alias for alias, target in registry.aliases(root, name).items() if target == version) or "none",
+        "aliases": ", ".join(registry.listed(root, name).aliases_of(version)) or "none",
         "where": uri,
         "created": manifest["created"],
         "run": f"{run['name']}, step {run['step']}, in {run['storage']}",

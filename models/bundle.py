@@ -14,6 +14,7 @@ from models import storage
 
 MANIFEST = "manifest.json"
 KINDS = ("gpt", "gan")
+SAMPLES = {"gpt": "sample.txt", "gan": "sample.png"}  # what the model made at its export; a bundle need not have it
 REQUIRED = ("kind", "created", "files", "inputs", "outputs", "opset", "parity", "run", "dataset", "metrics", "libraries", "model", "sha256")
 
 Manifest = dict[str, Any]
@@ -91,6 +92,22 @@ def verify(uri: str | os.PathLike[str]) -> Manifest:
         if _digest(file) != expected["sha256"]:
             raise ValueError(f"{file} is not what its bundle promises (its sha256 differs): it is damaged; export the run again")
     return manifest
+
+
+def read_file(uri: str | os.PathLike[str], manifest: Manifest, path: str) -> bytes:
+    """A file of the bundle at `uri`, as its manifest promises it.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    file = storage.join(uri, path)
+    try:
+        content = storage.read_bytes(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is missing from its bundle: export the run again") from error
+    if hashlib.sha256(content).hexdigest() != manifest["files"][path]["sha256"]:
+        raise ValueError(f"{file} is not what its bundle promises (its sha256 differs): it is damaged; export the run again")
+    return content
 
 
 def size(manifest: Manifest) -> int:

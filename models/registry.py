@@ -16,6 +16,7 @@ import re
 import shutil
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 from models import bundle, storage
@@ -39,6 +40,35 @@ def check_name(what: str, name: str) -> None:
 # ---------------------------------------------------------------- reading
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A model as it lies in the registry, each file read once."""
+
+    name: str
+    versions: dict[int, bundle.Manifest]  # the complete ones, oldest first
+    unfinished: list[int]  # what looks like a version and is none: never finished (perhaps not yet), or with a damaged manifest
+    aliases: dict[str, int | None]  # and their versions; None where an alias is damaged
+
+    def aliases_of(self, version: int) -> list[str]:
+        return [alias for alias, target in self.aliases.items() if target == version]
+
+
+def listed(root: Uri, name: str) -> Listed:
+    found: dict[int, bundle.Manifest] = {}
+    unfinished = []
+    for version in _taken(root, name):
+        try:
+            found[version] = bundle.read(_place(root, name, version))
+        except ValueError:
+            unfinished.append(version)
+    return Listed(name, found, unfinished, aliases(root, name))
+
+
+def listing(root: Uri) -> list[Listed]:
+    """All models, those included of which no version was ever finished."""
+    return [listed(root, name) for name in _named(root)]
+
+
 def names(root: Uri) -> list[str]:
     """The models that have a version."""
     return [name for name in _named(root) if versions(root, name)]
@@ -51,11 +81,6 @@ def _named(root: Uri) -> list[str]:
 def versions(root: Uri, name: str) -> list[int]:
     """The complete versions of a model, oldest first; one without a valid manifest was never finished and is not listed."""
     return [version for version in _taken(root, name) if _is_complete(_place(root, name, version))]
-
-
-def unfinished(root: Uri) -> list[str]:
-    """What looks like a version and is none, as NAME/VERSION: never finished (perhaps not yet), or with a damaged manifest."""
-    return [f"{name}/{version}" for name in _named(root) for version in _taken(root, name) if not _is_complete(_place(root, name, version))]
 
 
 def aliases(root: Uri, name: str) -> dict[str, int | None]:

@@ -81,6 +81,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     chosen = launch.choose(storage.join(arguments.storage, "models"), arguments.text, arguments.images, here)
     address = launch.Address(arguments.host, arguments.port)
     options = Options(slots=arguments.slots, threads=arguments.threads, providers=arguments.providers, max_replicas=arguments.max_replicas)
+    if arguments.fast:
+        options.chunks_per_s = fast.CHUNKS_PER_S
     for served in chosen.values():
         print(f"serving {served.reference} ({served.manifest['kind']}, from run {served.manifest['run']['name']})", flush=True)
     with launch.connected(options.threads * len(chosen), address) as private:

@@ -27,6 +27,7 @@ from ray.serve.context import _get_global_client  # `serve.status()` doesn't tel
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve import access
+from serve.catalog import Catalog
 from serve.engine import Chunk, Engine, Stream
 from serve.errors import Overloaded, Rejected, Unavailable, UnknownModel, WrongValue
 from serve.ingress import Drawing, build_app
@@ -96,9 +97,12 @@ class Text(Replica):
 
     session: TextSession
 
-    def __init__(self, slots: int, threads: int, timeout_s: float, providers: list[str] | None = None) -> None:
+    def __init__(
+        self, slots: int, threads: int, timeout_s: float, providers: list[str] | None = None, chunks_per_s: float = math.inf
+    ) -> None:
         super().__init__()
         self.slots, self.threads, self.timeout_s, self.providers = slots, threads, timeout_s, providers
+        self.chunks_per_s = chunks_per_s
         self.engine: Engine | None = None
         self.metrics = TextMetrics()
 
@@ -110,7 +114,7 @@ class Text(Replica):
         before = self.engine
         self.uri, self.session, self.reference = uri, session, _reference(session)
         observe = functools.partial(self.metrics.observe, model=self.reference)
-        self.engine = Engine(session, queue_limit=QUEUE_LIMIT, timeout_s=self.timeout_s, observe=observe)
+        self.engine = Engine(session, queue_limit=QUEUE_LIMIT, timeout_s=self.timeout_s, chunks_per_s=self.chunks_per_s, observe=observe)
         if before is not None:
             before.close()
             self.metrics.rollouts.inc(1, {"model": self.reference})
@@ -346,12 +350,16 @@ class RemoteText(Remote):
     async def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]:
         answers = self.streaming.stream.remote(request, client)
         assert isinstance(answers, DeploymentResponseGenerator)
+        unfinished = request.n
         try:
             with _reaching(self.name):
                 async for answer in answers:
-                    yield _kept(answer)
+                    reference, chunk = _kept(answer)
+                    unfinished -= chunk.finish_reason is not None
+                    yield reference, chunk
         finally:
-            answers.cancel()  # nothing where it has ended
+            if unfinished:
+                answers.cancel()  # a message of its own to the replica, whether that has ended or not
 
 
 class RemotePictures(Remote):
@@ -430,10 +438,15 @@ class Gateway:
         self.text = None if text is None else RemoteText(text)
         self.images = None if images is None else RemotePictures(images)
         self.cluster = ServeCluster({handle.deployment_name: handle for handle in (text, images) if handle is not None})
+        self.catalog = Catalog()
         access.to_stdout()
 
+    async def reconfigure(self, user_config: dict[str, dict[str, str]]) -> None:
+        """Tells of what `user_config["registries"]` hold, by name of the model, from now on."""
+        self.catalog.look_in(user_config["registries"])
+
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self.text, self.images, self.cluster, gives_request_id_back=False)  # Serve's proxy does
+        return build_app(self.text, self.images, self.cluster, self.catalog, gives_request_id_back=False)  # Serve's proxy does
 
 
 # ---- the application
@@ -451,6 +464,7 @@ class Options(BaseModel):
     providers: list[str] | None = None  # of models.runtime.PROVIDERS, best first; None: the best that a replica's machine has
     max_replicas: int = 4  # of each model
     timeout_s: float = 300.0  # of a text, its waiting included
+    chunks_per_s: float = 100.0  # of the streams of a text replica together: each costs Serve's proxy, gateway and replica 10 ms of CPU
 
 
 def build(options: Options) -> serve.Application:
@@ -458,7 +472,7 @@ def build(options: Options) -> serve.Application:
     text = images = None
     if options.text:
         text = _model(Text, options, target_ongoing_requests=options.slots).bind(
-            options.slots, options.threads, options.timeout_s, options.providers
+            options.slots, options.threads, options.timeout_s, options.providers, options.chunks_per_s
         )
     if options.images:
         images = _model(Pictures, options, target_ongoing_requests=4).bind(options.threads, options.providers)

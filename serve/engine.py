@@ -12,6 +12,7 @@ one call.
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -89,7 +90,7 @@ class Stream:
         self._ready, self._done = asyncio.Event(), asyncio.Event()
 
     def chunks(self) -> AsyncGenerator[Chunk, None]:
-        """The texts as they come: the first chunk at once, then whatever was made in the meantime, at most every `interval_s`.
+        """The texts as they come: the first chunk at once, then whatever was made in the meantime, at most every `Engine.pause_s`.
 
         Leaving early (a break with `aclosing`, a cancelled task) frees the request's slots.
 
@@ -114,7 +115,7 @@ class Stream:
                     unfinished -= chunk.finish_reason is not None
                     yield chunk
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._done.wait(), self._engine.interval_s)
+                    await asyncio.wait_for(self._done.wait(), self._engine.pause_s())
         finally:
             self._engine.leave(self)
 
@@ -157,6 +158,7 @@ class Engine:
         timeout_s: the longest that a request may take, its waiting included.
         interval_s: the shortest time between two chunks of a stream. A message to a client costs more than a token of a
             small model, and 50 a second look continuous.
+        chunks_per_s: most chunks a second of all texts together: what delivers them has its limit, and takes from the engine's CPU.
         idle_s: once nothing was asked for so long, the room that the cache has grown by is given back, and with it the prompts that it
             holds.
         observe: every request's chunks go through it, with the number of its texts, on the event loop.
@@ -169,10 +171,12 @@ class Engine:
         chunk_size: int = 64,
         timeout_s: float = 300.0,
         interval_s: float = 0.02,
+        chunks_per_s: float = math.inf,
         idle_s: float = 10.0,
         observe: Callable[[AsyncGenerator[Chunk, None], int], AsyncGenerator[Chunk, None]] = lambda chunks, n: chunks,
     ) -> None:
-        self.session, self.timeout_s, self.interval_s, self.idle_s, self.observe = session, timeout_s, interval_s, idle_s, observe
+        self.session, self.timeout_s, self.idle_s, self.observe = session, timeout_s, idle_s, observe
+        self.interval_s, self.chunks_per_s = interval_s, chunks_per_s
         self.generated = 0  # tokens in all
         self._scheduler = Scheduler(session.slots, queue_limit, chunk_size, session.copies)
         self._longest_token = max(map(len, session.tokenizer.get_vocab(with_added_tokens=True)))
@@ -213,6 +217,10 @@ class Engine:
     def leave(self, stream: Stream) -> None:
         """The consumer has gone: from the next step on, the request's slots are others'."""
         self._inbox.put((self._drop, stream))
+
+    def pause_s(self) -> float:
+        """Between two chunks of a stream, as many texts as run now."""
+        return max(self.interval_s, self._scheduler.running / self.chunks_per_s)
 
     def close(self) -> None:
         """Ends the thread once everything submitted is finished."""

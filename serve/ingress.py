@@ -41,6 +41,8 @@ from serve.schemas import (
     InterpolationsRequest,
     Model,
     Models,
+    ModelVersion,
+    ModelVersions,
     Picture,
     PictureRequest,
     Status,
@@ -58,6 +60,8 @@ PAGE_HEADERS = {
 PNG: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}, "description": "As JSON, or as one PNG file."}
 }
+SAMPLE_TYPES = {"gpt": "text/plain", "gan": "image/png"}
+SAMPLE: dict[int | str, dict[str, Any]] = {200: {"content": {media_type: {} for media_type in SAMPLE_TYPES.values()}}}
 CRASHED = "the server failed at this request, and its log says why"
 
 logger = logging.getLogger(__name__)
@@ -102,6 +106,14 @@ class Cluster(Protocol):
     async def deployments(self) -> dict[str, DeploymentStatus]: ...
 
 
+class Catalog(Protocol):
+    """The registry's versions of a model; both may raise `Rejected`."""
+
+    async def versions(self, name: str) -> list[ModelVersion]: ...
+
+    async def sample(self, name: str, version: int) -> tuple[str, bytes]: ...
+
+
 MESSAGE = {
     "type": "string",
     "contentMediaType": "application/json",
@@ -125,16 +137,21 @@ class App(FastAPI):
 
 
 def build_app(
-    text: TextModel | None, images: ImageModel | None, cluster: Cluster | None = None, gives_request_id_back: bool = True
+    text: TextModel | None,
+    images: ImageModel | None,
+    cluster: Cluster | None = None,
+    catalog: Catalog | None = None,
+    gives_request_id_back: bool = True,
 ) -> FastAPI:
     """The ASGI application; the routes of a model that is None answer 404.
 
     Args:
         cluster: for /status; None: there are no replicas to tell of.
+        catalog: for /v1/models/NAME/versions; None: there is no registry to tell of.
         gives_request_id_back: see `serve.access.AccessLog`.
     """
     app = App(title="raykiln", summary="Text and pictures, in OpenAI's shapes.", redoc_url=None)
-    app.state.text, app.state.images, app.state.cluster = text, images, cluster
+    app.state.text, app.state.images, app.state.cluster, app.state.catalog = text, images, cluster, catalog
     app.state.latency = {"text_first_token": Latency(), "picture": Latency()}
     app.state.gives_request_id_back = gives_request_id_back
     app.include_router(router)
@@ -147,19 +164,30 @@ def build_app(
     return app
 
 
-def _text_model(http: Request) -> TextModel:
+# Async, though they wait for nothing: FastAPI runs other dependencies on threads.
+
+
+async def _text_model(http: Request) -> TextModel:
     if http.app.state.text is None:
         raise UnknownModel("no text model is served here: see /v1/models")
     return http.app.state.text
 
 
-def _image_model(http: Request) -> ImageModel:
+async def _image_model(http: Request) -> ImageModel:
     if http.app.state.images is None:
         raise UnknownModel("no picture model is served here: see /v1/models")
     return http.app.state.images
 
 
+async def _catalog(http: Request) -> Catalog:
+    if http.app.state.catalog is None:
+        raise UnknownModel("this server knows of no registry: it tells of what it serves alone, at /v1/models")
+    return http.app.state.catalog
+
+
 # ---- routes
+
+Name = Annotated[str, PathParameter(examples=["gpt"])]
 
 
 @router.get("/", include_in_schema=False)
@@ -180,24 +208,34 @@ async def models(http: Request) -> Models:
 
 
 @router.get("/v1/models/{name}")
-async def model(name: Annotated[str, PathParameter(examples=["gpt"])], http: Request) -> Model:
+async def model(name: Name, http: Request) -> Model:
     """One of /v1/models."""
-    described = await _describe(http)
-    for served in described:
-        if served.id == name:
-            return served
-    raise UnknownModel(f"model {name!r} is not served here: use {' or '.join(served.id for served in described)}")
+    return await _served(http, name)
 
 
-@router.get("/v1/models/{name}/sample", response_class=Response, responses={200: {"content": {"image/png": {}, "text/plain": {}}}})
-async def sample(name: str, http: Request) -> Response:
-    """What a model made at its export: a text, or a PNG of pictures."""
-    for described in await _describe(http):
-        if described.id == name and described.sample:
-            kinds = {"gpt": (http.app.state.text, "text/plain"), "gan": (http.app.state.images, "image/png")}
-            model, media_type = kinds[described.kind]
-            return Response(await model.sample(), media_type=media_type)
-    raise UnknownModel(f"there is no sample of a model {name!r}: see /v1/models")
+@router.get("/v1/models/{name}/sample", response_class=Response, responses=SAMPLE)
+async def sample(name: Name, http: Request) -> Response:
+    """What the version that is served made at its export: a text, or a PNG of pictures."""
+    served = await _served(http, name)
+    made = await {"gpt": http.app.state.text, "gan": http.app.state.images}[served.kind].sample() if served.sample else None
+    if made is None:
+        raise UnknownModel(f"there is no sample of {served.id}/{served.version}")
+    return Response(made, media_type=SAMPLE_TYPES[served.kind])
+
+
+@router.get("/v1/models/{name}/versions")
+async def versions(name: Name, http: Request, catalog: Annotated[Catalog, Depends(_catalog)]) -> ModelVersions:
+    """All versions in the registry of a model that is served, with lineage and metrics."""
+    await _served(http, name)
+    return ModelVersions(data=await catalog.versions(name))
+
+
+@router.get("/v1/models/{name}/versions/{version}/sample", response_class=Response, responses=SAMPLE)
+async def version_sample(name: Name, version: int, http: Request, catalog: Annotated[Catalog, Depends(_catalog)]) -> Response:
+    """What a version made at its export: a text, or a PNG of pictures."""
+    await _served(http, name)
+    kind, made = await catalog.sample(name, version)
+    return Response(made, media_type=SAMPLE_TYPES[kind])
 
 
 @router.get("/status")
@@ -261,6 +299,14 @@ async def _timed(http: Request, drawing: Awaitable[tuple[str, Drawing]]) -> tupl
     answer = await drawing
     http.app.state.latency["picture"].add(time.perf_counter() - started)
     return answer
+
+
+async def _served(http: Request, name: str) -> Model:
+    described = await _describe(http)
+    for model in described:
+        if model.id == name:
+            return model
+    raise UnknownModel(f"model {name!r} is not served here: use {' or '.join(model.id for model in described)}")
 
 
 async def _describe(http: Request) -> list[Model]:
@@ -330,9 +376,10 @@ async def _events(
                 http.state.tokens = usage.completion_tokens
                 told = usage if last or body.stream_options.continuous_usage_stats else None
                 message = _completion(body, head, reference, [chunk], told)
-                yield f"data: {message.model_dump_json()}\n\n"
+                event = f"data: {message.model_dump_json()}\n\n"
                 if last:
                     break
+                yield event
                 reference, chunk = await anext(chunks)
         except Rejected as error:
             yield f"data: {json.dumps(_error(error.status, str(error), error.param, error.code))}\n\n"
@@ -342,8 +389,8 @@ async def _events(
             yield f"data: {json.dumps(_error(500, CRASHED))}\n\n"
             return
         if body.stream_options.include_usage:
-            yield f"data: {message.model_copy(update={'choices': []}).model_dump_json()}\n\n"
-        yield "data: [DONE]\n\n"
+            event += f"data: {message.model_copy(update={'choices': []}).model_dump_json()}\n\n"
+        yield event + "data: [DONE]\n\n"  # in one piece, since each costs the proxy as much
 
 
 # ---- errors, all in OpenAI's shape
@@ -373,12 +420,13 @@ async def _crashed(http: Request, error: Exception) -> Response:
 
 
 async def _invalid(http: Request, error: Exception) -> Response:
-    """Pydantic's list of errors as one sentence: the field, its value, the way out."""
+    """Pydantic's list of errors as one sentence: the field (of the body or the path), its value, the way out."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return JSONResponse(_error(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"), 400)
-    field, siblings = _field(first["loc"][1:], http.scope["endpoint"].__annotations__["body"])
+    place, *loc = first["loc"]
+    field, siblings = (str(loc[0]), []) if place == "path" else _field(loc, http.scope["endpoint"].__annotations__["body"])
     reason = first["msg"].removeprefix("Value error, ")
     if field is None:
         is_object = first["type"] not in ("missing", "dict_type", "model_type", "model_attributes_type")
@@ -397,7 +445,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _field(loc: tuple[int | str, ...], body: type[BaseModel]) -> tuple[str | None, list[str]]:
+def _field(loc: list[int | str], body: type[BaseModel]) -> tuple[str | None, list[str]]:
     """The dotted name of the field that an error lies in (None: the body itself), and the fields that are known beside it.
 
     What follows a field in pydantic's `loc` names one of its nested model's, or else a member of a union, or an index.

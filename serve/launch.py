@@ -36,14 +36,18 @@ logger = logging.getLogger(__name__)
 class Chosen:
     """A verified bundle that is to be served."""
 
+    registry: str
     name: str
     version: int
-    uri: str
     manifest: bundle.Manifest
 
     @property
     def reference(self) -> str:
         return f"{self.name}/{self.version}"
+
+    @property
+    def uri(self) -> str:
+        return storage.join(self.registry, self.name, str(self.version))
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def _verified(root: str, kind: str, reference: str, providers: list[str] | None)
             open_bundle(ImageSession, uri, providers=providers)
     except ValueError as error:
         raise ValueError(f"{name}/{version} cannot be served: {error}") from error
-    return Chosen(name, version, uri, manifest)
+    return Chosen(root, name, version, manifest)
 
 
 # ---- up
@@ -177,12 +181,15 @@ def _deployed() -> dict[str, Any] | None:
 def config(chosen: dict[str, Chosen], options: Options) -> dict[str, Any]:
     """The Serve config of the application; `serve deploy` takes it as well."""
     args = options.model_copy(update={"text": "gpt" in chosen, "images": "gan" in chosen})
-    deployments = [{"name": DEPLOYMENTS[kind], "user_config": {"uri": served.uri}} for kind, served in chosen.items()]
+    deployments: list[dict[str, Any]] = [{"name": DEPLOYMENTS[kind], "user_config": {"uri": served.uri}} for kind, served in chosen.items()]
+    registries = {served.name: served.registry for served in chosen.values()}
+    deployments.append({"name": "Gateway", "user_config": {"registries": registries}})
     application = {
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": "serve.deployments:build",
         "args": args.model_dump(),
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},  # the gateway has its own (`serve.access`)
         "deployments": deployments,
     }
     return {"applications": [application]}

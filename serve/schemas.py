@@ -246,6 +246,24 @@ class Models(BaseModel):
     data: list[Model]
 
 
+class ModelVersion(BaseModel):
+    id: str
+    version: int
+    created: int
+    aliases: list[str]
+    metrics: dict[str, Any] = Field(description="What was measured at the end of its training.")
+    quantization: dict[str, Any] | None = Field(description="The graph's weights and what they cost; null: float32.")
+    run: dict[str, Any]
+    dataset: dict[str, Any]
+    commit: str | None
+    sample: bool = Field(description="Whether its bundle holds something that it made: /v1/models/{id}/versions/{version}/sample.")
+
+
+class ModelVersions(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelVersion] = Field(description="Newest first.")
+
+
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
     models: list[str] = Field(description="Name and version of each model that answered.")

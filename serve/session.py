@@ -185,5 +185,5 @@ def _verified(folder: Path, kind: str) -> bundle.Manifest:
 
 def _sample(folder: Path, manifest: bundle.Manifest) -> bytes | None:
     """What the model made at its export, a text in UTF-8 or a PNG; None where the bundle has none."""
-    name = {"gpt": "sample.txt", "gan": "sample.png"}[manifest["kind"]]
+    name = bundle.SAMPLES[manifest["kind"]]
     return (folder / name).read_bytes() if name in manifest["files"] else None

@@ -25,6 +25,7 @@ from schemathesis.config import SchemathesisConfig
 
 from models import registry
 from serve import access
+from serve.catalog import Catalog
 from serve.deployments import Pictures, Text
 from serve.errors import Overloaded, Unavailable
 from serve.ingress import build_app
@@ -60,7 +61,10 @@ def server(root: str) -> Iterator[str]:
         text, pictures = Text(slots=4, threads=1, timeout_s=60), Pictures(threads=1)
         await text.reconfigure({"uri": registry.resolve(root, "gpt")[2]})
         await pictures.reconfigure({"uri": registry.resolve(root, "dcgan")[2]})
-        started.append(uvicorn.Server(uvicorn.Config(build_app(Here(text), Here(pictures)), port=port, log_level="warning")))
+        catalog = Catalog()
+        catalog.look_in({"gpt": root, "dcgan": root})
+        app = build_app(Here(text), Here(pictures), catalog=catalog)
+        started.append(uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning")))
         await started[0].serve()
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),))

@@ -515,6 +515,20 @@ def test_a_stream_adds_up_to_the_whole_and_counts_its_tokens() -> None:
     run(scenario)
 
 
+def test_the_more_texts_run_the_rarer_are_the_chunks_of_each() -> None:
+    async def scenario() -> None:
+        async with engine_of(HashSession(slots=4, context=4000, step_s=0.002), interval_s=0.01, chunks_per_s=20) as engine:
+            assert engine.pause_s() == 0.01
+            async with contextlib.AsyncExitStack() as stack:
+                for running in (1, 2, 3, 4):
+                    stream = engine.submit("To be", Sampling(max_tokens=3000, temperature=0))
+                    chunks = await stack.enter_async_context(contextlib.aclosing(stream.chunks()))
+                    assert (await anext(chunks)).completion_tokens >= 1, "the first comes at once all the same"
+                    assert engine.pause_s() == running / 20
+
+    run(scenario)
+
+
 def test_a_client_that_goes_frees_its_slot_within_a_token() -> None:
     async def scenario() -> None:
         async with engine_of(HashSession(slots=1, context=4000, step_s=0.002), interval_s=0) as engine:

@@ -4,17 +4,12 @@ import asyncio
 import base64
 import io
 import os
-import shutil
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import uvicorn
 from PIL import Image
@@ -22,7 +17,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from cluster.browser import Browser, is_installed, started
 from models import registry
+from serve.catalog import Catalog
 from serve.deployments import Pictures, Text
 from serve.ingress import build_app
 from tests import bundles
@@ -30,19 +27,10 @@ from tests.conftest import free_port
 from tests.gateway import Here
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's id, https://www.w3.org/TR/webdriver2/#elements
+WINDOW = (1360, 1250)
 TOKEN_S = 0.03  # slow enough to be watched, and to be stopped
-CHROMIUM = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1360,1250",
-]
 
+OPEN_ALL = "for (const details of document.querySelectorAll('details')) details.open = true"
 STATUS = {
     "deployments": {
         "Text": {"replicas": 1, "target": 2, "status": "UPSCALING"},
@@ -81,18 +69,22 @@ def server(replica: Text, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """The ingress over tiny models, and a second one at port + 1 that serves text only and has no /status."""
     folder = tmp_path_factory.mktemp("page")
     root = str(folder / "models")
-    registry.publish(root, "gpt", bundles.tiny_gpt_bundle(folder / "gpt"))
+    for version in (1, 2):
+        assert registry.publish(root, "gpt", bundles.tiny_gpt_bundle(folder / f"gpt-{version}")) == version
+    registry.alias(root, "gpt", "staging", 2)
     registry.publish(root, "dcgan", bundles.tiny_gan_bundle(folder / "gan", num_classes=3))
     port = free_port()
     servers: list[uvicorn.Server] = []
 
     async def serve() -> None:
         pictures = Pictures(threads=1)
-        await replica.reconfigure({"uri": registry.resolve(root, "gpt")[2]})
+        catalog = Catalog()
+        catalog.look_in({"gpt": root, "dcgan": root})
+        await replica.reconfigure({"uri": registry.resolve(root, "gpt/1")[2]})
         await pictures.reconfigure({"uri": registry.resolve(root, "dcgan")[2]})
         slow_down(replica.session)
         for images, told, at in ((Here(pictures), STATUS, port), (None, None, port + 1)):
-            app = build_app(Here(replica), images)
+            app = build_app(Here(replica), images, catalog=catalog if images else None)
             app.router.routes.insert(0, Route("/status", tell_status(told)))
             servers.append(uvicorn.Server(uvicorn.Config(app, port=at, log_level="warning")))
         await asyncio.gather(*(server.serve() for server in servers))
@@ -125,101 +117,62 @@ def slow_down(session: Any) -> None:
     session.decode = slow
 
 
-class Browser:
-    """As much of WebDriver as these tests need."""
-
-    def __init__(self, driver_url: str) -> None:
-        self.http = httpx.Client(base_url=driver_url, timeout=60)
-        options = {"args": [*CHROMIUM, f"--user-data-dir={tempfile.mkdtemp(prefix='raykiln-chromium-')}"]}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        session = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
-        self.profile = options["args"][-1].partition("=")[2]
-        self.http.base_url = f"{driver_url}/session/{session['sessionId']}"
-
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        response = self.http.request(method, path, json=body)
-        assert response.status_code == 200, response.text
-        return response.json()["value"]
-
-    def open(self, url: str) -> None:
-        self._call("POST", "/url", {"url": url})
-
-    def run(self, script: str) -> Any:
-        return self._call("POST", "/execute/sync", {"script": script, "args": []})
+class Page(Browser):
+    """What a person does and sees."""
 
     def find(self, selector: str) -> list[str]:
-        found = self._call("POST", "/elements", {"using": "css selector", "value": selector})
+        found = self.call("POST", "/elements", {"using": "css selector", "value": selector})
         return [element[ELEMENT] for element in found]
 
     def click(self, selector: str) -> None:
-        self._call("POST", f"/element/{self.find(selector)[0]}/click", {})
+        self.call("POST", f"/element/{self.find(selector)[0]}/click", {})
 
     def type(self, selector: str, text: str) -> None:
-        self._call("POST", f"/element/{self.find(selector)[0]}/value", {"text": text})
+        self.call("POST", f"/element/{self.find(selector)[0]}/value", {"text": text})
 
     def text(self, selector: str) -> str:
         return self.run(f"return document.querySelector({selector!r}).textContent")
 
     def name(self, element: str) -> str:
-        return self._call("GET", f"/element/{element}/computedlabel")
+        return self.call("GET", f"/element/{element}/computedlabel")
 
     def markup(self, element: str) -> str:
-        return self._call("GET", f"/element/{element}/property/outerHTML")[:200]
+        return self.call("GET", f"/element/{element}/property/outerHTML")[:200]
 
     def resize(self, width: int, height: int) -> None:
-        self._call("POST", "/window/rect", {"width": width, "height": height})
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
+        self.call("POST", "/window/rect", {"width": width, "height": height})
 
     def prefer(self, scheme: str) -> None:
         """light or dark; "": what the system has."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": features}})
+        self.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": features}})
+
+    def until(self, condition: Callable[[], Any], timeout_s: float = 60) -> Any:
+        try:
+            return super().until(condition, timeout_s)
+        except TimeoutError as error:
+            raise AssertionError(f"the page says {self.text('#notice')!r}, its console {self.complaints()}") from error
 
     def complaints(self) -> list[str]:
         """What the console has: blocked by the page's policy, not found, thrown."""
-        return [entry["message"] for entry in self._call("POST", "/se/log", {"type": "browser"})]
-
-    def until(self, condition: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + 60
-        while not (value := condition()):
-            assert time.monotonic() < deadline, (self.text("#notice"), self.complaints())
-            time.sleep(0.02)
-        return value
-
-    def close(self) -> None:
-        self._call("DELETE", str(self.http.base_url).rstrip("/"))
-        self.http.close()
-        shutil.rmtree(self.profile, ignore_errors=True)
+        return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"})]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    driver = shutil.which("chromedriver")
-    if driver is None or shutil.which("chromium") is None:
+def browser() -> Iterator[Page]:
+    if not is_installed():
         missing = "the page is NOT tested: there is no chromium and chromedriver here (apt-get install chromium chromium-driver)"
         (pytest.fail if os.environ.get("RAYKILN_EXPECT_CHROMIUM") == "1" else pytest.skip)(missing)
-    port = free_port()
-    process = psutil.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=10)) as http:
-            http.get("/status")
-        browser = Browser(f"http://127.0.0.1:{port}")
-        yield browser
-        browser.close()
-    finally:
-        for left in [*process.children(recursive=True), process]:
-            left.kill()
-        process.wait(10)
+    with started(*WINDOW) as browser:
+        yield Page(browser.http)
 
 
-def written(browser: Browser) -> str:
+def written(browser: Page) -> str:
     browser.until(lambda: browser.text("#reason") != "–")
     return browser.text("#generated")
 
 
-def test_text_appears_as_it_is_written(browser: Browser, server: str) -> None:
+def test_text_appears_as_it_is_written(browser: Page, server: str) -> None:
     browser.open(server)
     browser.until(lambda: not browser.run("return document.getElementById('text').hidden"))
     browser.type("#prompt", "Now is")
@@ -239,7 +192,28 @@ def test_text_appears_as_it_is_written(browser: Browser, server: str) -> None:
     assert 0 < rate <= 1 / TOKEN_S
 
 
-def test_stop_ends_the_model_s_work(browser: Browser, server: str, replica: Text) -> None:
+def test_every_control_reaches_the_server(browser: Page, server: str) -> None:
+    asked: dict[str, Any] = {
+        "prompt": "Now",
+        "max_tokens": 12,
+        "temperature": 1.5,
+        "top_k": 20,
+        "top_p": 0.6,
+        "repetition_penalty": 1.4,
+        "seed": 3,
+    }
+    browser.open(f"{server}/?{httpx.QueryParams(asked)}&run=text")
+    whole = written(browser)
+    assert httpx.post(f"{server}/v1/completions", json=asked, timeout=30).json()["choices"][0]["text"] == whole
+    for left_out in ("top_p", "repetition_penalty"):
+        others = {name: value for name, value in asked.items() if name != left_out}
+        assert httpx.post(f"{server}/v1/completions", json=others, timeout=30).json()["choices"][0]["text"] != whole
+    browser.open(f"{server}/?{httpx.QueryParams(asked | {'stop': whole[4:6]})}&run=text")
+    assert written(browser) == whole[: whole.index(whole[4:6])]
+    assert browser.text("#reason") == "stop string or end of text"
+
+
+def test_stop_ends_the_model_s_work(browser: Page, server: str, replica: Text) -> None:
     browser.open(f"{server}/?prompt=Now&seed=5&run=text")
     browser.until(lambda: browser.text("#generated"))
     browser.click("#stop")
@@ -254,7 +228,7 @@ def test_stop_ends_the_model_s_work(browser: Browser, server: str, replica: Text
     assert browser.run("return document.getElementById('stop').disabled")
 
 
-def test_pictures_of_a_seed_and_a_class(browser: Browser, server: str) -> None:
+def test_pictures_of_a_seed_and_a_class(browser: Page, server: str) -> None:
     browser.open(f"{server}/?seed=7&run=pictures")
     browser.until(lambda: len(browser.find("#grid img")) == 16)
     sources = "return [...document.querySelectorAll('#grid img')].map((image) => image.src.split(',')[1])"
@@ -272,11 +246,11 @@ def test_pictures_of_a_seed_and_a_class(browser: Browser, server: str) -> None:
     browser.until(lambda: "seed 8" in browser.text("#picture-status"))
 
 
-def set_slider(browser: Browser, selector: str, value: float) -> None:
+def set_slider(browser: Page, selector: str, value: float) -> None:
     browser.run(f"const it = document.querySelector('{selector}'); it.value = {value}; it.dispatchEvent(new Event('input'))")
 
 
-def test_truncation_is_asked_for_where_the_slider_is_not_at_its_end(browser: Browser, server: str) -> None:
+def test_truncation_is_asked_for_where_the_slider_is_not_at_its_end(browser: Page, server: str) -> None:
     browser.open(f"{server}/?seed=7&n=4&truncation=0.5&run=pictures")
     sources = "return [...document.querySelectorAll('#grid img')].map((image) => image.src.split(',')[1])"
     browser.until(lambda: len(browser.run(sources)) == 4)
@@ -294,7 +268,7 @@ def test_truncation_is_asked_for_where_the_slider_is_not_at_its_end(browser: Bro
     assert "truncation" not in browser.run("return location.search")
 
 
-def test_a_slider_leads_from_one_seed_to_another_by_keyboard(browser: Browser, server: str) -> None:
+def test_a_slider_leads_from_one_seed_to_another_by_keyboard(browser: Page, server: str) -> None:
     browser.open(f"{server}/?from=3&to=5&label=class%201&run=pictures")
     browser.until(lambda: not browser.run("return document.getElementById('way').hidden"))
     request = {"seed": 3, "to_seed": 5, "steps": 21, "label": 1}
@@ -315,7 +289,7 @@ def test_a_slider_leads_from_one_seed_to_another_by_keyboard(browser: Browser, s
     assert Image.open(io.BytesIO(base64.b64decode(strip))).size == (21 * 28, 28)
 
 
-def test_what_is_served_is_shown_with_its_sample_replicas_and_latency(browser: Browser, server: str) -> None:
+def test_what_is_served_is_shown_with_its_sample_replicas_and_latency(browser: Page, server: str) -> None:
     browser.open(server)
     gpt, gan = ".card[data-kind=gpt]", ".card[data-kind=gan]"
     browser.until(lambda: browser.find(f"{gan} .live dd"))
@@ -328,7 +302,19 @@ def test_what_is_served_is_shown_with_its_sample_replicas_and_latency(browser: B
     browser.until(lambda: browser.run(f"return {image}.naturalWidth > 28"))
 
 
-def test_the_keyboards_focus_stays_where_it_is_of_use(browser: Browser, server: str) -> None:
+def test_all_versions_are_set_side_by_side_with_their_samples(browser: Page, server: str) -> None:
+    browser.open(server)
+    browser.until(lambda: browser.find(".card[data-kind=gpt] .versions"))
+    browser.click(".card[data-kind=gpt] summary")
+    rows = "return [...document.querySelectorAll('.versions tbody tr')].map((row) => [...row.cells].map((cell) => cell.textContent.trim()))"
+    newest, served = browser.until(lambda: browser.run(rows))
+    assert (newest[0], served[0]) == ("2 staging", "1 served")
+    browser.click(".versions tbody button")
+    sample = httpx.get(f"{server}/v1/models/gpt/versions/2/sample").text
+    assert browser.until(lambda: browser.text(".versions pre")) == sample
+
+
+def test_the_keyboards_focus_stays_where_it_is_of_use(browser: Page, server: str) -> None:
     browser.open(f"{server}/?prompt=Now&run=text")
     browser.until(lambda: browser.text("#generated"))
     focus = "return document.activeElement.id"
@@ -352,12 +338,14 @@ def test_a_browser_asks_whether_the_pages_files_have_changed(server: str) -> Non
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_has_enough_contrast(browser: Browser, server: str, scheme: str) -> None:
+def test_every_text_has_enough_contrast(browser: Page, server: str, scheme: str) -> None:
     browser.prefer(scheme)
     try:
         browser.open(f"{server}/?prompt=Now&max_tokens=3&seed=7&run=1")
         written(browser)
         browser.until(lambda: not browser.run("return document.getElementById('way').hidden"))
+        browser.run(OPEN_ALL)
+        browser.until(lambda: browser.find(".versions tbody button"))
         browser.run("document.getElementById('notice').hidden = false; document.getElementById('notice').textContent = 'Wrong'")
         contrasts = browser.run(CONTRASTS)
         assert len(contrasts) > 50
@@ -366,7 +354,7 @@ def test_every_text_has_enough_contrast(browser: Browser, server: str, scheme: s
         browser.prefer("")
 
 
-def test_the_address_reproduces_what_is_shown(browser: Browser, server: str) -> None:
+def test_the_address_reproduces_what_is_shown(browser: Page, server: str) -> None:
     browser.open(f"{server}/?prompt=Now%20is%0A&max_tokens=5&temperature=1.5&run=1")
     text, address = written(browser), browser.run("return location.href")
     pictures = browser.until(lambda: browser.text("#picture-status"))
@@ -375,7 +363,7 @@ def test_the_address_reproduces_what_is_shown(browser: Browser, server: str) -> 
     assert browser.until(lambda: browser.text("#picture-status")).partition(" by ")[0] == pictures.partition(" by ")[0]
 
 
-def test_what_the_server_refuses_is_shown(browser: Browser, server: str) -> None:
+def test_what_the_server_refuses_is_shown(browser: Page, server: str) -> None:
     browser.open(server)
     browser.until(lambda: not browser.run("return document.getElementById('text').hidden"))
     browser.run("document.getElementById('prompt').value = 'Now is the winter. '.repeat(40)")
@@ -383,7 +371,7 @@ def test_what_the_server_refuses_is_shown(browser: Browser, server: str) -> None
     browser.until(lambda: "exceed the model's context of 64 tokens" in browser.text("#notice"))
 
 
-def test_a_prompt_of_many_tokens_is_asked_again_for_less(browser: Browser, server: str) -> None:
+def test_a_prompt_of_many_tokens_is_asked_again_for_less(browser: Page, server: str) -> None:
     prompt = "ж" * 20  # 40 bytes, and as many tokens
     browser.open(f"{server}/?prompt={prompt}&max_tokens=60&seed=5&run=text")
     shown = written(browser)
@@ -391,7 +379,7 @@ def test_a_prompt_of_many_tokens_is_asked_again_for_less(browser: Browser, serve
     assert httpx.post(f"{server}/v1/completions", json=request, timeout=30).json()["choices"][0]["text"] == shown
 
 
-def test_a_kind_that_is_not_served_is_not_shown(browser: Browser, server: str) -> None:
+def test_a_kind_that_is_not_served_is_not_shown(browser: Page, server: str) -> None:
     address, _, port = server.rpartition(":")
     browser.open(f"{address}:{int(port) + 1}/")
     browser.until(lambda: not browser.run("return document.getElementById('text').hidden"))
@@ -400,7 +388,7 @@ def test_a_kind_that_is_not_served_is_not_shown(browser: Browser, server: str) -
     assert browser.run("return document.querySelector('.live').hidden && document.getElementById('notice').hidden")
 
 
-def test_the_page_loads_nothing_from_elsewhere_and_complains_of_nothing(browser: Browser, server: str) -> None:
+def test_the_page_loads_nothing_from_elsewhere_and_complains_of_nothing(browser: Page, server: str) -> None:
     browser.complaints()
     browser.open(f"{server}/?prompt=%3Cscript%3Ealert(1)%3C%2Fscript%3E&max_tokens=3&run=1")
     written(browser)
@@ -411,14 +399,15 @@ def test_the_page_loads_nothing_from_elsewhere_and_complains_of_nothing(browser:
     assert browser.complaints() == []
 
 
-def test_every_control_has_a_name_and_the_page_fits_a_phone(browser: Browser, server: str) -> None:
+def test_every_control_has_a_name_and_the_page_fits_a_phone(browser: Page, server: str) -> None:
     browser.open(f"{server}/?seed=7&run=pictures")
     browser.until(lambda: len(browser.find("#grid img")) == 16)
     browser.until(lambda: not browser.run("return document.getElementById('way').hidden"))
+    browser.run(OPEN_ALL)
     names = {browser.markup(control): browser.name(control) for control in browser.find("button, input, select, textarea, a")}
     assert [markup for markup, name in names.items() if not name] == []
     browser.resize(500, 900)  # the narrowest that Chromium's window gets
     try:
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
     finally:
-        browser.resize(1360, 1250)
+        browser.resize(*WINDOW)

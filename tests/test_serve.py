@@ -307,6 +307,21 @@ def test_a_models_sample_is_its_bundles(client: httpx.Client, root: str) -> None
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
 
 
+def test_all_versions_in_the_registry_are_told(client: httpx.Client, root: str) -> None:
+    told = client.get("/v1/models/gpt/versions").json()["data"]
+    assert [one["version"] for one in told] == sorted(registry.versions(root, "gpt"), reverse=True) != [1]
+    sample = client.get(f"/v1/models/gpt/versions/{told[0]['version']}/sample")
+    assert (sample.headers["content-type"], sample.content) == ("text/plain; charset=utf-8", (Path(root) / "gpt/2/sample.txt").read_bytes())
+    for path, status, message in (
+        ("gpt/versions/99/sample", 404, "no sample of gpt/99"),
+        ("gpt/versions/one/sample", 422, "version is 'one': input should be a valid integer"),
+        ("other/versions", 404, "model 'other' is not served here"),
+    ):
+        refused = client.get(f"/v1/models/{path}")
+        assert refused.status_code == status
+        assert message in refused.json()["error"]["message"]
+
+
 # ---- requests that cannot be served
 
 
@@ -769,8 +784,8 @@ def test_a_bundle_that_answers_wrongly_does_not_take_down_what_is_served(
     with pytest.raises(ValueError, match=r"gpt/1 cannot be served: .* gives other text than golden\.json"):
         launch.choose(bad)
 
-    (_, _, uri), good = registry.resolve(bad, "gpt"), launch.choose(root)
-    chosen = good | {"gpt": launch.Chosen("gpt", 1, uri, bundle.read(uri))}  # as where replicas' machines are not like this one
+    manifest = bundle.read(registry.resolve(bad, "gpt")[2])
+    chosen = launch.choose(root) | {"gpt": launch.Chosen(bad, "gpt", 1, manifest)}  # as where replicas' machines are not like this one
     with pytest.raises(ValueError, match=r"the models could not be served"):
         launch.deploy(chosen, address, Options(max_replicas=1))
     recorded = golden(root, 1)

@@ -1,4 +1,4 @@
-// What is served: each model's lineage, metrics and sample, and, where the server tells it, its replicas and latency.
+// What is served: each model's lineage, metrics and sample, and, where the server tells it, its replicas, latency and other versions.
 
 import { answer } from "./api.js";
 import { $, element } from "./page.js";
@@ -8,6 +8,7 @@ const LIVE = {
   gpt: { deployment: "Text", latency: "text_first_token", name: "first token" },
   gan: { deployment: "Pictures", latency: "picture", name: "pictures" },
 };
+const difference = new Intl.NumberFormat("en", { signDisplay: "always", maximumFractionDigits: 4 });
 const number = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
 
 export function offer(models) {
@@ -31,7 +32,8 @@ function card(model) {
     facts(element("dl"), Object.entries(metrics).map(([name, value]) => [name.replaceAll("_", " "), shown(value)])),
   );
   box.dataset.kind = kind;
-  if (model.sample) box.append(sample(model));
+  if (model.sample) box.append(sample(`v1/models/${encodeURIComponent(id)}/sample`, `${id}/${version}`, kind));
+  box.append(versions(model));
   return box;
 }
 
@@ -48,17 +50,69 @@ function facts(list, entries) {
   return list;
 }
 
-function sample({ id, kind }) {
-  const address = `v1/models/${encodeURIComponent(id)}/sample`;
-  const figure = element("figure", {}, element("figcaption", { textContent: "A sample, made at its export" }));
+function sample(address, name, kind) {
+  const figure = element("figure", {}, element("figcaption", { textContent: `A sample of ${name}, made at its export` }));
   if (kind === "gan") {
-    figure.append(element("img", { src: address, alt: `Pictures that ${id} made at its export`, loading: "lazy" }));
+    figure.append(element("img", { src: address, alt: `Pictures that ${name} made at its export`, loading: "lazy" }));
   } else {
-    const text = element("pre", { tabIndex: 0, role: "region", ariaLabel: `Text that ${id} wrote at its export` });
+    const text = element("pre", { tabIndex: 0, role: "region", ariaLabel: `Text that ${name} wrote at its export` });
     figure.append(text);
     fetch(address).then(answer).then(async (response) => (text.textContent = await response.text())).catch(() => figure.remove());
   }
   return figure;
+}
+
+// ---- versions
+
+/** The registry's versions of a model side by side, asked for once the list is opened. */
+function versions({ id, version, kind }) {
+  const place = `v1/models/${encodeURIComponent(id)}/versions`;
+  const box = element("details", { className: "versions" }, element("summary", { textContent: `All versions of ${id}` }));
+  box.addEventListener("toggle", async () => {
+    if (!box.open) return;
+    const found = await fetch(place).then(answer).then((response) => response.json()).catch((error) => ({ error }));
+    box.querySelector(".rows")?.remove();
+    if (found.error) box.append(element("p", { className: "rows", textContent: found.error.message }));
+    else box.append(element("div", { className: "rows", tabIndex: 0, role: "region", ariaLabel: `Versions of ${id}` }, table(found.data, version, show)));
+  });
+  const show = (one) => {
+    box.querySelector("figure")?.remove();
+    box.append(sample(`${place}/${one.version}/sample`, `${id}/${one.version}`, kind));
+  };
+  return box;
+}
+
+/** How a graph's weights are held, and what that cost on held-out text. */
+function weights(quantization) {
+  if (!quantization) return "fp32";
+  const { bits_per_byte, bits_per_byte_fp32, weights } = quantization;
+  return `${weights}, ${difference.format(bits_per_byte - bits_per_byte_fp32)} bits a byte`;
+}
+
+function table(found, served, show) {
+  const judged = (name) => name.startsWith("heldout_") && !/_(floor|samples)$/.test(name); // what tells versions apart
+  const metrics = [...new Set(found.flatMap(({ metrics }) => Object.keys(metrics).filter(judged)))];
+  const titles = ["version", "weights", ...metrics.map((name) => name.slice("heldout_".length).replaceAll("_", " ")), "run", "made", "sample"];
+  const head = element("tr", {}, ...titles.map((title) => element("th", { scope: "col", textContent: title })));
+  const rows = found.map((one) => {
+    const marks = [one.version === served && "served", ...one.aliases].filter(Boolean).join(", ");
+    const cells = [
+      weights(one.quantization),
+      ...metrics.map((name) => (name in one.metrics ? shown(one.metrics[name]) : "")),
+      `${one.run.name}, step ${one.run.step}`,
+      new Date(one.created * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }),
+    ];
+    const button = element("button", { type: "button", textContent: "Show", ariaLabel: `Show the sample of version ${one.version}` });
+    button.addEventListener("click", () => show(one));
+    return element(
+      "tr",
+      { className: one.version === served ? "served" : "" },
+      element("th", { scope: "row" }, `${one.version} `, element("small", { textContent: marks })),
+      ...cells.map((textContent) => element("td", { textContent })),
+      element("td", {}, ...(one.sample ? [button] : [])),
+    );
+  });
+  return element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
 }
 
 // ---- replicas and latency

@@ -15,9 +15,12 @@ export async function write(event) {
     temperature: $("temperature").valueAsNumber,
     max_tokens: Math.min($("max_tokens").valueAsNumber, room($("prompt").value)),
     top_k: $("top_k").valueAsNumber,
+    top_p: unless(1, $("top_p").valueAsNumber),
+    repetition_penalty: unless(1, $("repetition_penalty").valueAsNumber),
+    stop: unless("", $("stop-at").value.replaceAll("\\n", "\n")),
     seed: seedOf($("text-seed")),
   };
-  remember({ ...request, seed: undefined, text_seed: request.seed });
+  remember({ ...request, stop: $("stop-at").value, seed: undefined, text_seed: request.seed });
   startSheet(request);
   let ended = "stop button";
   try {
@@ -30,6 +33,9 @@ export async function write(event) {
   }
   if (writing === mine) endSheet(ended);
 }
+
+/** A control's value; nothing where it is what the server takes by itself. */
+const unless = (usual, value) => (value === usual ? undefined : value);
 
 /** Shows a completion as it comes; returns why it ended. */
 async function stream(request, signal) {
@@ -55,7 +61,7 @@ async function stream(request, signal) {
     if (now - first > 50) rate(usage.completion_tokens - tokensOfFirst, now - first);
     else if (reason) rate(usage.completion_tokens, now - started); // too short to leave the wait for the first token out
   }
-  return { stop: "end of text", length: "token limit" }[reason];
+  return { stop: request.stop ? "stop string or end of text" : "end of text", length: "token limit" }[reason];
 }
 
 // Only the server can count a prompt's tokens: they are no more than its bytes, and in long English prompts less than half.
@@ -105,7 +111,7 @@ function endSheet(reason) {
 export function listen() {
   $("text-form").addEventListener("submit", write);
   $("stop").addEventListener("click", () => writing?.abort());
-  for (const id of ["temperature", "max_tokens"]) $(id).addEventListener("input", () => ($(`${id}-value`).textContent = $(id).value));
+  for (const id of ["temperature", "max_tokens", "top_p", "repetition_penalty"]) $(id).addEventListener("input", () => ($(`${id}-value`).textContent = $(id).value));
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") writing?.abort();
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) write(event);

@@ -1,0 +1,57 @@
+"""The applications that `serve_hop.py` compares: the text model alone, with its ingress near or far, its tokens together or each by itself."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve.deployments import RemoteText, Text
+from serve.ingress import build_app
+from tests.gateway import Here
+
+TIMEOUT_S = 300.0
+
+
+class PacedText(Text):
+    """The replica's text model, with a stream's chunks so far apart as asked for.
+
+    Args:
+        interval_s: see `serve.engine.Engine`; 0: each step's tokens at once.
+    """
+
+    def __init__(self, slots: int, interval_s: float) -> None:
+        super().__init__(slots, threads=1, timeout_s=TIMEOUT_S)
+        self.interval_s = interval_s
+
+    async def _swap(self, uri: str) -> None:
+        await super()._swap(uri)
+        assert self.engine is not None
+        self.engine.interval_s = self.interval_s
+
+
+@serve.ingress()
+class Gateway:
+    """As `serve.deployments.Gateway`: HTTP in a process of its own."""
+
+    def __init__(self, text: DeploymentHandle) -> None:
+        self.text = RemoteText(text)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self.text, None, gives_request_id_back=False)
+
+
+@serve.ingress()
+class TextWithIngress(PacedText):
+    """HTTP and engine in one process."""
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(Here(self), None, gives_request_id_back=False)
+
+
+def build(uri: str, near: bool, slots: int, interval_s: float) -> serve.Application:
+    options: dict[str, Any] = {"user_config": {"uri": uri}, "ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 1000}
+    if near:
+        return serve.deployment(**options)(TextWithIngress).bind(slots, interval_s)
+    text = serve.deployment(**options, request_router_config={"initial_backoff_s": 0.005, "max_backoff_s": 0.02})(PacedText)
+    return serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)(Gateway).bind(text.bind(slots, interval_s))
