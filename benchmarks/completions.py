@@ -20,11 +20,12 @@ import httpx
 import numpy as np
 from tokenizers import Tokenizer
 
-from benchmarks.runs import ROOT, free_port
+from benchmarks.runs import ROOT, free_port, spread
 from models import bundle, registry
 
 NAME = "gpt"  # in the registry: what `train export` calls a GPT
-SHORTEST_PROMPT, LONGEST_PROMPT, NEW_TOKENS = 16, 48, 64
+SHORTEST_PROMPT, LONGEST_PROMPT = 16, 48  # tokens
+SHORTEST_TEXT, LONGEST_TEXT = 16, 112
 START_TIMEOUT_S, ANSWER_TIMEOUT_S = 180, 300
 
 
@@ -73,16 +74,24 @@ def heldout_ids(tokenizer: Tokenizer) -> np.ndarray:
     return np.array(tokenizer.encode("".join(found)).ids)
 
 
-def rounds_of_prompts(folder: str, num_rounds: int, num_requests: int) -> list[list[str]]:
-    """For each round, other pieces of held-out text, each of 16 to 48 tokens by the tokenizer of the bundle at `folder`."""
+@dataclass(frozen=True)
+class Asked:
+    prompt: str
+    max_tokens: int
+
+
+def rounds_of_requests(folder: str, num_rounds: int, num_requests: int) -> list[list[Asked]]:
+    """For each round, other pieces of held-out text by the tokenizer of the bundle at `folder`, and other lengths; the same at each run."""
     tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
     ids = heldout_ids(tokenizer)
-    rounds = []
+    rounds: list[list[Asked]] = []
     for seed in range(num_rounds):
         draw = np.random.default_rng(seed)
         sizes = draw.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1, size=num_requests)
         starts = draw.integers(len(ids) - LONGEST_PROMPT, size=num_requests)
-        rounds.append([tokenizer.decode(ids[start : start + size].tolist()) for start, size in zip(starts, sizes, strict=True)])
+        texts = draw.integers(SHORTEST_TEXT, LONGEST_TEXT + 1, size=num_requests).tolist()
+        pieces = [tokenizer.decode(ids[start : start + size].tolist()) for start, size in zip(starts, sizes, strict=True)]
+        rounds.append([Asked(prompt, max_tokens) for prompt, max_tokens in zip(pieces, texts, strict=True)])
     return rounds
 
 
@@ -104,9 +113,9 @@ def find_model(storage: Path | None, stack: contextlib.ExitStack) -> tuple[str, 
         export_untrained(root)
     name, version, folder = registry.resolve(f"{root}/models", NAME)
     context = bundle.verify(folder)["model"]["context"]
-    if context < LONGEST_PROMPT + NEW_TOKENS:
+    if context < LONGEST_PROMPT + LONGEST_TEXT:
         raise ValueError(
-            f"{folder} has a context of {context}, and this asks for up to {LONGEST_PROMPT + NEW_TOKENS} tokens: serve another"
+            f"{folder} has a context of {context}, and this asks for up to {LONGEST_PROMPT + LONGEST_TEXT} tokens: serve another"
         )
     return root, f"{name}/{version}", folder
 
@@ -154,15 +163,15 @@ class Answer:
     pauses_s: list[float]  # between the pieces of a stream
 
 
-Ask = Callable[[httpx.AsyncClient, str], Awaitable[Answer]]
+Ask = Callable[[httpx.AsyncClient, Asked], Awaitable[Answer]]
 
 
-async def ask_us(http: httpx.AsyncClient, prompt: str) -> Answer:
+async def ask_us(http: httpx.AsyncClient, asked: Asked) -> Answer:
     """One completion over server-sent events."""
     text, num_tokens = "", 0
     begun = time.perf_counter()
     came = []  # when each piece of text did
-    body = {"prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
+    body = {"prompt": asked.prompt, "max_tokens": asked.max_tokens, "temperature": 0, "stream": True}
     async with http.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
@@ -183,7 +192,7 @@ async def ask_us(http: httpx.AsyncClient, prompt: str) -> Answer:
 class Load:
     """What one contender did in one round."""
 
-    answers: list[Answer]  # in the order of the prompts
+    answers: list[Answer]  # in the order of the requests
     seconds: float
 
     @property
@@ -191,25 +200,59 @@ class Load:
         return sum(answer.num_tokens for answer in self.answers) / self.seconds
 
 
-async def load(url: str, ask: Ask, asked: list[str], num_clients: int) -> Load:
-    """Sends all of `asked`, from clients that take the next prompt as soon as they have an answer."""
+async def load(url: str, ask: Ask, requests: list[Asked], num_clients: int) -> Load:
+    """Sends all of `requests`, from clients that take the next one as soon as they have an answer."""
     found: dict[int, Answer] = {}
-    waiting = iter(enumerate(asked))
+    waiting = iter(enumerate(requests))
     async with httpx.AsyncClient(base_url=url, timeout=ANSWER_TIMEOUT_S, trust_env=False) as http:
 
         async def client() -> None:
-            for place, prompt in waiting:
-                found[place] = await ask(http, prompt)
+            for place, asked in waiting:
+                found[place] = await ask(http, asked)
 
         begun = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(num_clients)))
-        return Load([found[place] for place in range(len(asked))], time.perf_counter() - begun)
+        return Load([found[place] for place in range(len(requests))], time.perf_counter() - begun)
+
+
+# ---- the comparison
+
+
+@dataclass(frozen=True)
+class Server:
+    name: str
+    url: str
+    ask: Ask
+
+
+def compare(servers: list[Server], rounds: list[list[Asked]], clients: list[int], base: str) -> str:
+    """BENCHMARKS.md's table of servers, each asked each of `rounds` in turn, by each number of `clients`.
+
+    Args:
+        base: the server whose tokens a second the last column divides by.
+    """
+    for server in servers:
+        asyncio.run(load(server.url, server.ask, rounds[-1], max(clients)))
+    rows = [f"| clients | server | {COLUMNS} | over {base} |", f"|{' --- |' * 7}"]
+    for num_clients in clients:
+        loads: dict[str, list[Load]] = {server.name: [] for server in servers}
+        for number, requests in enumerate(rounds):
+            for server in servers:
+                done = asyncio.run(load(server.url, server.ask, requests, num_clients))
+                loads[server.name].append(done)
+                same = sum(one.text == first.text for one, first in zip(done.answers, loads[servers[0].name][-1].answers, strict=True))
+                said = f"{done.tokens_per_s:,.0f} tokens/s, {same} of {len(requests)} texts as the first server's"
+                print(f"round {number}, clients: {num_clients}, {server.name}: {said}", flush=True)
+        for name, done_by in loads.items():
+            ratios = [one.tokens_per_s / other.tokens_per_s for one, other in zip(done_by, loads[base], strict=True)]
+            rows.append(f"| {num_clients} | {name} | {_told(done_by)} | {spread(ratios, 2)} |")
+    return "\n".join(rows)
 
 
 COLUMNS = "tokens/s | first token, ms | between pieces, ms | whole answer, ms"
 
 
-def told(loads: list[Load]) -> str:
+def _told(loads: list[Load]) -> str:
     """`COLUMNS`: tokens a second over the rounds; of all answers' latencies the median, and in brackets the 99th percentile."""
     answers = [answer for one in loads for answer in one.answers]
     latencies = [

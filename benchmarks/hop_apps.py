@@ -1,5 +1,6 @@
 """The applications that `serve_hop.py` compares: the text model alone, with its ingress near or far, its tokens together or each by itself."""
 
+import math
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,20 +15,21 @@ TIMEOUT_S = 300.0
 
 
 class PacedText(Text):
-    """The replica's text model, with a stream's chunks so far apart as asked for.
+    """The replica's text model.
 
     Args:
-        interval_s: see `serve.engine.Engine`; 0: each step's tokens at once.
+        chunks_per_s: as for `Text`; None: each step's tokens at once, whatever that costs.
     """
 
-    def __init__(self, slots: int, interval_s: float) -> None:
-        super().__init__(slots, threads=1, timeout_s=TIMEOUT_S)
-        self.interval_s = interval_s
+    def __init__(self, slots: int, chunks_per_s: float | None) -> None:
+        super().__init__(slots, threads=1, timeout_s=TIMEOUT_S, chunks_per_s=chunks_per_s or math.inf)
+        self.every_step = chunks_per_s is None
 
     async def _swap(self, uri: str) -> None:
         await super()._swap(uri)
         assert self.engine is not None
-        self.engine.interval_s = self.interval_s
+        if self.every_step:
+            self.engine.interval_s = 0.0
 
 
 @serve.ingress()
@@ -49,9 +51,9 @@ class TextWithIngress(PacedText):
         return build_app(Here(self), None, gives_request_id_back=False)
 
 
-def build(uri: str, near: bool, slots: int, interval_s: float) -> serve.Application:
+def build(uri: str, near: bool, slots: int, chunks_per_s: float | None) -> serve.Application:
     options: dict[str, Any] = {"user_config": {"uri": uri}, "ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 1000}
     if near:
-        return serve.deployment(**options)(TextWithIngress).bind(slots, interval_s)
+        return serve.deployment(**options)(TextWithIngress).bind(slots, chunks_per_s)
     text = serve.deployment(**options, request_router_config={"initial_backoff_s": 0.005, "max_backoff_s": 0.02})(PacedText)
-    return serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)(Gateway).bind(text.bind(slots, interval_s))
+    return serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)(Gateway).bind(text.bind(slots, chunks_per_s))

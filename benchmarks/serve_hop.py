@@ -3,12 +3,12 @@
     python benchmarks/serve_hop.py [--fast] [--storage kiln/demo] [--rounds 4] [--requests 96] [--clients 1 4 16]
 
 Four applications of one Ray Serve instance serve the same model, and are asked in turn as in serve_text.py: HTTP in a process of its own
-(the gateway, as shipped) or in the engine's process, and a stream's tokens sent together at most every 20 ms (as shipped) or with every
-step. --fast: with HAProxy, in Serve's throughput-optimised mode. The last column is tokens a second over those of the first, as shipped.
+(the gateway, as shipped) or in the engine's process, and a stream's tokens sent together (as shipped: at most every 20 ms, and at most 100
+times a second from all streams together, 400 with --fast) or with every step. --fast: with HAProxy, in Serve's throughput-optimised mode.
+The last column is tokens a second over those of the first, as shipped.
 """
 
 import argparse
-import asyncio
 import contextlib
 import os
 import sys
@@ -19,51 +19,38 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import completions  # noqa: E402  # needs the path above
-from benchmarks.runs import free_port, spread  # noqa: E402
+from benchmarks.runs import free_port  # noqa: E402
 from models import cli  # noqa: E402
 from serve import fast  # noqa: E402
 
-TOGETHER_S = 0.02  # as the engine by itself
-WAYS = {  # of each application: the ingress on the engine, and the time between chunks
-    "gateway, together": (False, TOGETHER_S),
-    "gateway, every step": (False, 0.0),
-    "on the engine, together": (True, TOGETHER_S),
-    "on the engine, every step": (True, 0.0),
+WAYS = {  # of each application: whether the ingress is on the engine, and whether tokens go together
+    "gateway, together": (False, True),
+    "gateway, every step": (False, False),
+    "on the engine, together": (True, True),
+    "on the engine, every step": (True, False),
 }
-SLOTS = 8
 
 
-def deploy(uri: str, stack: contextlib.ExitStack) -> dict[str, str]:
-    """Each way's URL, on a private cluster that goes with `stack`."""
+def deploy(uri: str, is_fast: bool, stack: contextlib.ExitStack) -> list[completions.Server]:
+    """Each way, on a private cluster that goes with `stack`."""
     from ray import serve  # reads the environment that --fast sets
 
     from benchmarks.hop_apps import build
+    from serve.deployments import Options
     from serve.launch import Address, connected
 
     port = free_port()
     stack.enter_context(connected(len(WAYS), Address("127.0.0.1", port)))
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
-    urls = {}
-    for number, (name, (near, interval_s)) in enumerate(WAYS.items()):
-        serve.run(build(uri, near, SLOTS, interval_s), name=f"way-{number}", route_prefix=f"/way-{number}")
-        urls[name] = f"http://127.0.0.1:{port}/way-{number}"
+    servers = []
+    chunks_per_s = fast.CHUNKS_PER_S if is_fast else Options().chunks_per_s
+    for number, (name, (near, together)) in enumerate(WAYS.items()):
+        serve.run(
+            build(uri, near, Options().slots, chunks_per_s if together else None), name=f"way-{number}", route_prefix=f"/way-{number}"
+        )
+        servers.append(completions.Server(name, f"http://127.0.0.1:{port}/way-{number}", completions.ask_us))
     stack.callback(serve.shutdown)
-    return urls
-
-
-def compare(urls: dict[str, str], rounds: list[list[str]], num_clients: int) -> list[str]:
-    """The table's rows for so many clients."""
-    loads: dict[str, list[completions.Load]] = {name: [] for name in urls}
-    for number, asked in enumerate(rounds):
-        for name, url in urls.items():
-            loads[name].append(asyncio.run(completions.load(url, completions.ask_us, asked, num_clients)))
-            print(f"round {number}, clients: {num_clients}, {name}: {loads[name][-1].tokens_per_s:,.0f} tokens/s", flush=True)
-    shipped = loads[next(iter(WAYS))]
-    rows = []
-    for name in urls:
-        ratios = [one.tokens_per_s / base.tokens_per_s for one, base in zip(loads[name], shipped, strict=True)]
-        rows.append(f"| {num_clients} | {name} | {completions.told(loads[name])} | {spread(ratios, 2)} |")
-    return rows
+    return servers
 
 
 def main(argv: list[str]) -> int:
@@ -76,13 +63,9 @@ def main(argv: list[str]) -> int:
         if given.fast:
             os.environ.update(fast.environment(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raykiln-")))))
         _, _, folder = completions.find_model(given.storage, stack)
-        urls = deploy(folder, stack)
-        warm_up, *rounds = completions.rounds_of_prompts(folder, 1 + given.rounds, given.requests)
-        for url in urls.values():
-            asyncio.run(completions.load(url, completions.ask_us, warm_up, max(given.clients)))
-        rows = [row for num_clients in given.clients for row in compare(urls, rounds, num_clients)]
-    print(f"| clients | ingress, tokens | {completions.COLUMNS} | over {next(iter(WAYS))} |\n|{' --- |' * 7}")
-    print("\n".join(rows))
+        servers = deploy(folder, given.fast, stack)
+        rounds = completions.rounds_of_requests(folder, given.rounds, given.requests)
+        print(completions.compare(servers, rounds, given.clients, servers[0].name))
     return 0
 
 

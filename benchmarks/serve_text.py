@@ -3,7 +3,7 @@
     python benchmarks/serve_text.py [--fast] [--storage kiln/demo] [--rounds 4] [--requests 96] [--clients 1 4 16]
 
 All serve the same weights over HTTP on this machine and are asked in turn, in one run: by so many clients at once, each
-sending its next request when it has its answer; greedily, prompts of 16 to 48 tokens of held-out Shakespeare, 64 tokens each.
+sending its next request when it has its answer; greedily, prompts of 16 to 48 tokens of held-out Shakespeare, texts of 16 to 112 tokens.
 "raykiln" streams from one replica of one thread with all defaults (`python -m serve up`), or with --fast as `serve up --fast` does.
 The others are one uvicorn process each, on one thread too: "generate" answers one request at a time, "static batches" pads all that
 wait to one batch, and takes the next when the whole of it is done. They can't stream, so their first token comes with their last.
@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import completions  # noqa: E402  # needs the path above
-from benchmarks.completions import NEW_TOKENS, Answer, Ask, Load  # noqa: E402
-from benchmarks.runs import spread  # noqa: E402
+from benchmarks.completions import Answer, Asked, Server  # noqa: E402
 from models import cli  # noqa: E402
 
 # ---- the other servers; each serves until it is ended
@@ -116,40 +114,12 @@ OTHERS: dict[str, Callable[[str, int], None]] = {"generate": generate, "static b
 BASE = "generate"
 
 
-async def ask_other(http: httpx.AsyncClient, prompt: str) -> Answer:
+async def ask_other(http: httpx.AsyncClient, asked: Asked) -> Answer:
     begun = time.perf_counter()
-    response = await http.post("/generate", json={"prompt": prompt, "max_new_tokens": NEW_TOKENS})
+    response = await http.post("/generate", json={"prompt": asked.prompt, "max_new_tokens": asked.max_tokens})
     whole_s = time.perf_counter() - begun
     answer = response.raise_for_status().json()
     return Answer(answer["text"], answer["tokens"], whole_s, whole_s, [])
-
-
-# ---- the comparison
-
-
-@dataclass(frozen=True)
-class Server:
-    name: str
-    url: str
-    ask: Ask
-
-
-def compare(servers: list[Server], rounds: list[list[str]], num_clients: int) -> list[str]:
-    """The table's rows for so many clients; all servers are asked each of `rounds`."""
-    loads: dict[str, list[Load]] = {server.name: [] for server in servers}
-    for number, asked in enumerate(rounds):
-        for server in servers:
-            done = asyncio.run(completions.load(server.url, server.ask, asked, num_clients))
-            loads[server.name].append(done)
-            same = sum(one.text == our.text for one, our in zip(done.answers, loads[servers[0].name][-1].answers, strict=True))
-            said = f"{done.tokens_per_s:,.0f} tokens/s, {same} of {len(asked)} texts as the first server's"
-            print(f"round {number}, clients: {num_clients}, {server.name}: {said}", flush=True)
-    rows = []
-    for server in servers:
-        pairs = zip(loads[server.name], loads[BASE], strict=True)
-        ratios = [one.tokens_per_s / base.tokens_per_s for one, base in pairs]
-        rows.append(f"| {num_clients} | {server.name} | {completions.told(loads[server.name])} | {spread(ratios, 2)} |")
-    return rows
 
 
 def main(argv: list[str]) -> int:
@@ -172,12 +142,8 @@ def main(argv: list[str]) -> int:
         for other in OTHERS:
             words = [__file__, "--other", other, "--folder", f"{folder}/transformers"]
             servers.append(Server(other, stack.enter_context(completions.serving(words, "/openapi.json")), ask_other))
-        warm_up, *rounds = completions.rounds_of_prompts(folder, 1 + given.rounds, given.requests)
-        for server in servers:
-            asyncio.run(completions.load(server.url, server.ask, warm_up, max(given.clients)))
-        rows = [row for num_clients in given.clients for row in compare(servers, rounds, num_clients)]
-    print(f"| clients | server | {completions.COLUMNS} | over {BASE} |\n|{' --- |' * 7}")
-    print("\n".join(rows))
+        rounds = completions.rounds_of_requests(folder, given.rounds, given.requests)
+        print(completions.compare(servers, rounds, given.clients, BASE))
     return 0
 
 

@@ -134,12 +134,13 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def _models(url: str, models: list[dict[str, Any]]) -> Table:
-    table = Table("model", "kind", "from run", "metrics", title=url)
+    table = Table("model", "kind", "runs on", "from run", "metrics", title=url)
     for model in models:
         metrics = ", ".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in model["metrics"].items()
         )
-        table.add_row(f"{model['id']}/{model['version']}", model["kind"], str(model["run"]["name"]), metrics)
+        runs_on = model["providers"][0].removesuffix("ExecutionProvider")
+        table.add_row(f"{model['id']}/{model['version']}", model["kind"], runs_on, str(model["run"]["name"]), metrics)
     return table
 
 

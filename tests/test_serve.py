@@ -469,6 +469,7 @@ def test_status_tells_the_replicas_and_their_load(client: httpx.Client) -> None:
     assert deployments["Text"]["waiting"] in range(1, 33)
     assert deployments["Text"] == {**idle, "slots": 8, "running": 8, "waiting": deployments["Text"]["waiting"]}
     until(lambda: client.get("/status").json()["deployments"]["Text"] == {**idle, "slots": 8, "running": 0, "waiting": 0})
+    assert client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 3, "stream": True}).is_success
     latency = client.get("/status").json()["latency_ms"]
     assert 0 < latency["text_first_token"]["p50"] <= latency["text_first_token"]["p99"]
 
