@@ -9,7 +9,7 @@ The others are one uvicorn process each, on one thread too: "generate" answers o
 wait to one batch, and takes the next when the whole of it is done. They can't stream, so their first token comes with their last.
 
 A row of the table is a server under so many clients: generated tokens a second (the median of the rounds); median and 99th percentile
-of the time to the first token, between the pieces of a stream (each is what was made since the one before, at most every 20 ms) and of the
+of the time to the first token, between the pieces of a stream (each is what was made since the one before) and of the
 whole answer; and its tokens a second over those of "generate" in the same round. Without a storage the model is the demo's, untrained.
 """
 

@@ -35,7 +35,10 @@ POLL_S = 0.02
 
 
 class Browser:
-    """One page. Every method raises RuntimeError with the driver's own words where it fails."""
+    """One page.
+
+    Every method raises RuntimeError with the driver's own words where that refuses, and httpx.HTTPError where it does not answer.
+    """
 
     def __init__(self, http: httpx.Client) -> None:
         self.http = http
@@ -82,22 +85,19 @@ def _binary() -> str | None:
 def started(width: int, height: int) -> Iterator[Browser]:
     """A browser with a window of so many pixels, for as long as the block; `is_installed` must hold."""
     port = machine.free_port(None, 9515)
-    process = psutil.Popen([str(shutil.which("chromedriver")), f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    transport = httpx.HTTPTransport(retries=10)  # until it listens
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="raykiln-chromium-", ignore_cleanup_errors=True) as profile,
-            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, transport=transport) as http,
-        ):
-            browser = Browser(http)
-            arguments = [*OPTIONS, f"--window-size={width},{height}", f"--user-data-dir={profile}"]
-            wanted = {"goog:chromeOptions": {"binary": _binary(), "args": arguments}, "goog:loggingPrefs": {"browser": "ALL"}}
-            session = browser.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
-            http.base_url = f"{http.base_url}/session/{session['sessionId']}"
-            yield browser
-            http.delete(str(http.base_url).rstrip("/"))
-    finally:
-        for left in [*process.children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                left.kill()
-        process.wait(10)
+    with tempfile.TemporaryDirectory(prefix="raykiln-chromium-", ignore_cleanup_errors=True) as profile:
+        driver = psutil.Popen([str(shutil.which("chromedriver")), f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            # Tries again until it listens.
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, transport=httpx.HTTPTransport(retries=10)) as http:
+                browser = Browser(http)
+                arguments = [*OPTIONS, f"--window-size={width},{height}", f"--user-data-dir={profile}"]
+                wanted = {"goog:chromeOptions": {"binary": _binary(), "args": arguments}, "goog:loggingPrefs": {"browser": "ALL"}}
+                session = browser.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+                http.base_url = f"{http.base_url}/session/{session['sessionId']}"
+                yield browser
+        finally:
+            for left in [*driver.children(recursive=True), driver]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
+            driver.wait(10)

@@ -84,7 +84,7 @@ def show(root: str, reference: str, console: Console) -> None:
     table = Table.grid("", "", padding=(0, 2))
     for field, value in {
         "model": f"{name}/{version} ({manifest['kind']})",
-        "aliases": ", ".join(registry.listed(root, name).aliases_of(version)) or "none",
+        "aliases": ", ".join(alias for alias, target in registry.aliases(root, name).items() if target == version) or "none",
         "where": uri,
         "created": manifest["created"],
         "run": f"{run['name']}, step {run['step']}, in {run['storage']}",

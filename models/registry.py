@@ -54,14 +54,9 @@ class Listed:
 
 
 def listed(root: Uri, name: str) -> Listed:
-    found: dict[int, bundle.Manifest] = {}
-    unfinished = []
-    for version in _taken(root, name):
-        try:
-            found[version] = bundle.read(_place(root, name, version))
-        except ValueError:
-            unfinished.append(version)
-    return Listed(name, found, unfinished, aliases(root, name))
+    manifests = {version: _manifest(_place(root, name, version)) for version in _taken(root, name)}
+    complete = {version: manifest for version, manifest in manifests.items() if manifest is not None}
+    return Listed(name, complete, [version for version in manifests if version not in complete], aliases(root, name))
 
 
 def listing(root: Uri) -> list[Listed]:
@@ -178,11 +173,15 @@ def _taken(root: Uri, name: str) -> list[int]:
 
 
 def _is_complete(uri: str) -> bool:
+    return _manifest(uri) is not None
+
+
+def _manifest(uri: str) -> bundle.Manifest | None:
+    """None where it was never written, or is damaged."""
     try:
-        bundle.read(uri)
+        return bundle.read(uri)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 # ---------------------------------------------------------------- writing

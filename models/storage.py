@@ -7,6 +7,7 @@ turns it into a filesystem. Writes of one file are atomic: a reader sees the old
 import hashlib
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ def locate(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     """The filesystem behind `uri` and the path on it. A plain path is made absolute.
 
     Raises:
-        ValueError: the URI's scheme is unknown or its filesystem cannot be opened.
+        ValueError: the URI's scheme is unknown, or it is malformed.
+        OSError: its filesystem cannot be opened. What lies there is not to blame: nobody should take it for damaged.
     """
     text = os.fspath(uri)
     if "://" not in text:
@@ -26,7 +28,8 @@ def locate(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     try:
         return fs.FileSystem.from_uri(text)
     except (OSError, ValueError) as error:
-        raise ValueError(f"storage {text!r} cannot be opened: {error}. Use a folder, or a URI such as s3://bucket/path") from error
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"storage {text!r} cannot be opened: {error}. Use a folder, or a URI such as s3://bucket/path") from error
 
 
 def join(uri: str | os.PathLike[str], *parts: str) -> str:
@@ -44,6 +47,11 @@ def absolute(uri: str | os.PathLike[str]) -> str:
     """The same place for a process in another folder."""
     local = local_path(uri)
     return os.fspath(uri) if local is None else str(local)
+
+
+def without_secrets(uri: str) -> str:
+    """The URI without the user and password that it may hold (s3://KEY:SECRET@bucket)."""
+    return re.sub(r"://[^/]*@", "://", uri)
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:

@@ -1,79 +1,100 @@
-"""What the registry holds of the models that are served: all their versions, for the page to set side by side. No Ray; nothing is written."""
+"""What a registry holds of a model that is served: all its versions, for the page to set side by side. No Ray; nothing is written.
+
+The registry may be on a storage that is slow or away: it is read on threads of its own, once for all who ask at a time, and for a bounded time.
+"""
 
 import asyncio
+import logging
 import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from typing import Any, TypeVar
 
 from models import bundle, registry, storage
 from serve.errors import Unavailable, UnknownModel
 from serve.schemas import ModelVersion
 
-AGE_S = 10.0  # every open page asks
+Found = TypeVar("Found")
+
+AGE_S = 10.0  # of what was read
+FAILURE_AGE_S = 2.0  # of a failure to
+TIMEOUT_S = 10.0
+AWAY = "the registry's storage does not answer just now: try again in a moment"
+
+logger = logging.getLogger(__name__)
 
 
 class Catalog:
-    """The registries as the ingress sees them (`serve.ingress.Catalog`); at first none."""
+    """Registries as the ingress sees them (`serve.ingress.Catalog`)."""
 
-    def __init__(self) -> None:
-        self._lock = asyncio.Lock()
-        self.look_in({})
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self.timeout_s = timeout_s
+        self._executor = ThreadPoolExecutor(2, "registry")
+        self._reads: dict[tuple[Any, ...], tuple[float, asyncio.Future[Any]]] = {}  # by what was read: when that began, and its outcome
 
-    def look_in(self, roots: dict[str, str]) -> None:
-        """From now on in these, by name of the model."""
-        self._roots, self._seen = roots, dict[str, tuple[float, registry.Listed]]()
-
-    async def versions(self, name: str) -> list[ModelVersion]:
+    async def versions(self, root: str, name: str) -> list[ModelVersion]:
         """A model's complete versions, newest first, at most `AGE_S` old.
 
         Raises:
-            UnknownModel: it is not known where the model's registry is.
             Unavailable: the registry's storage does not answer.
         """
-        listed = await self._listed(name)
+        listed = await self._read(registry.listed, root, name)
         return [_described(manifest, name, version, listed) for version, manifest in reversed(listed.versions.items())]
 
-    async def sample(self, name: str, version: int) -> tuple[str, bytes]:
+    async def sample(self, root: str, name: str, version: int) -> tuple[str, bytes]:
         """What a version made at its export: of which kind it is, and its sample.
 
         Raises:
             UnknownModel: there is no such version, or it has no sample that is as published.
             Unavailable: the registry's storage does not answer.
         """
-        manifest = (await self._listed(name)).versions.get(version)
+        manifest = (await self._read(registry.listed, root, name)).versions.get(version)
         if manifest is None or not _has_sample(manifest):
             raise UnknownModel(f"there is no sample of {name}/{version}: see /v1/models/{name}/versions")
-        uri = storage.join(self._roots[name], name, str(version))
-        try:
-            return manifest["kind"], await asyncio.to_thread(bundle.read_file, uri, manifest, bundle.SAMPLES[manifest["kind"]])
-        except ValueError as error:
-            raise UnknownModel(f"the sample of {name}/{version} is damaged: see /v1/models/{name}/versions") from error
-        except OSError as error:
-            raise Unavailable("the registry's storage does not answer just now: try again in a moment") from error
+        made = await self._read(_sample, storage.join(root, name, str(version)), manifest["sha256"])
+        if made is None:
+            raise UnknownModel(f"the sample of {name}/{version} is missing or damaged: export the run again")
+        return manifest["kind"], made
 
-    async def _listed(self, name: str) -> registry.Listed:
-        if name not in self._roots:
-            raise UnknownModel(f"the registry of {name} is not known here: see /v1/models for what is served")
-        async with self._lock:
-            root, seen = self._roots[name], self._seen  # whatever `look_in` does meanwhile
-            seen_at, listed = seen.get(name, (-AGE_S, None))
-            if listed is None or time.monotonic() - seen_at >= AGE_S:
-                try:
-                    listed = await asyncio.to_thread(registry.listed, root, name)
-                except OSError as error:
-                    raise Unavailable("the registry's storage does not answer just now: try again in a moment") from error
-                seen[name] = time.monotonic(), listed
-        return listed
+    async def _read(self, function: Callable[..., Found], *arguments: Any) -> Found:
+        key, now = (function, *arguments), time.monotonic()
+        for other in [other for other, (began, read) in self._reads.items() if read.done() and now - began >= _age_s(read)]:
+            del self._reads[other]
+        if key not in self._reads:
+            self._reads[key] = now, asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+        shared: Awaitable[Found] = asyncio.shield(self._reads[key][1])
+        try:
+            return await asyncio.wait_for(shared, self.timeout_s)
+        except OSError as error:  # a TimeoutError is one
+            logger.warning("the registry cannot be read: %r", error)
+            raise Unavailable(AWAY) from error
+
+
+def _age_s(read: asyncio.Future[Any]) -> float:
+    """How old an outcome may get."""
+    return FAILURE_AGE_S if read.cancelled() or read.exception() else AGE_S
+
+
+def _sample(uri: str, sha256: str) -> bytes | None:
+    """The sample of the bundle at `uri` whose manifest has that hash; None where it is not as published."""
+    try:
+        manifest = bundle.read(uri)
+        return bundle.read_file(uri, manifest, bundle.SAMPLES[manifest["kind"]]) if manifest["sha256"] == sha256 else None
+    except ValueError:
+        return None
 
 
 def _described(manifest: bundle.Manifest, name: str, version: int, listed: registry.Listed) -> ModelVersion:
     return ModelVersion(
         id=name,
         version=version,
+        kind=manifest["kind"],
         created=int(datetime.fromisoformat(manifest["created"]).timestamp()),
         aliases=listed.aliases_of(version),
         metrics=manifest["metrics"],
         quantization=manifest["quantization"],
-        run=manifest["run"],
+        run={key: manifest["run"][key] for key in ("name", "step")},
         dataset=manifest["dataset"],
         commit=manifest["commit"],
         sample=_has_sample(manifest),

@@ -21,7 +21,7 @@ import ray.exceptions
 import ray.serve.exceptions
 from fastapi import FastAPI
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.context import _get_global_client  # `serve.status()` doesn't tell the number of replicas that is aimed at
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -60,7 +60,8 @@ def _check_model(requested: str | None, served: str) -> None:
 
 def _describe(session: TextSession | ImageSession, **more: Any) -> Model:
     manifest = session.manifest
-    facts = {key: manifest[key] for key in ("version", "kind", "metrics", "model", "quantization", "dataset", "run", "commit")}
+    facts = {key: manifest[key] for key in ("version", "kind", "metrics", "model", "quantization", "dataset", "commit")}
+    facts["run"] = {key: manifest["run"][key] for key in ("name", "step")}  # where its storage is, is nobody's business
     created = int(datetime.fromisoformat(manifest["created"]).timestamp())
     return Model.model_validate(
         {"id": manifest["name"], "created": created, **facts, "providers": session.providers, "sample": session.sample is not None, **more}
@@ -90,6 +91,11 @@ class Replica:
 
     async def sample(self) -> bytes | None:
         return self.session.sample
+
+    async def registry(self) -> tuple[str, str | None]:
+        """The model's name, and the registry that the bundle lies in; None where it lies elsewhere."""
+        place = f"/{_reference(self.session)}"
+        return self.session.manifest["name"], self.uri.removesuffix(place) if self.uri.endswith(place) else None
 
 
 class Text(Replica):
@@ -333,6 +339,11 @@ class Remote:
         with _reaching(self.name):
             return await self.handle.sample.remote()
 
+    async def registry(self) -> tuple[str, str | None]:
+        with _reaching(self.name):
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                return await self.handle.registry.remote()
+
 
 class RemoteText(Remote):
     """The `Text` deployment (`serve.ingress.TextModel`)."""
@@ -438,15 +449,10 @@ class Gateway:
         self.text = None if text is None else RemoteText(text)
         self.images = None if images is None else RemotePictures(images)
         self.cluster = ServeCluster({handle.deployment_name: handle for handle in (text, images) if handle is not None})
-        self.catalog = Catalog()
         access.to_stdout()
 
-    async def reconfigure(self, user_config: dict[str, dict[str, str]]) -> None:
-        """Tells of what `user_config["registries"]` hold, by name of the model, from now on."""
-        self.catalog.look_in(user_config["registries"])
-
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self.text, self.images, self.cluster, self.catalog, gives_request_id_back=False)  # Serve's proxy does
+        return build_app(self.text, self.images, self.cluster, Catalog(), gives_request_id_back=False)  # Serve's proxy does
 
 
 # ---- the application
@@ -464,7 +470,7 @@ class Options(BaseModel):
     providers: list[str] | None = None  # of models.runtime.PROVIDERS, best first; None: the best that a replica's machine has
     max_replicas: int = 4  # of each model
     timeout_s: float = 300.0  # of a text, its waiting included
-    chunks_per_s: float = 100.0  # of the streams of a text replica together: each costs Serve's proxy, gateway and replica 10 ms of CPU
+    chunks_per_s: float = Field(default=100.0, gt=0)  # see `serve.engine.Engine`: each costs proxy, gateway and replica 2 ms of CPU
 
 
 def build(options: Options) -> serve.Application:

@@ -30,6 +30,7 @@ from serve.scheduler import Sampling, Scheduler, Sequence
 
 logger = logging.getLogger(__name__)
 
+LONGEST_PAUSE_S = 0.2  # between two chunks of a stream: a reader should not see it stutter
 GONE = "the text model is restarting: try again in a moment"
 
 
@@ -100,10 +101,10 @@ class Stream:
             Unavailable: the engine has ended.
             Failed: the model's numbers, or the text made of them, could not be used.
         """
-        return self._engine.observe(self._chunks(), len(self.sequences))
+        return self._engine.observe(self._chunks(streamed=True), len(self.sequences))
 
-    async def _chunks(self) -> AsyncGenerator[Chunk, None]:
-        unfinished = len(self.sequences)
+    async def _chunks(self, streamed: bool) -> AsyncGenerator[Chunk, None]:
+        unfinished, counted = len(self.sequences), 0
         try:
             while unfinished:
                 await self._ready.wait()
@@ -114,15 +115,19 @@ class Stream:
                 for chunk in pending.values():
                     unfinished -= chunk.finish_reason is not None
                     yield chunk
+                if streamed:
+                    self._engine.streaming += unfinished - counted
+                    counted = unfinished
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._done.wait(), self._engine.pause_s())
         finally:
+            self._engine.streaming -= counted
             self._engine.leave(self)
 
     async def results(self) -> list[Chunk]:
         """The whole texts, each in one chunk. Raises what `chunks` raises."""
         found: dict[int, Chunk] = {}
-        async for chunk in self.chunks():
+        async for chunk in self._engine.observe(self._chunks(streamed=False), len(self.sequences)):
             found[chunk.choice] = found[chunk.choice] + chunk if chunk.choice in found else chunk
         return [found[choice] for choice in range(len(self.sequences))]
 
@@ -158,7 +163,8 @@ class Engine:
         timeout_s: the longest that a request may take, its waiting included.
         interval_s: the shortest time between two chunks of a stream. A message to a client costs more than a token of a
             small model, and 50 a second look continuous.
-        chunks_per_s: most chunks a second of all texts together: what delivers them has its limit, and takes from the engine's CPU.
+        chunks_per_s: most chunks a second of all streams together, as far as `LONGEST_PAUSE_S` allows: what delivers them has its limit,
+            and takes from the engine's CPU.
         idle_s: once nothing was asked for so long, the room that the cache has grown by is given back, and with it the prompts that it
             holds.
         observe: every request's chunks go through it, with the number of its texts, on the event loop.
@@ -178,6 +184,7 @@ class Engine:
         self.session, self.timeout_s, self.idle_s, self.observe = session, timeout_s, idle_s, observe
         self.interval_s, self.chunks_per_s = interval_s, chunks_per_s
         self.generated = 0  # tokens in all
+        self.streaming = 0  # texts that have begun and are read as they come
         self._scheduler = Scheduler(session.slots, queue_limit, chunk_size, session.copies)
         self._longest_token = max(map(len, session.tokenizer.get_vocab(with_added_tokens=True)))
         self._texts: dict[Sequence, _Text] = {}  # those that the thread has taken in
@@ -219,8 +226,8 @@ class Engine:
         self._inbox.put((self._drop, stream))
 
     def pause_s(self) -> float:
-        """Between two chunks of a stream, as many texts as run now."""
-        return max(self.interval_s, self._scheduler.running / self.chunks_per_s)
+        """Between two chunks of a stream, with as many texts as are streamed now."""
+        return max(self.interval_s, min(self.streaming / self.chunks_per_s, LONGEST_PAUSE_S))
 
     def close(self) -> None:
         """Ends the thread once everything submitted is finished."""

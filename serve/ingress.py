@@ -8,10 +8,10 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi import Path as PathParameter
@@ -49,6 +49,8 @@ from serve.schemas import (
     Usage,
 )
 
+Answer = TypeVar("Answer")
+
 MAX_BODY_BYTES = 1024 * 1024
 PAGE = Path(__file__).parent / "page"
 # The page loads nothing from elsewhere, and a prompt's text can never become a script.
@@ -77,11 +79,16 @@ class Drawing:
 
 
 class TextModel(Protocol):
-    """Answers come with the name and version of the model that gave them; all may raise `Rejected`."""
+    """Answers come with the name and version of the model that gave them; all may raise `Rejected`.
+
+    `registry` is the model's name and the registry that its bundle lies in, None where it lies elsewhere.
+    """
 
     async def describe(self) -> Model: ...
 
     async def sample(self) -> bytes | None: ...
+
+    async def registry(self) -> tuple[str, str | None]: ...
 
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]: ...
 
@@ -95,6 +102,8 @@ class ImageModel(Protocol):
 
     async def sample(self) -> bytes | None: ...
 
+    async def registry(self) -> tuple[str, str | None]: ...
+
     async def draw(self, request: ImagesRequest) -> tuple[str, Drawing]: ...
 
     async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing]: ...
@@ -107,11 +116,11 @@ class Cluster(Protocol):
 
 
 class Catalog(Protocol):
-    """The registry's versions of a model; both may raise `Rejected`."""
+    """The versions of a model in the registry at `root`; both may raise `Rejected`."""
 
-    async def versions(self, name: str) -> list[ModelVersion]: ...
+    async def versions(self, root: str, name: str) -> list[ModelVersion]: ...
 
-    async def sample(self, name: str, version: int) -> tuple[str, bytes]: ...
+    async def sample(self, root: str, name: str, version: int) -> tuple[str, bytes]: ...
 
 
 MESSAGE = {
@@ -226,15 +235,13 @@ async def sample(name: Name, http: Request) -> Response:
 @router.get("/v1/models/{name}/versions")
 async def versions(name: Name, http: Request, catalog: Annotated[Catalog, Depends(_catalog)]) -> ModelVersions:
     """All versions in the registry of a model that is served, with lineage and metrics."""
-    await _served(http, name)
-    return ModelVersions(data=await catalog.versions(name))
+    return ModelVersions(data=await catalog.versions(await _registry(http, name), name))
 
 
 @router.get("/v1/models/{name}/versions/{version}/sample", response_class=Response, responses=SAMPLE)
 async def version_sample(name: Name, version: int, http: Request, catalog: Annotated[Catalog, Depends(_catalog)]) -> Response:
     """What a version made at its export: a text, or a PNG of pictures."""
-    await _served(http, name)
-    kind, made = await catalog.sample(name, version)
+    kind, made = await catalog.sample(await _registry(http, name), name, version)
     return Response(made, media_type=SAMPLE_TYPES[kind])
 
 
@@ -301,29 +308,52 @@ async def _timed(http: Request, drawing: Awaitable[tuple[str, Drawing]]) -> tupl
     return answer
 
 
-async def _served(http: Request, name: str) -> Model:
-    described = await _describe(http)
-    for model in described:
-        if model.id == name:
-            return model
-    raise UnknownModel(f"model {name!r} is not served here: use {' or '.join(model.id for model in described)}")
-
-
 async def _describe(http: Request) -> list[Model]:
     """The models that answer; one that is away for a moment does not hide the other.
 
     Raises:
         Exception: what the first raised, where none answers.
     """
-    served = [model for model in (http.app.state.text, http.app.state.images) if model is not None]
-    answers = await asyncio.gather(*(model.describe() for model in served), return_exceptions=True)
-    described = [answer for answer in answers if isinstance(answer, Model)]
-    failures = [answer for answer in answers if isinstance(answer, BaseException)]
+    described, failures = await _asked(http, lambda model: model.describe())
     if failures and not described:
         raise failures[0]
     for failure in failures:
         logger.warning("a model does not describe itself", exc_info=failure)
     return described
+
+
+async def _served(http: Request, name: str) -> Model:
+    described, failures = await _asked(http, lambda model: model.describe())
+    for model in described:
+        if model.id == name:
+            return model
+    raise _unknown(name, [model.id for model in described], failures)
+
+
+async def _registry(http: Request, name: str) -> str:
+    """Where the version of the model lies that is served, and others beside it."""
+    found, failures = await _asked(http, lambda model: model.registry())
+    for known, root in found:
+        if known == name and root is not None:
+            return root
+        if known == name:
+            raise UnknownModel(f"{name} is served from a folder that is in no registry: /v1/models/{name} tells all there is")
+    raise _unknown(name, [known for known, _ in found], failures)
+
+
+def _unknown(name: str, known: list[str], failures: list[BaseException]) -> BaseException:
+    """Of a name that none of those who answered has; it may be that of one that did not."""
+    return failures[0] if failures else UnknownModel(f"model {name!r} is not served here: use {' or '.join(known)}")
+
+
+async def _asked(
+    http: Request, question: Callable[[TextModel | ImageModel], Awaitable[Answer]]
+) -> tuple[list[Answer], list[BaseException]]:
+    """The answers of the models that are served, and what was raised by those who gave none."""
+    served = [model for model in (http.app.state.text, http.app.state.images) if model is not None]
+    answers = await asyncio.gather(*(question(model) for model in served), return_exceptions=True)
+    failures = [answer for answer in answers if isinstance(answer, BaseException)]
+    return [answer for answer in answers if not isinstance(answer, BaseException)], failures
 
 
 # ---- completions on the wire

@@ -36,18 +36,14 @@ logger = logging.getLogger(__name__)
 class Chosen:
     """A verified bundle that is to be served."""
 
-    registry: str
     name: str
     version: int
+    uri: str
     manifest: bundle.Manifest
 
     @property
     def reference(self) -> str:
         return f"{self.name}/{self.version}"
-
-    @property
-    def uri(self) -> str:
-        return storage.join(self.registry, self.name, str(self.version))
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def _verified(root: str, kind: str, reference: str, providers: list[str] | None)
             open_bundle(ImageSession, uri, providers=providers)
     except ValueError as error:
         raise ValueError(f"{name}/{version} cannot be served: {error}") from error
-    return Chosen(root, name, version, manifest)
+    return Chosen(name, version, uri, manifest)
 
 
 # ---- up
@@ -181,9 +177,7 @@ def _deployed() -> dict[str, Any] | None:
 def config(chosen: dict[str, Chosen], options: Options) -> dict[str, Any]:
     """The Serve config of the application; `serve deploy` takes it as well."""
     args = options.model_copy(update={"text": "gpt" in chosen, "images": "gan" in chosen})
-    deployments: list[dict[str, Any]] = [{"name": DEPLOYMENTS[kind], "user_config": {"uri": served.uri}} for kind, served in chosen.items()]
-    registries = {served.name: served.registry for served in chosen.values()}
-    deployments.append({"name": "Gateway", "user_config": {"registries": registries}})
+    deployments = [{"name": DEPLOYMENTS[kind], "user_config": {"uri": served.uri}} for kind, served in chosen.items()]
     application = {
         "name": APPLICATION,
         "route_prefix": "/",

@@ -249,6 +249,7 @@ class Models(BaseModel):
 class ModelVersion(BaseModel):
     id: str
     version: int
+    kind: Literal["gpt", "gan"]
     created: int
     aliases: list[str]
     metrics: dict[str, Any] = Field(description="What was measured at the end of its training.")

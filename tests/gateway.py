@@ -22,6 +22,9 @@ class Here:
     async def sample(self) -> bytes | None:
         return await self.replica.sample()
 
+    async def registry(self) -> tuple[str, str | None]:
+        return await self.replica.registry()
+
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
         return raised(await self.replica.complete(request, client))
 
@@ -53,6 +56,9 @@ class Failing:
         raise self.error
 
     async def sample(self) -> bytes | None:
+        raise self.error
+
+    async def registry(self) -> tuple[str, str | None]:
         raise self.error
 
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:

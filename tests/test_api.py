@@ -61,9 +61,7 @@ def server(root: str) -> Iterator[str]:
         text, pictures = Text(slots=4, threads=1, timeout_s=60), Pictures(threads=1)
         await text.reconfigure({"uri": registry.resolve(root, "gpt")[2]})
         await pictures.reconfigure({"uri": registry.resolve(root, "dcgan")[2]})
-        catalog = Catalog()
-        catalog.look_in({"gpt": root, "dcgan": root})
-        app = build_app(Here(text), Here(pictures), catalog=catalog)
+        app = build_app(Here(text), Here(pictures), catalog=Catalog())
         started.append(uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning")))
         await started[0].serve()
 

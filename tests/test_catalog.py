@@ -1,13 +1,16 @@
-"""What the gateway tells of the registry."""
+"""What the gateway tells of the registry, which may be slow, away, or damaged."""
 
 import asyncio
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from models import registry
-from serve.catalog import Catalog
+from models import registry, storage
+from serve.catalog import FAILURE_AGE_S, Catalog
 from serve.errors import Unavailable, UnknownModel
 from tests import bundles
 
@@ -21,40 +24,31 @@ def root(tmp_path: Path) -> str:
     return root
 
 
-def looking_in(root: str) -> Catalog:
-    catalog = Catalog()
-    catalog.look_in({"gpt": root})
-    return catalog
-
-
 def test_versions_are_told_with_aliases_and_lineage_newest_first(root: str) -> None:
-    told = asyncio.run(looking_in(root).versions("gpt"))
-    assert [(one.id, one.version, one.aliases) for one in told] == [("gpt", 2, []), ("gpt", 1, ["production"])]
+    told = asyncio.run(Catalog().versions(root, "gpt"))
+    assert [(one.id, one.version, one.kind, one.aliases) for one in told] == [("gpt", 2, "gpt", []), ("gpt", 1, "gpt", ["production"])]
     manifest = registry.listed(root, "gpt").versions[1]
-    assert (told[1].run, told[1].metrics, told[1].commit) == (manifest["run"], manifest["metrics"], manifest["commit"])
+    assert (told[1].metrics, told[1].dataset, told[1].commit) == (manifest["metrics"], manifest["dataset"], manifest["commit"])
+    assert told[1].run == {"name": "tiny", "step": 0}, "where the run's storage is, is nobody's business"
 
 
 def test_a_version_that_is_damaged_is_not_told(root: str) -> None:
     Path(root, "gpt/2/manifest.json").write_text("{")
-    assert [one.version for one in asyncio.run(looking_in(root).versions("gpt"))] == [1]
+    assert [one.version for one in asyncio.run(Catalog().versions(root, "gpt"))] == [1]
 
 
-def test_a_sample_is_the_version_s_own_as_published_or_none(root: str) -> None:
-    catalog = looking_in(root)
-    assert asyncio.run(catalog.sample("gpt", 2)) == ("gpt", Path(root, "gpt/2/sample.txt").read_bytes())
+@pytest.mark.parametrize("damage", [lambda sample: sample.write_text("something else"), Path.unlink])
+def test_a_sample_is_the_version_s_own_as_published_or_none(root: str, damage: Any) -> None:
+    sample = Path(root, "gpt/2/sample.txt")
+    assert asyncio.run(Catalog().sample(root, "gpt", 2)) == ("gpt", sample.read_bytes())
     with pytest.raises(UnknownModel, match="no sample of gpt/3"):
-        asyncio.run(catalog.sample("gpt", 3))
-    Path(root, "gpt/2/sample.txt").write_text("something else")
-    with pytest.raises(UnknownModel, match="sample of gpt/2 is damaged"):
-        asyncio.run(catalog.sample("gpt", 2))
-    Path(root, "gpt/2/sample.txt").unlink()
-    with pytest.raises(UnknownModel, match="sample of gpt/2 is damaged"):
-        asyncio.run(catalog.sample("gpt", 2))
+        asyncio.run(Catalog().sample(root, "gpt", 3))
+    damage(sample)
+    with pytest.raises(UnknownModel, match="sample of gpt/2 is missing or damaged"):
+        asyncio.run(Catalog().sample(root, "gpt", 2))
 
 
-def test_the_registry_is_read_at_most_every_few_seconds_and_anew_where_it_is_another(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_read_serves_all_who_ask(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     listed = registry.listed
 
@@ -65,26 +59,85 @@ def test_the_registry_is_read_at_most_every_few_seconds_and_anew_where_it_is_ano
     monkeypatch.setattr(registry, "listed", counted)
 
     async def ask() -> None:
-        catalog = looking_in(root)
-        await asyncio.gather(*(catalog.versions("gpt") for _ in range(20)))
+        catalog, other = Catalog(), str(tmp_path / "other")
+        await asyncio.gather(*(catalog.versions(root, "gpt") for _ in range(20)))
+        await catalog.versions(root, "gpt")
         assert read == [root]
-        other = str(tmp_path / "other")
-        catalog.look_in({"gpt": other})
-        assert await catalog.versions("gpt") == []
+        assert await catalog.versions(other, "gpt") == []
         assert read == [root, other]
 
     asyncio.run(ask())
 
 
-def test_storage_that_does_not_answer_is_said(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> Any:
+def test_storage_that_is_away_is_said_and_asked_again(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def away(*_: Any) -> Any:
+        asked.append(time.monotonic())
         raise OSError("no route to host")
 
-    monkeypatch.setattr(registry, "listed", broken)
-    with pytest.raises(Unavailable, match="storage does not answer"):
-        asyncio.run(looking_in(root).versions("gpt"))
+    monkeypatch.setattr(registry, "listed", away)
+
+    async def ask() -> None:
+        catalog = Catalog()
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="storage does not answer"):
+                await catalog.versions(root, "gpt")
+        assert len(asked) == 1
+        await asyncio.sleep(FAILURE_AGE_S)
+        with pytest.raises(Unavailable):
+            await catalog.versions(root, "gpt")
+        assert len(asked) == 2
+
+    asyncio.run(ask())
 
 
-def test_a_model_of_another_registry_is_not_told(root: str) -> None:
-    with pytest.raises(UnknownModel, match="registry of gan is not known"):
-        asyncio.run(looking_in(root).versions("gan"))
+@pytest.fixture
+def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A registry of which reads of `gpt` hang until the test is over; the names that were read."""
+    over, read, listed = threading.Event(), list[str](), registry.listed
+
+    def slow(root: Any, name: str) -> registry.Listed:
+        read.append(name)
+        if name == "gpt":
+            over.wait(60)
+        return listed(root, name)
+
+    monkeypatch.setattr(registry, "listed", slow)
+    yield read
+    over.set()
+
+
+def test_storage_that_hangs_holds_up_nobody_else(root: str, hung: list[str]) -> None:
+    async def ask() -> None:
+        catalog = Catalog(timeout_s=0.2)
+        impatient = [asyncio.create_task(catalog.versions(root, "gpt")) for _ in range(40)]
+        await asyncio.sleep(0.05)
+        for task in impatient[:30]:
+            task.cancel()
+        assert await catalog.versions(root, "dcgan") == []
+        await asyncio.to_thread(time.monotonic)  # what others run on threads goes on
+        for task in impatient[30:]:
+            with pytest.raises(Unavailable, match="storage does not answer"):
+                await task
+        assert sorted(hung) == ["dcgan", "gpt"], "one thread waits for all"
+
+    asyncio.run(ask())
+
+
+def test_a_storage_that_cannot_be_opened_damages_nothing(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once made every version of a registry an unfinished one, and every alias a damaged one."""
+    read_json = storage.read_json
+
+    def flaky(uri: Any) -> Any:
+        if str(uri).endswith(("2/manifest.json", "production.json")):
+            raise OSError("no region")
+        return read_json(uri)
+
+    monkeypatch.setattr(storage, "read_json", flaky)
+    with pytest.raises(OSError, match="no region"):
+        registry.listed(root, "gpt")
+    with pytest.raises(OSError, match="no region"):
+        registry.aliases(root, "gpt")
+    with pytest.raises(OSError, match="no region"):
+        registry.versions(root, "gpt")

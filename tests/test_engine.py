@@ -515,16 +515,25 @@ def test_a_stream_adds_up_to_the_whole_and_counts_its_tokens() -> None:
     run(scenario)
 
 
-def test_the_more_texts_run_the_rarer_are_the_chunks_of_each() -> None:
+def test_the_more_texts_are_streamed_the_rarer_are_the_chunks_of_each() -> None:
     async def scenario() -> None:
-        async with engine_of(HashSession(slots=4, context=4000, step_s=0.002), interval_s=0.01, chunks_per_s=20) as engine:
-            assert engine.pause_s() == 0.01
+        async with engine_of(HashSession(slots=5, context=4000, step_s=0.002), interval_s=0.01, chunks_per_s=20) as engine:
+            nobody_waits_for_it = asyncio.create_task(engine.submit("To be", Sampling(max_tokens=3000, temperature=0)).results())
             async with contextlib.AsyncExitStack() as stack:
-                for running in (1, 2, 3, 4):
+                for begun, pause_s in enumerate((0.05, 0.1, 0.15, 0.2)):
                     stream = engine.submit("To be", Sampling(max_tokens=3000, temperature=0))
                     chunks = await stack.enter_async_context(contextlib.aclosing(stream.chunks()))
+                    assert engine.streaming == begun
                     assert (await anext(chunks)).completion_tokens >= 1, "the first comes at once all the same"
-                    assert engine.pause_s() == running / 20
+                    assert (await anext(chunks)).completion_tokens >= 2
+                    assert engine.pause_s() == pause_s
+                for texts, longest in ((40, 0.2), (400, 0.2)):
+                    engine.streaming = texts
+                    assert engine.pause_s() == longest, "a reader would see it stutter"
+                engine.streaming = 4
+            assert engine.streaming == 0
+            assert engine.pause_s() == 0.01
+            nobody_waits_for_it.cancel()
 
     run(scenario)
 

@@ -78,13 +78,11 @@ def server(replica: Text, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
     async def serve() -> None:
         pictures = Pictures(threads=1)
-        catalog = Catalog()
-        catalog.look_in({"gpt": root, "dcgan": root})
         await replica.reconfigure({"uri": registry.resolve(root, "gpt/1")[2]})
         await pictures.reconfigure({"uri": registry.resolve(root, "dcgan")[2]})
         slow_down(replica.session)
         for images, told, at in ((Here(pictures), STATUS, port), (None, None, port + 1)):
-            app = build_app(Here(replica), images, catalog=catalog if images else None)
+            app = build_app(Here(replica), images, catalog=Catalog() if images else None)
             app.router.routes.insert(0, Route("/status", tell_status(told)))
             servers.append(uvicorn.Server(uvicorn.Config(app, port=at, log_level="warning")))
         await asyncio.gather(*(server.serve() for server in servers))

@@ -785,8 +785,8 @@ def test_a_bundle_that_answers_wrongly_does_not_take_down_what_is_served(
     with pytest.raises(ValueError, match=r"gpt/1 cannot be served: .* gives other text than golden\.json"):
         launch.choose(bad)
 
-    manifest = bundle.read(registry.resolve(bad, "gpt")[2])
-    chosen = launch.choose(root) | {"gpt": launch.Chosen(bad, "gpt", 1, manifest)}  # as where replicas' machines are not like this one
+    (_, _, uri), good = registry.resolve(bad, "gpt"), launch.choose(root)
+    chosen = good | {"gpt": launch.Chosen("gpt", 1, uri, bundle.read(uri))}  # as where replicas' machines are not like this one
     with pytest.raises(ValueError, match=r"the models could not be served"):
         launch.deploy(chosen, address, Options(max_replicas=1))
     recorded = golden(root, 1)

@@ -15,7 +15,7 @@ import numpy as np
 
 from models import bundle, gpt, registry
 from models.dcgan import Generator
-from models.storage import absolute, exists, join, names, read_json
+from models.storage import absolute, exists, join, names, read_json, without_secrets
 from train import checkpoint, config, text
 from train.dataset import fetch
 from train.export_gan import export_gan
@@ -145,7 +145,7 @@ def _lineage(storage: str, run: str, step: int, lineage: dict[str, Any]) -> dict
     judged = summary["metrics"] if summary.get("steps") == step else {}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "run": {"name": run, "step": step, "storage": absolute(storage)},
+        "run": {"name": run, "step": step, "storage": without_secrets(absolute(storage))},
         "commit": lineage["commit"],
         "dataset": {key: lineage["dataset"][key] for key in ("name", "fingerprint")},
         "metrics": {tag: value for tag, value in judged.items() if tag not in TIMES},

@@ -11,8 +11,10 @@ export function element(name, properties = {}, ...children) {
 /** Shows an error's sentence above the panels; null takes the last one away. */
 export function complain(error) {
   $("notice").hidden = error === null;
-  if (error) $("notice").textContent = error.message[0].toUpperCase() + error.message.slice(1);
+  if (error) $("notice").textContent = sentence(error.message);
 }
+
+export const sentence = (message) => message[0].toUpperCase() + message.slice(1);
 
 /** The seed in an input, or any where it is empty. */
 export function seedOf(input) {
@@ -51,5 +53,6 @@ export function remember(values) {
 export function recall(query) {
   for (const [name, id] of Object.entries(FIELDS)) if (query.has(name)) $(id).value = query.get(name);
   if (query.has("seed")) $("text-seed").value = $("picture-seed").value = query.get("seed");
+  $("more").open ||= ["top_p", "repetition_penalty", "stop"].some((name) => query.has(name)); // what is in force is to be seen
   for (const slider of document.querySelectorAll("input[type=range]")) slider.dispatchEvent(new Event("input"));
 }

@@ -1,7 +1,7 @@
 // What is served: each model's lineage, metrics and sample, and, where the server tells it, its replicas, latency and other versions.
 
 import { answer } from "./api.js";
-import { $, element } from "./page.js";
+import { $, element, sentence } from "./page.js";
 
 const LIVE_EVERY_MS = 5000;
 const LIVE = {
@@ -53,11 +53,14 @@ function facts(list, entries) {
 function sample(address, name, kind) {
   const figure = element("figure", {}, element("figcaption", { textContent: `A sample of ${name}, made at its export` }));
   if (kind === "gan") {
-    figure.append(element("img", { src: address, alt: `Pictures that ${name} made at its export`, loading: "lazy" }));
+    const image = element("img", { src: address, alt: `Pictures that ${name} made at its export`, loading: "lazy" });
+    image.addEventListener("error", () => image.replaceWith(element("p", { textContent: `No sample of ${name} came: try again in a moment.` })));
+    figure.append(image);
   } else {
     const text = element("pre", { tabIndex: 0, role: "region", ariaLabel: `Text that ${name} wrote at its export` });
+    const fill = async (response) => (text.textContent = await response.text());
+    fetch(address).then(answer).then(fill).catch(({ message }) => text.replaceWith(element("p", { textContent: sentence(message) })));
     figure.append(text);
-    fetch(address).then(answer).then(async (response) => (text.textContent = await response.text())).catch(() => figure.remove());
   }
   return figure;
 }
@@ -65,20 +68,27 @@ function sample(address, name, kind) {
 // ---- versions
 
 /** The registry's versions of a model side by side, asked for once the list is opened. */
-function versions({ id, version, kind }) {
+function versions({ id, version }) {
   const place = `v1/models/${encodeURIComponent(id)}/versions`;
-  const box = element("details", { className: "versions" }, element("summary", { textContent: `All versions of ${id}` }));
-  box.addEventListener("toggle", async () => {
-    if (!box.open) return;
-    const found = await fetch(place).then(answer).then((response) => response.json()).catch((error) => ({ error }));
-    box.querySelector(".rows")?.remove();
-    if (found.error) box.append(element("p", { className: "rows", textContent: found.error.message }));
-    else box.append(element("div", { className: "rows", tabIndex: 0, role: "region", ariaLabel: `Versions of ${id}` }, table(found.data, version, show)));
-  });
+  const [status, rows] = [element("p", { className: "hint", role: "status" }), element("div")];
+  const box = element("details", { className: "versions" }, element("summary", { textContent: `All versions of ${id}` }), rows, status);
   const show = (one) => {
     box.querySelector("figure")?.remove();
-    box.append(sample(`${place}/${one.version}/sample`, `${id}/${one.version}`, kind));
+    box.append(sample(`${place}/${one.version}/sample`, `${id}/${one.version}`, one.kind));
+    status.textContent = `The sample of version ${one.version} is shown below.`;
   };
+  box.addEventListener("toggle", async () => {
+    if (!box.open) return;
+    status.textContent = "Asking the registry";
+    try {
+      const { data } = await fetch(place).then(answer).then((response) => response.json());
+      Object.assign(rows, { className: "rows", tabIndex: 0, role: "region", ariaLabel: `Versions of ${id}` });
+      rows.replaceChildren(table(data, version, show));
+      status.textContent = `${data.length} in the registry.`;
+    } catch (error) {
+      status.textContent = sentence(error.message);
+    }
+  });
   return box;
 }
 

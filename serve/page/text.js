@@ -112,9 +112,11 @@ export function listen() {
   $("text-form").addEventListener("submit", write);
   $("stop").addEventListener("click", () => writing?.abort());
   for (const id of ["temperature", "max_tokens", "top_p", "repetition_penalty"]) $(id).addEventListener("input", () => ($(`${id}-value`).textContent = $(id).value));
+  $("text-form").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) write(event);
+  });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") writing?.abort();
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) write(event);
   });
 }
 
