@@ -470,7 +470,7 @@ class Options(BaseModel):
     providers: list[str] | None = None  # of models.runtime.PROVIDERS, best first; None: the best that a replica's machine has
     max_replicas: int = 4  # of each model
     timeout_s: float = 300.0  # of a text, its waiting included
-    chunks_per_s: float = Field(default=100.0, gt=0)  # see `serve.engine.Engine`: each costs proxy, gateway and replica 2 ms of CPU
+    chunks_per_s: float = Field(default=100.0, gt=0)  # see `serve.engine.Engine`: each costs proxy, gateway and replica 1 to 2 ms of CPU
 
 
 def build(options: Options) -> serve.Application:

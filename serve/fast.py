@@ -8,7 +8,7 @@ import importlib.util
 import socket
 from pathlib import Path
 
-CHUNKS_PER_S = 400.0  # each costs a quarter of what it does otherwise (`serve.deployments.Options`)
+CHUNKS_PER_S = 400.0  # each costs a third of what it does otherwise (`serve.deployments.Options`)
 
 
 def environment(folder: Path) -> dict[str, str]:
