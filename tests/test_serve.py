@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM
 from models import bundle, registry, storage
 from serve import deployments, launch
 from serve.__main__ import main
+from serve.catalog import Catalog
 from serve.deployments import Options, Pictures, Text
 from serve.detokenize import spelled
 from serve.errors import Failed, Overloaded, Unavailable
@@ -538,6 +539,20 @@ def test_a_model_that_is_away_does_not_hide_the_other(root: str, error: Exceptio
     assert ask(app, "GET", "/health").json() == {"status": "ok", "models": ["dcgan/1"]}
     (model,) = ask(app, "GET", "/v1/models").json()["data"]
     assert (model["id"], model["providers"], model["quantization"]) == ("dcgan", ["CPUExecutionProvider"], None)
+    assert ask(app, "GET", "/v1/models/dcgan").json() == model
+    for path in ("gpt", "gpt/sample", "gpt/versions", "gpt/versions/1/sample"):  # which it may be that is away
+        refused = ask(build_app(Failing(error), pictures, catalog=Catalog()), "GET", f"/v1/models/{path}")  # type: ignore[arg-type]
+        assert refused.status_code == (503 if isinstance(error, Unavailable) else 500)
+
+
+def test_a_bundle_outside_of_a_registry_has_no_versions(root: str, tmp_path: Path) -> None:
+    pictures = Pictures(threads=1)
+    asyncio.run(pictures.reconfigure({"uri": str(shutil.copytree(f"{root}/dcgan/1", tmp_path / "by-hand"))}))
+    app = build_app(None, pictures, catalog=Catalog())  # type: ignore[arg-type]
+    for path in ("versions", "versions/1/sample"):
+        refused = ask(app, "GET", f"/v1/models/dcgan/{path}")
+        assert refused.status_code == 404
+        assert "dcgan is served from a folder that is in no registry" in refused.json()["error"]["message"]
 
 
 def test_a_replica_whose_engine_died_is_not_healthy(root: str) -> None:

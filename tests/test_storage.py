@@ -71,6 +71,28 @@ def test_an_unknown_scheme_and_damaged_json_are_sentences(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_storage_that_cannot_be_opened_is_not_taken_for_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(uri: str) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(storage.fs.FileSystem, "from_uri", away)
+    with pytest.raises(OSError, match=r"storage 's3://bucket/x' cannot be opened: no route to host"):
+        storage.read_json("s3://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://KEY:SE%2FCRET@bucket/kiln", "s3://bucket/kiln"),
+        ("s3://KEY:SECRET@bucket/kiln?region=x", "s3://bucket/kiln?region=x"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("/home/me@work/kiln", "/home/me@work/kiln"),
+    ],
+)
+def test_keys_in_a_uri_are_not_shown(uri: str, shown: str) -> None:
+    assert storage.without_secrets(uri) == shown
+
+
 def test_the_road_runs_on_an_object_store(bucket: str, tmp_path: Path, command: Callable[..., Any]) -> None:
     (tmp_path / "corpus.txt").write_text("".join(f"{number}: {VERSE}" for number in range(120)))
     store = f"{bucket}/store"
