@@ -65,6 +65,11 @@ class Head:
     def _address_file(self) -> Path:
         return Path(self.temp_dir) / "ray" / "ray_current_cluster"
 
+    def _agent_serves(self) -> bool:
+        """Whether the node's agent has written its port: on a busy machine seconds after the dashboard, which waits 10 s for it at most."""
+        session = Path(self.temp_dir) / "ray" / "session_latest"
+        return any(session.glob("dashboard_agent_listen_port_*"))
+
     @property
     def dashboard(self) -> Dashboard:
         return Dashboard(f"http://127.0.0.1:{self.dashboard_port}", (self.home / "token").read_text())
@@ -270,10 +275,10 @@ def _exports(head: Head) -> str:
 
 
 def _wait_until_ready(head: Head) -> None:
-    """Returns once the head has published its address and its jobs API answers."""
+    """Returns once the head has published its address, its jobs API answers, and its agent, which starts jobs, is there."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while head.alive() and time.monotonic() < deadline:
-        if head._address_file.exists():
+        if head._address_file.exists() and head._agent_serves():
             with contextlib.suppress(ValueError):
                 head.dashboard.jobs()
                 return

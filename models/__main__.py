@@ -11,8 +11,6 @@ from rich.table import Column, Table
 
 from models import bundle, cli, registry, storage
 
-IN_A_LIST = ("heldout_loss", "heldout_bits_per_byte", "heldout_frechet_distance", "heldout_recall")  # `show` has all figures
-
 
 def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
@@ -70,7 +68,7 @@ def _table(models: list[registry.Listed]) -> Table:
                 f"{manifest['kind']}, {manifest['quantization']['weights']}" if manifest["quantization"] else manifest["kind"],
                 ", ".join(model.aliases_of(version)),
                 f"{manifest['run']['name']}, step {manifest['run']['step']}",
-                _metrics(manifest, "\n", IN_A_LIST),
+                _metrics(manifest, "\n", bundle.HEADLINES),
                 f"{bundle.size(manifest) / 1e6:.1f}",
                 manifest["created"][:16].replace("T", " "),
             )

@@ -16,7 +16,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from models import cli, storage
+from models import bundle, cli, storage
 from models.runtime import PROVIDERS
 from serve import fast
 
@@ -136,9 +136,7 @@ def status(arguments: argparse.Namespace) -> int:
 def _models(url: str, models: list[dict[str, Any]]) -> Table:
     table = Table("model", "kind", "runs on", "from run", "metrics", title=url)
     for model in models:
-        metrics = ", ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in model["metrics"].items()
-        )
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in model["metrics"].items() if name in bundle.HEADLINES)
         runs_on = model["providers"][0].removesuffix("ExecutionProvider")
         table.add_row(f"{model['id']}/{model['version']}", model["kind"], runs_on, str(model["run"]["name"]), metrics)
     return table

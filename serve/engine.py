@@ -242,16 +242,14 @@ class Engine:
         return {"slots": scheduler.slots, "running": scheduler.running, "waiting": scheduler.waiting, "generated": self.generated}
 
     def _encode(self, prompt: str, max_tokens: int) -> list[int]:
-        room = self.session.context - max_tokens
+        context = self.session.context
         # So many characters make no fewer tokens than this: what cannot fit is not even encoded.
-        tokens = len(prompt) // self._longest_token
-        ids: list[int] = []
-        if tokens <= room:
-            ids = self.session.tokenizer.encode(prompt).ids or [self.session.eos_token_id]
-            tokens = len(ids)
-        if tokens > room:
+        at_least = len(prompt) // self._longest_token
+        ids = [] if at_least > context else self.session.tokenizer.encode(prompt).ids or [self.session.eos_token_id]
+        if not ids or len(ids) + max_tokens > context:
+            tokens = f"{len(ids)}" if ids else f"at least {at_least}"
             raise TooLong(
-                f"the prompt's {'' if ids else 'at least '}{tokens} tokens and max_tokens {max_tokens} exceed the model's context of {self.session.context} tokens: "
+                f"the prompt's {tokens} tokens and max_tokens {max_tokens} exceed the model's context of {context} tokens: "
                 "shorten the prompt or ask for fewer tokens"
             )
         return ids

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -301,6 +302,17 @@ def test_down_ends_a_running_job_and_its_children_and_nobody_else(
     assert ray.get(ray.remote(lambda: "alive").remote()) == "alive"
     assert bystander.poll() is None
     assert "nothing to end" in shell(f"python -m cluster down --storage {fresh}").stdout
+
+
+def test_a_head_is_not_up_before_its_agent_which_starts_jobs(up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = local.find(str(up))
+    assert head is not None
+    monkeypatch.setattr(local, "START_TIMEOUT_S", 1)
+    local._wait_until_ready(head)
+    (tmp_path / "ray").mkdir()
+    shutil.copy(head._address_file, tmp_path / "ray")
+    with pytest.raises(ValueError, match="the Ray head did not answer within 1 s"):
+        local._wait_until_ready(replace(head, temp_dir=str(tmp_path)))
 
 
 def test_up_after_a_crash_clears_what_is_left_and_starts_anew(fresh: Path) -> None:

@@ -29,7 +29,7 @@ function card(model) {
     element("h3", {}, id, element("span", { textContent: `version ${version}` })),
     element("p", { textContent: about }),
     element("dl", { className: "live", hidden: true }),
-    facts(element("dl"), Object.entries(metrics).map(([name, value]) => [name.replaceAll("_", " "), shown(value)])),
+    facts(element("dl"), told(metrics)),
   );
   box.dataset.kind = kind;
   if (model.sample) box.append(sample(`v1/models/${encodeURIComponent(id)}/sample`, `${id}/${version}`, kind));
@@ -41,6 +41,15 @@ function shape({ kind, model }) {
   if (kind === "gpt") return `GPT of ${model.layers} layers, context ${model.context}, ${model.vocab_size} tokens`;
   const classes = model.num_classes ? `, ${model.num_classes} classes` : "";
   return `DCGAN of ${model.image_size} × ${model.image_size} pixels${classes}`;
+}
+
+/** Metrics by name; beside one of generated pictures what real ones come to. */
+function told(metrics) {
+  const names = Object.keys(metrics).filter((name) => !name.endsWith("_floor"));
+  return names.map((name) => {
+    const floor = metrics[`${name}_floor`];
+    return [name.replaceAll("_", " "), floor === undefined ? shown(metrics[name]) : `${shown(metrics[name])} (real: ${shown(floor)})`];
+  });
 }
 
 const shown = (value) => (typeof value === "number" ? number.format(value) : String(value));
@@ -102,7 +111,7 @@ function weights(quantization) {
 function table(found, served, show) {
   const judged = (name) => name.startsWith("heldout_") && !/_(floor|samples)$/.test(name); // what tells versions apart
   const metrics = [...new Set(found.flatMap(({ metrics }) => Object.keys(metrics).filter(judged)))];
-  const titles = ["version", "weights", ...metrics.map((name) => name.slice("heldout_".length).replaceAll("_", " ")), "run", "made", "sample"];
+  const titles = ["version", "sample", "weights", ...metrics.map((name) => name.slice("heldout_".length).replaceAll("_", " ")), "run", "made"];
   const head = element("tr", {}, ...titles.map((title) => element("th", { scope: "col", textContent: title })));
   const rows = found.map((one) => {
     const marks = [one.version === served && "served", ...one.aliases].filter(Boolean).join(", ");
@@ -118,8 +127,8 @@ function table(found, served, show) {
       "tr",
       { className: one.version === served ? "served" : "" },
       element("th", { scope: "row" }, `${one.version} `, element("small", { textContent: marks })),
-      ...cells.map((textContent) => element("td", { textContent })),
       element("td", {}, ...(one.sample ? [button] : [])),
+      ...cells.map((textContent) => element("td", { textContent })),
     );
   });
   return element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
