@@ -41,7 +41,7 @@ def _resources(dashboard: Dashboard) -> Table:
 
 
 def _jobs(dashboard: Dashboard) -> Table:
-    table = Table(Column("job", no_wrap=True), "status", "started", Column("command", no_wrap=True), title="Jobs", title_justify="left")
+    table = Table(*(Column(name, no_wrap=True) for name in ("job", "status", "started")), "command", title="Jobs", title_justify="left")
     for job in sorted(dashboard.jobs(), key=lambda job: job["start_time"] or 0):
         started = time.strftime("%H:%M:%S", time.localtime(job["start_time"] / 1000)) if job["start_time"] else ""
         table.add_row(job["submission_id"] or job["job_id"], job["status"], started, job["entrypoint"].splitlines()[0])
