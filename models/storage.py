@@ -29,7 +29,9 @@ def locate(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(text)
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"storage {text!r} cannot be opened: {error}. Use a folder, or a URI such as s3://bucket/path") from error
+        raise kind(
+            without_secrets(f"storage {text!r} cannot be opened: {error}. Use a folder, or a URI such as s3://bucket/path")
+        ) from error
 
 
 def join(uri: str | os.PathLike[str], *parts: str) -> str:
@@ -49,9 +51,9 @@ def absolute(uri: str | os.PathLike[str]) -> str:
     return os.fspath(uri) if local is None else str(local)
 
 
-def without_secrets(uri: str) -> str:
-    """The URI without the user and password that it may hold (s3://KEY:SECRET@bucket)."""
-    return re.sub(r"://[^/]*@", "://", uri)
+def without_secrets(text: str) -> str:
+    """A URI, or a sentence that has some, without the users and passwords that they may hold (s3://KEY:SECRET@bucket)."""
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:

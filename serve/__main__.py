@@ -18,7 +18,7 @@ from rich.table import Table
 
 from models import bundle, cli, storage
 from models.runtime import PROVIDERS
-from serve import fast
+from serve import blocklist, fast
 
 
 def main(argv: list[str]) -> int:
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--threads", type=int, default=1, help="CPUs of a replica (1: best for tiny models)")
     start.add_argument("--providers", nargs="+", choices=list(PROVIDERS), help="what to run on, best first (default: the best that works)")
     start.add_argument("--max-replicas", type=int, default=4, help="replicas of a model under load (4)")
+    start.add_argument("--blocklist", metavar="FILE", help="words and phrases, a line each, that no prompt and no text may have")
     start.add_argument(
         "--fast", action="store_true", help="HAProxy and Serve's throughput-optimised mode; opens two more ports: docs/serving.md"
     )
@@ -76,11 +77,18 @@ def _serve(arguments: argparse.Namespace) -> int:
     from serve import launch  # Ray takes seconds to import: not before what was asked for is known to make sense
     from serve.deployments import Options
 
+    blocked = [] if arguments.blocklist is None else blocklist.read(arguments.blocklist)
     # On a cluster it is the replicas' machines that need a GPU, not this one.
     here = None if os.environ.get("RAY_ADDRESS") else arguments.providers
     chosen = launch.choose(storage.join(arguments.storage, "models"), arguments.text, arguments.images, here)
     address = launch.Address(arguments.host, arguments.port)
-    options = Options(slots=arguments.slots, threads=arguments.threads, providers=arguments.providers, max_replicas=arguments.max_replicas)
+    options = Options(
+        slots=arguments.slots,
+        threads=arguments.threads,
+        providers=arguments.providers,
+        max_replicas=arguments.max_replicas,
+        blocklist=blocked,
+    )
     if arguments.fast:
         options.chunks_per_s = fast.CHUNKS_PER_S
     for served in chosen.values():

@@ -31,7 +31,8 @@ class Catalog:
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self.timeout_s = timeout_s
         self._executor = ThreadPoolExecutor(2, "registry")
-        self._reads: dict[tuple[Any, ...], tuple[float, asyncio.Future[Any]]] = {}  # by what was read: when that began, and its outcome
+        self._reads: dict[tuple[Any, ...], asyncio.Future[Any]] = {}  # by what is read, or was
+        self._ended: dict[tuple[Any, ...], float] = {}
 
     async def versions(self, root: str, name: str) -> list[ModelVersion]:
         """A model's complete versions, newest first, at most `AGE_S` old.
@@ -59,11 +60,12 @@ class Catalog:
 
     async def _read(self, function: Callable[..., Found], *arguments: Any) -> Found:
         key, now = (function, *arguments), time.monotonic()
-        for other in [other for other, (began, read) in self._reads.items() if read.done() and now - began >= _age_s(read)]:
-            del self._reads[other]
+        for old in [old for old, ended in self._ended.items() if now - ended >= _age_s(self._reads[old])]:
+            del self._reads[old], self._ended[old]
         if key not in self._reads:
-            self._reads[key] = now, asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
-        shared: Awaitable[Found] = asyncio.shield(self._reads[key][1])
+            self._reads[key] = asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+            self._reads[key].add_done_callback(lambda _: self._ended.update({key: time.monotonic()}))
+        shared: Awaitable[Found] = asyncio.shield(self._reads[key])
         try:
             return await asyncio.wait_for(shared, self.timeout_s)
         except OSError as error:  # a TimeoutError is one

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import ray.exceptions
@@ -27,9 +27,10 @@ from ray.serve.context import _get_global_client  # `serve.status()` doesn't tel
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve import access
+from serve.blocklist import Blocklist
 from serve.catalog import Catalog
 from serve.engine import Chunk, Engine, Stream
-from serve.errors import Overloaded, Rejected, Unavailable, UnknownModel, WrongValue
+from serve.errors import Blocked, Overloaded, Rejected, Unavailable, UnknownModel, WrongValue
 from serve.ingress import Drawing, build_app
 from serve.prometheus import PictureMetrics, TextMetrics
 from serve.scheduler import Sampling
@@ -104,11 +105,17 @@ class Text(Replica):
     session: TextSession
 
     def __init__(
-        self, slots: int, threads: int, timeout_s: float, providers: list[str] | None = None, chunks_per_s: float = math.inf
+        self,
+        slots: int,
+        threads: int,
+        timeout_s: float,
+        providers: list[str] | None = None,
+        chunks_per_s: float = math.inf,
+        blocklist: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.slots, self.threads, self.timeout_s, self.providers = slots, threads, timeout_s, providers
-        self.chunks_per_s = chunks_per_s
+        self.chunks_per_s, self.blocklist = chunks_per_s, Blocklist(blocklist) if blocklist else None
         self.engine: Engine | None = None
         self.metrics = TextMetrics()
 
@@ -120,7 +127,14 @@ class Text(Replica):
         before = self.engine
         self.uri, self.session, self.reference = uri, session, _reference(session)
         observe = functools.partial(self.metrics.observe, model=self.reference)
-        self.engine = Engine(session, queue_limit=QUEUE_LIMIT, timeout_s=self.timeout_s, chunks_per_s=self.chunks_per_s, observe=observe)
+        self.engine = Engine(
+            session,
+            queue_limit=QUEUE_LIMIT,
+            timeout_s=self.timeout_s,
+            chunks_per_s=self.chunks_per_s,
+            blocklist=self.blocklist,
+            observe=observe,
+        )
         if before is not None:
             before.close()
             self.metrics.rollouts.inc(1, {"model": self.reference})
@@ -175,7 +189,11 @@ class Text(Replica):
             stop=request.stops,
             logprobs=request.logprobs,
         )
-        return self.engine.submit(request.prompt, sampling, client, n=request.n, timeout_s=request.timeout_s)
+        try:
+            return self.engine.submit(request.prompt, sampling, client, n=request.n, timeout_s=request.timeout_s)
+        except Blocked:
+            self.metrics.prompt_blocked(self.reference)
+            raise
 
 
 class Pictures(Replica):
@@ -470,6 +488,7 @@ class Options(BaseModel):
     providers: list[str] | None = None  # of models.runtime.PROVIDERS, best first; None: the best that a replica's machine has
     max_replicas: int = 4  # of each model
     timeout_s: float = 300.0  # of a text, its waiting included
+    blocklist: list[Annotated[str, Field(pattern=r"\S")]] = []  # phrases that no prompt and no text may have (`serve.blocklist`)
     chunks_per_s: float = Field(default=100.0, gt=0)  # see `serve.engine.Engine`: each costs proxy, gateway and replica 1 to 2 ms of CPU
 
 
@@ -478,7 +497,7 @@ def build(options: Options) -> serve.Application:
     text = images = None
     if options.text:
         text = _model(Text, options, target_ongoing_requests=options.slots).bind(
-            options.slots, options.threads, options.timeout_s, options.providers, options.chunks_per_s
+            options.slots, options.threads, options.timeout_s, options.providers, options.chunks_per_s, options.blocklist
         )
     if options.images:
         images = _model(Pictures, options, target_ongoing_requests=4).bind(options.threads, options.providers)

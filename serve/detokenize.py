@@ -1,52 +1,59 @@
-"""From a sequence's tokens to the text that may be shown: whole characters only, and never a part of a stop string."""
+"""From a sequence's tokens to the text that may be shown: whole characters only, and no part of a stop string or a blocked phrase."""
 
 import functools
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from serve.blocklist import Blocklist
+
 
 class TextStream:
     """The text of one sequence, token by token.
 
-    All that `push` and `flush` return, joined, is `tokenizer.decode(tokens)` up to the first stop string.
+    All that `push` and `flush` return, joined, is `tokenizer.decode(tokens)` up to the first stop string or blocked phrase.
 
     Args:
         stop: the text ends before the first of these.
+        blocklist: and before the first of its phrases.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: tuple[str, ...] = ()) -> None:
-        self.stopped = False
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: tuple[str, ...] = (), blocklist: Blocklist | None = None) -> None:
+        self.ended_by: str | None = None  # "stop" or "content_filter", once it has been ended
+        self._tokenizer, self._stop, self._blocklist = tokenizer, stop, blocklist
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
         self.decoded = 0  # whole characters so far, held ones and a stop string's included
-        self._held = ""  # decoded, but possibly the beginning of a stop string
+        self._last = ""  # the last character that was shown
+        self._held = ""  # decoded, but possibly the beginning of a stop string or a blocked phrase
 
     def push(self, token: int) -> str:
-        """Takes the next token; returns the text that can be shown now, often empty. Sets `stopped` at a stop string."""
-        assert not self.stopped
+        """Takes the next token; returns the text that can be shown now, often empty. Sets `ended_by` where that ends the text."""
+        assert self.ended_by is None
         self._tokens.append(token)
         piece = self._stream.step(self._tokenizer, token) or ""  # nothing while a character's bytes are incomplete
         self.decoded += len(piece)
         self._held += piece
-        return self._release(self._unsafe_suffix())
+        return self._release(ended=False)
 
     def flush(self) -> str:
         """The rest of the text, once the last token was pushed."""
-        if self.stopped:
+        if self.ended_by is not None:
             return ""
         self._held += self._tokenizer.decode(self._tokens)[self.decoded :]
-        return self._release(0)
+        return self._release(ended=True)
 
-    def _release(self, keep: int) -> str:
-        """The held text but for its last `keep` characters; all before the stop string where there is one."""
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped = True
-            return self._held[: min(found)]
-        split = len(self._held) - keep
-        shown, self._held = self._held[:split], self._held[split:]
+    def _release(self, ended: bool) -> str:
+        """What can be shown of the held text; where it has not ended, without what may be the beginning of something that ends it."""
+        stops = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        text = self._held[: min(stops, default=None)]
+        blocked, safe = (None, len(text)) if self._blocklist is None else self._blocklist.look(self._last, text, ended or bool(stops))
+        if blocked is not None or stops:
+            self.ended_by = "stop" if blocked is None else "content_filter"
+            return text[:blocked]
+        split = len(text) if ended else min(safe, len(text) - self._unsafe_suffix())
+        shown, self._held = text[:split], text[split:]
+        self._last = shown[-1:] or self._last
         return shown
 
     def _unsafe_suffix(self) -> int:

@@ -23,8 +23,9 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
+from serve.blocklist import Blocklist
 from serve.detokenize import TextStream, spelled
-from serve.errors import DeadlineExceeded, Failed, Overloaded, Rejected, TooLong, Unavailable
+from serve.errors import Blocked, DeadlineExceeded, Failed, Overloaded, Rejected, TooLong, Unavailable
 from serve.sampling import logprobs, penalize, sample
 from serve.scheduler import Sampling, Scheduler, Sequence
 
@@ -71,7 +72,7 @@ class Chunk:
     text: str
     prompt_tokens: int
     completion_tokens: int  # in all, so far
-    finish_reason: str | None = None  # "stop" (end of text, or a stop string) or "length", in the last chunk
+    finish_reason: str | None = None  # "stop" (end of text, or a stop string), "length" or "content_filter", in the last chunk
     choice: int = 0  # which of the texts
     logprobs: tuple[TokenLogprob, ...] = ()  # where they were asked for: one of each token since the last chunk
 
@@ -104,7 +105,7 @@ class Stream:
         return self._engine.observe(self._chunks(streamed=True), len(self.sequences))
 
     async def _chunks(self, streamed: bool) -> AsyncGenerator[Chunk, None]:
-        unfinished, counted = len(self.sequences), 0
+        unfinished, begun, counted = len(self.sequences), set[int](), 0
         try:
             while unfinished:
                 await self._ready.wait()
@@ -113,11 +114,14 @@ class Stream:
                     raise self._error
                 pending, self._pending = self._pending, {}
                 for chunk in pending.values():
-                    unfinished -= chunk.finish_reason is not None
+                    begun.add(chunk.choice)
+                    if chunk.finish_reason is not None:
+                        begun.remove(chunk.choice)
+                        unfinished -= 1
                     yield chunk
                 if streamed:
-                    self._engine.streaming += unfinished - counted
-                    counted = unfinished
+                    self._engine.streaming += len(begun) - counted
+                    counted = len(begun)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._done.wait(), self._engine.pause_s())
         finally:
@@ -165,6 +169,7 @@ class Engine:
             small model, and 50 a second look continuous.
         chunks_per_s: most chunks a second of all streams together, as far as `LONGEST_PAUSE_S` allows: what delivers them has its limit,
             and takes from the engine's CPU.
+        blocklist: what no text may have; None: anything may be written.
         idle_s: once nothing was asked for so long, the room that the cache has grown by is given back, and with it the prompts that it
             holds.
         observe: every request's chunks go through it, with the number of its texts, on the event loop.
@@ -178,11 +183,12 @@ class Engine:
         timeout_s: float = 300.0,
         interval_s: float = 0.02,
         chunks_per_s: float = math.inf,
+        blocklist: Blocklist | None = None,
         idle_s: float = 10.0,
         observe: Callable[[AsyncGenerator[Chunk, None], int], AsyncGenerator[Chunk, None]] = lambda chunks, n: chunks,
     ) -> None:
         self.session, self.timeout_s, self.idle_s, self.observe = session, timeout_s, idle_s, observe
-        self.interval_s, self.chunks_per_s = interval_s, chunks_per_s
+        self.interval_s, self.chunks_per_s, self.blocklist = interval_s, chunks_per_s, blocklist
         self.generated = 0  # tokens in all
         self.streaming = 0  # texts that have begun and are read as they come
         self._scheduler = Scheduler(session.slots, queue_limit, chunk_size, session.copies)
@@ -209,9 +215,12 @@ class Engine:
             timeout_s: of this request, where it is shorter than the engine's.
 
         Raises:
+            Blocked: the prompt has a phrase of the blocklist.
             TooLong: prompt and `max_tokens` do not fit into the model's context.
             Unavailable: the engine has ended.
         """
+        if self.blocklist is not None and self.blocklist.find(prompt):
+            raise Blocked("the prompt has words that are blocked here: leave them out")
         ids = self._encode(prompt, sampling.max_tokens)
         if not self.alive:
             raise Unavailable(GONE)
@@ -295,7 +304,7 @@ class Engine:
 
     def _join(self, stream: Stream) -> None:
         for sequence in stream.sequences:
-            self._texts[sequence] = _Text(stream, TextStream(self.session.tokenizer, sequence.sampling.stop))
+            self._texts[sequence] = _Text(stream, TextStream(self.session.tokenizer, sequence.sampling.stop, self.blocklist))
         slots, waiting = self._scheduler.slots, self._scheduler.queue_limit
         leaving = {self._texts[sequence].stream: None for sequence in self._scheduler.add(stream.sequences)}
         for refused in leaving:
@@ -346,7 +355,7 @@ class Engine:
         sequence.tokens.append(token)
         self.generated += 1
         piece = "" if token == self.session.eos_token_id else text.shown.push(token)
-        if token == self.session.eos_token_id or text.shown.stopped:
+        if token == self.session.eos_token_id or text.shown.ended_by is not None:
             reason = "stop"
         elif len(sequence.tokens) == how.max_tokens:
             reason = "length"
@@ -355,7 +364,7 @@ class Engine:
                 self._tell(sequence, piece)
             return
         piece += text.shown.flush()
-        reason = "stop" if text.shown.stopped else reason  # the held end may have completed a stop string
+        reason = text.shown.ended_by or reason  # the held end may have completed what ends it
         self._tell(sequence, piece, reason)
         self._scheduler.remove(sequence)
         del self._texts[sequence]

@@ -16,6 +16,10 @@ class UnknownModel(Rejected):
     status, code, param = 404, "model_not_found", "model"
 
 
+class Blocked(Rejected):
+    status, code, param = 400, "content_filter", "prompt"
+
+
 class TooLong(Rejected):
     status, code = 413, "context_length_exceeded"
 

@@ -25,7 +25,7 @@ class TextMetrics:
     def __init__(self) -> None:
         self.requests = Counter(
             "raykiln_text_requests",
-            "Requests for text that ended, by outcome: stop, length, cancelled (the client went), or the code of an error.",
+            "Requests for text that ended, by outcome: stop, length, content_filter, cancelled (the client went), or the code of an error.",
             tag_keys=("model", "outcome"),  # type: ignore[arg-type]  # annotated as a tuple of one
         )
         self.prompt_tokens = Counter("raykiln_prompt_tokens", "Tokens of the prompts whose first token was sent.", tag_keys=MODEL)
@@ -38,6 +38,11 @@ class TextMetrics:
             "Between two messages of a stream, by the tokens in the second: a stutter longer than the messages' interval is seen whole.",
             TOKEN_S,
             MODEL,
+        )
+        self.filter_hits = Counter(
+            "raykiln_filter_hits",
+            "Prompts refused and texts ended for a blocked phrase, by where it was.",
+            tag_keys=("model", "where"),  # type: ignore[arg-type]
         )
         self.rollouts = _rollouts()
         self.load = {
@@ -65,6 +70,8 @@ class TextMetrics:
                         self.inter_token_latency.observe((now - before) / new, tags)
                     self.generation_tokens.inc(new, tags)
                     latest[chunk.choice] = now, chunk
+                    if chunk.finish_reason == "content_filter":
+                        self.filter_hits.inc(1, {**tags, "where": "text"})
                     ended = len(latest) == n and all(text.finish_reason for _, text in latest.values())
                     outcome = (ended and chunk.finish_reason) or "cancelled"
                     yield chunk
@@ -73,6 +80,9 @@ class TextMetrics:
             raise
         finally:
             self.requests.inc(1, {**tags, "outcome": outcome})
+
+    def prompt_blocked(self, model: str) -> None:
+        self.filter_hits.inc(1, {"model": model, "where": "prompt"})
 
     def set_load(self, status: dict[str, int]) -> None:
         for name, gauge in self.load.items():

@@ -125,6 +125,32 @@ def test_storage_that_hangs_holds_up_nobody_else(root: str, hung: list[str]) -> 
     asyncio.run(ask())
 
 
+def test_what_took_long_to_read_is_kept_as_long(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, listed = [], registry.listed
+
+    def slow(root: Any, name: str) -> registry.Listed:
+        read.append(name)
+        time.sleep(0.4)
+        return listed(root, name)
+
+    monkeypatch.setattr(registry, "listed", slow)
+    monkeypatch.setattr("serve.catalog.AGE_S", 0.3)
+
+    async def ask() -> None:
+        catalog = Catalog(timeout_s=0.1)
+        with pytest.raises(Unavailable):
+            await catalog.versions(root, "gpt")
+        await asyncio.sleep(0.45)
+        assert len(await catalog.versions(root, "gpt")) == 2, "it came meanwhile"
+        assert read == ["gpt"]
+        await asyncio.sleep(0.3)
+        with pytest.raises(Unavailable):
+            await catalog.versions(root, "gpt")
+        assert read == ["gpt", "gpt"], "and was old"
+
+    asyncio.run(ask())
+
+
 def test_a_storage_that_cannot_be_opened_damages_nothing(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It once made every version of a registry an unfinished one, and every alias a damaged one."""
     read_json = storage.read_json

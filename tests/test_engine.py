@@ -379,12 +379,12 @@ def test_nothing_of_a_stop_string_is_shown(text: str, stops: list[str]) -> None:
         consumed += 1
         # Whatever comes next, what was shown stays right.
         assert all(stop not in shown for stop in stops)
-        if stream.stopped:
+        if stream.ended_by:
             break
     shown += stream.flush()
     ends = [text[:consumed].find(stop) for stop in stops if stop in text[:consumed]]
     assert shown == text[: min(ends)] if ends else shown == text
-    assert stream.stopped == bool(ends)
+    assert stream.ended_by == ("stop" if ends else None)
 
 
 # ---- the engine
@@ -527,10 +527,16 @@ def test_the_more_texts_are_streamed_the_rarer_are_the_chunks_of_each() -> None:
                     assert (await anext(chunks)).completion_tokens >= 1, "the first comes at once all the same"
                     assert (await anext(chunks)).completion_tokens >= 2
                     assert engine.pause_s() == pause_s
-                for texts, longest in ((40, 0.2), (400, 0.2)):
-                    engine.streaming = texts
-                    assert engine.pause_s() == longest, "a reader would see it stutter"
-                engine.streaming = 4
+                engine.streaming += 400
+                assert engine.pause_s() == 0.2, "a reader would see it stutter"
+                engine.streaming -= 400
+            assert engine.streaming == 0
+            several = engine.submit("To be", Sampling(max_tokens=3000, temperature=0), n=9)
+            async with contextlib.aclosing(several.chunks()) as chunks:
+                async for chunk in chunks:
+                    if chunk.completion_tokens > 100:
+                        break
+                assert 4 <= engine.streaming <= 5, "as many as have a slot"
             assert engine.streaming == 0
             assert engine.pause_s() == 0.01
             nobody_waits_for_it.cancel()

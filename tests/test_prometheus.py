@@ -28,7 +28,7 @@ class Recorder:
 
 def recorded_text() -> Any:
     metrics: Any = TextMetrics()
-    for name in ("requests", "prompt_tokens", "generation_tokens", "time_to_first_token", "inter_token_latency"):
+    for name in ("requests", "prompt_tokens", "generation_tokens", "time_to_first_token", "inter_token_latency", "filter_hits"):
         setattr(metrics, name, Recorder())
     metrics.load = {name: Recorder() for name in metrics.load}
     return metrics
@@ -123,6 +123,19 @@ def test_a_refusal_is_told_by_its_code() -> None:
     with pytest.raises(DeadlineExceeded, match="late"):
         asyncio.run(go())
     assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "deadline_exceeded"})]
+
+
+def test_what_the_blocklist_ends_or_refuses_is_counted() -> None:
+    metrics = recorded_text()
+
+    async def go() -> None:
+        async for _ in metrics.observe(chunks(Chunk("a", 1, 1), Chunk("", 1, 4, "content_filter")), 1, model="gpt/3"):
+            pass
+
+    asyncio.run(go())
+    metrics.prompt_blocked("gpt/3")
+    assert metrics.filter_hits.recorded == [(1, {"model": "gpt/3", "where": "text"}), (1, {"model": "gpt/3", "where": "prompt"})]
+    assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "content_filter"})]
 
 
 def test_the_load_is_what_the_engine_says() -> None:

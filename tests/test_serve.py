@@ -965,6 +965,8 @@ def test_up_says_what_is_wrong_and_ends(command: Callable[..., Any], root: str, 
     assert (no_gpu.returncode, "cannot be served: execution provider 'cuda' is not in this build" in no_gpu.stderr) == (2, True)
     detached = command("serve", "up", "--detach", "--storage", str(tmp_path), RAY_ADDRESS="")
     assert "--detach needs a cluster to stay on" in detached.stderr
+    nothing = command("serve", "up", "--blocklist", str(tmp_path / "none.txt"), "--storage", str(Path(root).parent), RAY_ADDRESS="")
+    assert (nothing.returncode, f"the blocklist {tmp_path}/none.txt cannot be read" in nothing.stderr) == (2, True)
     fast = command("serve", "up", "--fast", "--storage", str(tmp_path), RAY_ADDRESS="127.0.0.1:1")
     assert (fast.returncode, "--fast is for a private cluster" in fast.stderr) == (2, True)
 
@@ -989,6 +991,8 @@ def test_status_of_another_openai_server_is_a_sentence(capsys: pytest.CaptureFix
 def test_a_private_server_ends_with_ctrl_c_and_leaves_no_process(root: str, tmp_path: Path, mode: list[str]) -> None:
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    (tmp_path / "blocked.txt").write_text("verboten\n")
+    mode = [*mode, "--blocklist", str(tmp_path / "blocked.txt")]
     arguments = [sys.executable, "-m", "serve", "up", "--storage", str(Path(root).parent), "--port", str(port), *mode]
     with open(tmp_path / "out", "w") as out:
         server = psutil.Popen(arguments, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
@@ -996,6 +1000,8 @@ def test_a_private_server_ends_with_ctrl_c_and_leaves_no_process(root: str, tmp_
         until(lambda: server.poll() is not None or "Ctrl-C ends it" in (tmp_path / "out").read_text())
         assert server.poll() is None, (tmp_path / "out").read_text()
         assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok", "models": ["gpt/1", "dcgan/1"]}
+        blocked = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "It is VERBOTEN."})
+        assert (blocked.status_code, blocked.json()["error"]["code"]) == (400, "content_filter")
         processes = server.children(recursive=True)
         assert any("Text" in process.name() or "raylet" in process.name() for process in processes)
         scratch = check_fast_mode(processes, port, golden(root, 1)) if mode else None

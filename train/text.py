@@ -57,7 +57,7 @@ def find(patterns: list[str], label: str) -> list[str]:
     for pattern in patterns:
         try:
             matches = find_files(pattern, SUFFIXES)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{label}: {error}") from None
         if not matches:
             raise ValueError(
@@ -336,7 +336,7 @@ def _pack(task: dict[str, Any], data: dict[str, Any], uri: str, tokenizer: str) 
             arrays[split].append(np.array([end, *encoder.encode(text, add_special_tokens=False).ids], _dtype(encoder)))
             sizes[split][0] += 1
             sizes[split][1] += len(text.encode())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return {"packed": json.dumps({"error": str(error)})}
     for split, parts in arrays.items():
         if not parts:

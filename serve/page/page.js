@@ -14,6 +14,9 @@ export function complain(error) {
   if (error) $("notice").textContent = sentence(error.message);
 }
 
+const number = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+export const shown = (value) => (typeof value === "number" ? number.format(value) : String(value));
+
 export const sentence = (message) => message[0].toUpperCase() + message.slice(1);
 
 /** The seed in an input, or any where it is empty. */

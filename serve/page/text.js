@@ -61,7 +61,7 @@ async function stream(request, signal) {
     if (now - first > 50) rate(usage.completion_tokens - tokensOfFirst, now - first);
     else if (reason) rate(usage.completion_tokens, now - started); // too short to leave the wait for the first token out
   }
-  return { stop: request.stop ? "stop string or end of text" : "end of text", length: "token limit" }[reason];
+  return { stop: request.stop ? "stop string or end of text" : "end of text", length: "token limit", content_filter: "blocked words" }[reason];
 }
 
 // Only the server can count a prompt's tokens: they are no more than its bytes, and in long English prompts less than half.

@@ -1,0 +1,94 @@
+"""What is blocked is never shown: not a piece of it, not in pieces, and nothing else is held back in the end."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.blocklist import Blocklist, read
+from serve.deployments import Text
+from serve.detokenize import TextStream
+from serve.engine import Chunk
+from serve.errors import Blocked
+from serve.schemas import CompletionRequest
+from tests import bundles
+from tests.test_engine import byte_tokenizer
+
+PHRASES = st.lists(st.sampled_from(["a", "ab", "b a", "ba b", "a-b", "ABBA", "b"]), min_size=1, max_size=3, unique=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a bad word", "bad word"),
+        ("BAD \n  Word!", "BAD \n  Word"),
+        ("not bad, wordy", None),
+        ("a bad words", None),
+        ("embad word", None),
+        ("STRASSE", "STRASSE"),
+        ("what c++ is", "c++"),
+        ("", None),
+    ],
+)
+def test_phrases_are_found_as_whole_words_in_any_case(text: str, found: str | None) -> None:
+    assert Blocklist(["bad word", "straße", "c++"]).find(text) == found
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.text("abAB -\n", max_size=16), PHRASES, st.lists(st.text("ab-", min_size=1, max_size=2), max_size=1))
+def test_no_blocked_phrase_is_shown_and_nothing_else_is_lost(text: str, phrases: list[str], stops: list[str]) -> None:
+    stream, shown = TextStream(byte_tokenizer(), tuple(stops), Blocklist(phrases)), ""
+    spelled = ("|".join(r"\s+".join(map(re.escape, phrase.split())) for phrase in phrases)).join(("(?<!\\w)(?:", ")(?!\\w)"))
+    for token in byte_tokenizer().encode(text).ids:
+        shown += stream.push(token)
+        if stream.ended_by:
+            break
+    shown += stream.flush()
+    assert text.startswith(shown)
+    allowed = text[: min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=None)]
+    blocked = re.search(spelled, allowed, re.IGNORECASE)
+    assert stream.ended_by == ("content_filter" if blocked else "stop" if allowed != text else None)
+    if blocked is None:
+        assert shown == allowed
+    else:
+        assert blocked.start() <= len(shown) < len(allowed)
+        assert re.search(spelled, shown, re.IGNORECASE) is None
+        assert re.match(spelled, allowed[len(shown) :], re.IGNORECASE), "what comes next is a blocked phrase"
+
+
+def test_a_text_ends_before_what_is_blocked_and_a_prompt_with_it_is_refused(tmp_path: Path) -> None:
+    folder = bundles.tiny_gpt_bundle(tmp_path / "gpt")
+
+    async def ask(request: CompletionRequest, blocklist: list[str]) -> Chunk:
+        replica = Text(slots=2, threads=1, timeout_s=60, blocklist=blocklist)
+        await replica.reconfigure({"uri": str(folder)})
+        answer = await replica.complete(request, "")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer[1][0]
+
+    request = CompletionRequest(prompt="Now is", max_tokens=40, seed=3, temperature=1.0)
+    whole = asyncio.run(ask(request, []))
+    word = re.findall(r"(?<!\w)\w+(?!\w)", whole.text)[1]
+    cut = asyncio.run(ask(request, [word.swapcase()]))
+    assert (cut.text, cut.finish_reason) == (whole.text[: re.search(rf"\b{word}\b", whole.text, re.IGNORECASE).start()], "content_filter")  # type: ignore[union-attr]
+    assert cut.completion_tokens < whole.completion_tokens, "and its slot is free"
+    with pytest.raises(Blocked, match="the prompt has words that are blocked here"):
+        asyncio.run(ask(request, ["is"]))
+
+
+def test_a_blocklist_is_a_file_with_a_phrase_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "blocked.txt"
+    file.write_text("# ours\n\n bad word \nstraße\n", encoding="utf-8")
+    assert read(file) == ["bad word", "straße"]
+    file.write_text("# ours\n\n")
+    with pytest.raises(ValueError, match=r"blocked\.txt holds no phrase"):
+        read(file)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"blocked\.txt cannot be read .* a phrase a line"):
+        read(file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read(tmp_path)
