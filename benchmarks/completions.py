@@ -25,7 +25,7 @@ from models import bundle, registry
 
 NAME = "gpt"  # in the registry: what `train export` calls a GPT
 SHORTEST_PROMPT, LONGEST_PROMPT = 16, 48  # tokens
-SHORTEST_TEXT, LONGEST_TEXT = 16, 112
+TEXTS = (16, 112)  # tokens of the shortest and the longest
 START_TIMEOUT_S, ANSWER_TIMEOUT_S = 180, 300
 
 
@@ -80,16 +80,16 @@ class Asked:
     max_tokens: int
 
 
-def rounds_of_requests(folder: str, num_rounds: int, num_requests: int) -> list[list[Asked]]:
+def rounds_of_requests(folder: str, given: argparse.Namespace) -> list[list[Asked]]:
     """For each round, other pieces of held-out text by the tokenizer of the bundle at `folder`, and other lengths; the same at each run."""
     tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
     ids = heldout_ids(tokenizer)
     rounds: list[list[Asked]] = []
-    for seed in range(num_rounds):
+    for seed in range(given.rounds):
         draw = np.random.default_rng(seed)
-        sizes = draw.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1, size=num_requests)
-        starts = draw.integers(len(ids) - LONGEST_PROMPT, size=num_requests)
-        texts = draw.integers(SHORTEST_TEXT, LONGEST_TEXT + 1, size=num_requests).tolist()
+        sizes = draw.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1, size=given.requests)
+        starts = draw.integers(len(ids) - LONGEST_PROMPT, size=given.requests)
+        texts = draw.integers(given.texts[0], given.texts[1] + 1, size=given.requests).tolist()
         pieces = [tokenizer.decode(ids[start : start + size].tolist()) for start, size in zip(starts, sizes, strict=True)]
         rounds.append([Asked(prompt, max_tokens) for prompt, max_tokens in zip(pieces, texts, strict=True)])
     return rounds
@@ -99,23 +99,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--storage", type=Path, help="a folder with a GPT in its registry; by default an untrained one is made")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--requests", type=int, default=96, help="in a round, whatever the number of clients")
+    parser.add_argument("--texts", type=int, nargs=2, default=TEXTS, metavar=("SHORTEST", "LONGEST"), help="tokens to write")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
 
 
-def find_model(storage: Path | None, stack: contextlib.ExitStack) -> tuple[str, str, str]:
+def find_model(given: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[str, str, str]:
     """The storage that is asked for, or one with an untrained model that goes with `stack`; the GPT's reference and folder in it.
 
     Raises:
         ValueError: there is no GPT, or one whose context is too short for what the benchmarks ask.
     """
-    root = str(storage or stack.enter_context(tempfile.TemporaryDirectory()))
-    if storage is None:
+    root = str(given.storage or stack.enter_context(tempfile.TemporaryDirectory()))
+    if given.storage is None:
         export_untrained(root)
     name, version, folder = registry.resolve(f"{root}/models", NAME)
     context = bundle.verify(folder)["model"]["context"]
-    if context < LONGEST_PROMPT + LONGEST_TEXT:
+    if context < LONGEST_PROMPT + given.texts[1]:
         raise ValueError(
-            f"{folder} has a context of {context}, and this asks for up to {LONGEST_PROMPT + LONGEST_TEXT} tokens: serve another"
+            f"{folder} has a context of {context}, and this asks for up to {LONGEST_PROMPT + given.texts[1]} tokens: serve another"
         )
     return root, f"{name}/{version}", folder
 
@@ -240,7 +241,10 @@ def compare(servers: list[Server], rounds: list[list[Asked]], clients: list[int]
             for server in servers:
                 done = asyncio.run(load(server.url, server.ask, requests, num_clients))
                 loads[server.name].append(done)
-                same = sum(one.text == first.text for one, first in zip(done.answers, loads[servers[0].name][-1].answers, strict=True))
+                same = sum(
+                    (one.text, one.num_tokens) == (first.text, first.num_tokens)
+                    for one, first in zip(done.answers, loads[servers[0].name][-1].answers, strict=True)
+                )
                 said = f"{done.tokens_per_s:,.0f} tokens/s, {same} of {len(requests)} texts as the first server's"
                 print(f"round {number}, clients: {num_clients}, {server.name}: {said}", flush=True)
         for name, done_by in loads.items():

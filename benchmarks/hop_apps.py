@@ -18,11 +18,11 @@ class PacedText(Text):
     """The replica's text model.
 
     Args:
-        chunks_per_s: as for `Text`; None: each step's tokens at once, whatever that costs.
+        chunks_per_s: as for `Text`; None: each step's tokens at once.
     """
 
     def __init__(self, slots: int, chunks_per_s: float | None) -> None:
-        super().__init__(slots, threads=1, timeout_s=TIMEOUT_S, chunks_per_s=chunks_per_s or math.inf)
+        super().__init__(slots, threads=1, timeout_s=TIMEOUT_S, chunks_per_s=math.inf if chunks_per_s is None else chunks_per_s)
         self.every_step = chunks_per_s is None
 
     async def _swap(self, uri: str) -> None:

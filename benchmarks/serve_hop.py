@@ -2,14 +2,15 @@
 
     python benchmarks/serve_hop.py [--fast] [--storage kiln/demo] [--rounds 4] [--requests 96] [--clients 1 4 16]
 
-Four applications of one Ray Serve instance serve the same model, and are asked in turn as in serve_text.py: HTTP in a process of its own
+Five applications of one Ray Serve instance serve the same model, and are asked in turn as in serve_text.py: HTTP in a process of its own
 (the gateway, as shipped) or in the engine's process, and a stream's tokens sent together (as shipped: at most every 20 ms, and at most 100
-times a second from all streams together, 400 with --fast) or with every step. --fast: with HAProxy, in Serve's throughput-optimised mode.
+times a second from all streams together, 400 with --fast), every 20 ms however many there are, or with every step. --fast: with HAProxy, in Serve's throughput-optimised mode.
 The last column is tokens a second over those of the first, as shipped.
 """
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import tempfile
@@ -23,11 +24,13 @@ from benchmarks.runs import free_port  # noqa: E402
 from models import cli  # noqa: E402
 from serve import fast  # noqa: E402
 
-WAYS = {  # of each application: whether the ingress is on the engine, and whether tokens go together
-    "gateway, together": (False, True),
-    "gateway, every step": (False, False),
-    "on the engine, together": (True, True),
-    "on the engine, every step": (True, False),
+AS_SHIPPED = 0.0
+WAYS = {  # of each application: whether the ingress is on the engine, and its chunks a second (None: with every step)
+    "gateway, together": (False, AS_SHIPPED),
+    "gateway, every 20 ms": (False, math.inf),
+    "gateway, every step": (False, None),
+    "on the engine, together": (True, AS_SHIPPED),
+    "on the engine, every step": (True, None),
 }
 
 
@@ -43,11 +46,10 @@ def deploy(uri: str, is_fast: bool, stack: contextlib.ExitStack) -> list[complet
     stack.enter_context(connected(len(WAYS), Address("127.0.0.1", port)))
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
     servers = []
-    chunks_per_s = fast.CHUNKS_PER_S if is_fast else Options().chunks_per_s
-    for number, (name, (near, together)) in enumerate(WAYS.items()):
-        serve.run(
-            build(uri, near, Options().slots, chunks_per_s if together else None), name=f"way-{number}", route_prefix=f"/way-{number}"
-        )
+    shipped = fast.CHUNKS_PER_S if is_fast else Options().chunks_per_s
+    for number, (name, (near, chunks_per_s)) in enumerate(WAYS.items()):
+        application = build(uri, near, Options().slots, shipped if chunks_per_s == AS_SHIPPED else chunks_per_s)
+        serve.run(application, name=f"way-{number}", route_prefix=f"/way-{number}")
         servers.append(completions.Server(name, f"http://127.0.0.1:{port}/way-{number}", completions.ask_us))
     stack.callback(serve.shutdown)
     return servers
@@ -62,9 +64,9 @@ def main(argv: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         if given.fast:
             os.environ.update(fast.environment(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raykiln-")))))
-        _, _, folder = completions.find_model(given.storage, stack)
+        _, _, folder = completions.find_model(given, stack)
         servers = deploy(folder, given.fast, stack)
-        rounds = completions.rounds_of_requests(folder, given.rounds, given.requests)
+        rounds = completions.rounds_of_requests(folder, given)
         print(completions.compare(servers, rounds, given.clients, servers[0].name))
     return 0
 

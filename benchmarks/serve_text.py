@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
         OTHERS[given.other](given.folder, given.port)
         return 0
     with contextlib.ExitStack() as stack:
-        storage, reference, folder = completions.find_model(given.storage, stack)
+        storage, reference, folder = completions.find_model(given, stack)
         # One replica: a second one, which autoscaling would add after a while, would make the rounds unlike each other.
         ours = ["-m", "serve", "up", "--storage", storage, "--text", reference, "--max-replicas", "1", *(["--fast"] if given.fast else [])]
         url = stack.enter_context(completions.serving(ours, "/health"))
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
         for other in OTHERS:
             words = [__file__, "--other", other, "--folder", f"{folder}/transformers"]
             servers.append(Server(other, stack.enter_context(completions.serving(words, "/openapi.json")), ask_other))
-        rounds = completions.rounds_of_requests(folder, given.rounds, given.requests)
+        rounds = completions.rounds_of_requests(folder, given)
         print(completions.compare(servers, rounds, given.clients, BASE))
     return 0
 

@@ -15,7 +15,8 @@ class Blocklist:
     """
 
     def __init__(self, phrases: Sequence[str]) -> None:
-        spelled = [r"\s+".join(regex.escape(word) for word in phrase.split()) for phrase in phrases]
+        # The shortest first: of two that begin alike it is the one that is there as a whole.
+        spelled = [r"\s+".join(regex.escape(word) for word in phrase.split()) for phrase in sorted(phrases, key=len)]
         assert all(spelled), phrases
         self._pattern = regex.compile(rf"(?<!\w)(?:{'|'.join(spelled)})(?!\w)", regex.IGNORECASE | regex.FULLCASE)
 
@@ -24,20 +25,26 @@ class Blocklist:
         found = self._pattern.search(text)
         return found and found.group()
 
-    def look(self, before: str, text: str, ended: bool) -> tuple[int | None, int]:
+    def look(self, before: str, text: str, end: int | None) -> tuple[int | None, int]:
         """Where in a text the first blocked phrase begins (None: there is none), and up to where nothing can become one.
 
         Args:
             before: what stands before the text, at least its last character: a phrase begins at a word's beginning.
-            ended: nothing follows; else the text's end may be the beginning of a phrase, or a phrase that of a longer word.
+            end: where the text is over, though more of it may be known (a stop string); None: it goes on, so that its end may be
+                the beginning of a phrase, or a phrase that of a longer word.
         """
-        whole = before + text
-        found = self._pattern.search(whole, pos=len(before), partial=not ended)
+        start = len(before)
+        if end is not None:
+            for found in self._pattern.finditer(before + text[: end + 1], pos=start, overlapped=True):
+                if found.end() <= start + end:
+                    return found.start() - start, end
+            return None, end
+        found = self._pattern.search(before + text, pos=start, partial=True)
         if found is None:
             return None, len(text)
-        at = found.start() - len(before)
-        open_ended = not ended and (found.partial or found.end() == len(whole))
-        return (None, at) if open_ended else (at, at)
+        at = found.start() - start
+        is_open = found.partial or found.end() == start + len(text)
+        return (None, at) if is_open else (at, at)
 
 
 def read(path: str | os.PathLike[str]) -> list[str]:

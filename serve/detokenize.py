@@ -46,13 +46,13 @@ class TextStream:
     def _release(self, ended: bool) -> str:
         """What can be shown of the held text; where it has not ended, without what may be the beginning of something that ends it."""
         stops = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        text = self._held[: min(stops, default=None)]
-        blocked, safe = (None, len(text)) if self._blocklist is None else self._blocklist.look(self._last, text, ended or bool(stops))
+        end = min(stops) if stops else len(self._held) if ended else None
+        blocked, safe = (None, len(self._held)) if self._blocklist is None else self._blocklist.look(self._last, self._held, end)
         if blocked is not None or stops:
             self.ended_by = "stop" if blocked is None else "content_filter"
-            return text[:blocked]
-        split = len(text) if ended else min(safe, len(text) - self._unsafe_suffix())
-        shown, self._held = text[:split], text[split:]
+            return self._held[: end if blocked is None else blocked]
+        split = len(self._held) if ended else min(safe, len(self._held) - self._unsafe_suffix())
+        shown, self._held = self._held[:split], self._held[split:]
         self._last = shown[-1:] or self._last
         return shown
 

@@ -992,8 +992,8 @@ def test_a_private_server_ends_with_ctrl_c_and_leaves_no_process(root: str, tmp_
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     (tmp_path / "blocked.txt").write_text("verboten\n")
-    mode = [*mode, "--blocklist", str(tmp_path / "blocked.txt")]
-    arguments = [sys.executable, "-m", "serve", "up", "--storage", str(Path(root).parent), "--port", str(port), *mode]
+    options = [*mode, "--blocklist", str(tmp_path / "blocked.txt")]
+    arguments = [sys.executable, "-m", "serve", "up", "--storage", str(Path(root).parent), "--port", str(port), *options]
     with open(tmp_path / "out", "w") as out:
         server = psutil.Popen(arguments, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
