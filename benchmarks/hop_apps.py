@@ -7,8 +7,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.deployments import RemoteText, Text
+from serve.gateway import RemoteText
 from serve.ingress import build_app
+from serve.replicas import Text
 from tests.gateway import Here
 
 TIMEOUT_S = 300.0
@@ -34,7 +35,7 @@ class PacedText(Text):
 
 @serve.ingress()
 class Gateway:
-    """As `serve.deployments.Gateway`: HTTP in a process of its own."""
+    """As `serve.gateway.Gateway`: HTTP in a process of its own."""
 
     def __init__(self, text: DeploymentHandle) -> None:
         self.text = RemoteText(text)

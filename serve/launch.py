@@ -1,7 +1,7 @@
 """Puts the registry's bundles on a Ray cluster, and takes them off again: what `python -m serve` does.
 
 The application is deployed as a Serve config, never by `serve.run`: the same config with another bundle's URI then changes a
-deployment's `user_config` alone, and its replicas swap versions in place (`serve.deployments`).
+deployment's `user_config` alone, and its replicas swap versions in place (`serve.replicas`).
 """
 
 import asyncio
@@ -22,7 +22,8 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from cluster.connect import connect
 from models import bundle, registry, storage
-from serve.deployments import DESCRIBE_TIMEOUT_S, UNREACHABLE, Options
+from serve.deployments import Options
+from serve.gateway import DESCRIBE_TIMEOUT_S, UNREACHABLE
 from serve.session import ImageSession, TextSession, open_bundle
 
 APPLICATION = "raykiln"

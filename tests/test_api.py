@@ -26,10 +26,10 @@ from schemathesis.config import SchemathesisConfig
 from models import registry
 from serve import access
 from serve.catalog import Catalog
-from serve.deployments import Pictures, Text
 from serve.errors import Overloaded, Unavailable
 from serve.ingress import build_app
 from serve.latency import Latency
+from serve.replicas import Pictures, Text
 from serve.schemas import Percentiles
 from tests import bundles
 from tests.conftest import free_port

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.blocklist import Blocklist, read
-from serve.deployments import Text
 from serve.detokenize import TextStream
 from serve.engine import Chunk
 from serve.errors import Blocked
+from serve.replicas import Text
 from serve.schemas import CompletionRequest
 from tests import bundles
 from tests.test_engine import byte_tokenizer

@@ -20,8 +20,8 @@ from starlette.routing import Route
 from cluster.browser import Browser, is_installed, started
 from models import registry
 from serve.catalog import Catalog
-from serve.deployments import Pictures, Text
 from serve.ingress import build_app
+from serve.replicas import Pictures, Text
 from tests import bundles
 from tests.conftest import free_port
 from tests.gateway import Here

@@ -33,13 +33,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from models import bundle, registry, storage
-from serve import deployments, launch
+from serve import launch, replicas
 from serve.__main__ import main
 from serve.catalog import Catalog
-from serve.deployments import Options, Pictures, Text
+from serve.deployments import Options
 from serve.detokenize import spelled
 from serve.errors import Failed, Overloaded, Unavailable
 from serve.ingress import build_app
+from serve.replicas import Pictures, Text
 from serve.schemas import CompletionRequest, ImagesRequest
 from serve.session import ImageSession, TextSession
 from tests import bundles
@@ -592,7 +593,7 @@ def test_of_swaps_that_overlap_the_last_wins_and_one_to_the_same_is_none(
 ) -> None:
     sessions = [session_type(f"{root}/{uri}") for _ in range(2)]
     swaps = Swaps(sessions)
-    monkeypatch.setattr(deployments, "open_bundle", swaps)
+    monkeypatch.setattr(replicas, "open_bundle", swaps)
 
     async def scenario() -> None:
         replica, rollouts = make(), []
