@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--threads", type=int, default=1, help="CPUs of a replica (1: best for tiny models)")
     start.add_argument("--providers", nargs="+", choices=list(PROVIDERS), help="what to run on, best first (default: the best that works)")
     start.add_argument("--max-replicas", type=int, default=4, help="replicas of a model under load (4)")
-    start.add_argument("--blocklist", metavar="FILE", help="words and phrases, a line each, that no prompt and no text may have")
+    blocked = start.add_mutually_exclusive_group()
+    blocked.add_argument("--blocklist", metavar="FILE", help="words and phrases, a line each, that no prompt and no text may have")
+    blocked.add_argument("--no-blocklist", action="store_true", help="take off the blocklist of what is served already")
     start.add_argument(
         "--fast", action="store_true", help="HAProxy and Serve's throughput-optimised mode; opens two more ports: docs/serving.md"
     )
@@ -98,6 +100,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         if was_served and not arguments.detach:
             raise ValueError(
                 "this cluster serves already: change what it serves with --detach, or end it first with `python -m serve down`"
+            )
+        before = launch.options_in_force()
+        if before is not None and before.blocklist and not (blocked or arguments.no_blocklist):
+            raise ValueError(
+                f"what is served has a blocklist of {len(before.blocklist)} phrases: give --blocklist again, or --no-blocklist to serve without one"
             )
         stays = was_served
         try:

@@ -35,7 +35,7 @@ class Catalog:
         self._ended: dict[tuple[Any, ...], float] = {}
 
     async def versions(self, root: str, name: str) -> list[ModelVersion]:
-        """A model's complete versions, newest first, at most `AGE_S` old.
+        """A model's complete versions, newest first; read again once it is `AGE_S` that they were.
 
         Raises:
             Unavailable: the registry's storage does not answer.

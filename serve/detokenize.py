@@ -16,16 +16,24 @@ class TextStream:
     Args:
         stop: the text ends before the first of these.
         blocklist: and before the first of its phrases.
+        prompt: what stands before the text: a blocked phrase may begin there.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: tuple[str, ...] = (), blocklist: Blocklist | None = None) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, stop: tuple[str, ...] = (), blocklist: Blocklist | None = None, prompt: str = ""
+    ) -> None:
         self.ended_by: str | None = None  # "stop" or "content_filter", once it has been ended
         self._tokenizer, self._stop, self._blocklist = tokenizer, stop, blocklist
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
         self.decoded = 0  # whole characters so far, held ones and a stop string's included
-        self._last = ""  # the last character that was shown
+        self._before, self._since = ("", 0) if blocklist is None else blocklist.tail(prompt)  # see `Blocklist.look`
         self._held = ""  # decoded, but possibly the beginning of a stop string or a blocked phrase
+
+    @property
+    def shown(self) -> int:
+        """Characters of the text that have been returned."""
+        return self.decoded - len(self._held)
 
     def push(self, token: int) -> str:
         """Takes the next token; returns the text that can be shown now, often empty. Sets `ended_by` where that ends the text."""
@@ -40,20 +48,28 @@ class TextStream:
         """The rest of the text, once the last token was pushed."""
         if self.ended_by is not None:
             return ""
-        self._held += self._tokenizer.decode(self._tokens)[self.decoded :]
+        rest = self._tokenizer.decode(self._tokens)[self.decoded :]
+        self.decoded += len(rest)
+        self._held += rest
         return self._release(ended=True)
 
     def _release(self, ended: bool) -> str:
         """What can be shown of the held text; where it has not ended, without what may be the beginning of something that ends it."""
         stops = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         end = min(stops) if stops else len(self._held) if ended else None
-        blocked, safe = (None, len(self._held)) if self._blocklist is None else self._blocklist.look(self._last, self._held, end)
-        if blocked is not None or stops:
-            self.ended_by = "stop" if blocked is None else "content_filter"
-            return self._held[: end if blocked is None else blocked]
-        split = len(self._held) if ended else min(safe, len(self._held) - self._unsafe_suffix())
+        unstopped = len(self._held) - self._unsafe_suffix() if end is None else end  # no stop string has begun before
+        found = None if self._blocklist is None else self._blocklist.look(self._before, self._since, self._held, end)
+        if found is not None and not found.is_open and found.end <= unstopped:
+            self.ended_by = "content_filter"
+            split = found.start
+        elif stops:
+            self.ended_by = "stop"
+            split = unstopped
+        else:
+            split = unstopped if found is None else min(found.start, unstopped)
         shown, self._held = self._held[:split], self._held[split:]
-        self._last = shown[-1:] or self._last
+        if shown:
+            self._before, self._since = shown[-1], 1
         return shown
 
     def _unsafe_suffix(self) -> int:

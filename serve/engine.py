@@ -83,8 +83,8 @@ class Chunk:
 class Stream:
     """One request under way, as its consumer on the event loop sees it. `Engine.submit` makes it."""
 
-    def __init__(self, engine: "Engine", sequences: list[Sequence], timeout_s: float) -> None:
-        self.sequences, self.timeout_s = sequences, timeout_s
+    def __init__(self, engine: "Engine", prompt: str, sequences: list[Sequence], timeout_s: float) -> None:
+        self.prompt, self.sequences, self.timeout_s = prompt, sequences, timeout_s
         self._engine = engine
         self._pending: dict[int, Chunk] = {}  # of each text, what has not been taken yet
         self._unfinished = len(sequences)
@@ -154,7 +154,7 @@ class _Text:
 
     stream: Stream
     shown: TextStream
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens since the last chunk
+    logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)  # not told yet, each with its token's end in the text
 
 
 class Engine:
@@ -219,14 +219,14 @@ class Engine:
             TooLong: prompt and `max_tokens` do not fit into the model's context.
             Unavailable: the engine has ended.
         """
-        if self.blocklist is not None and self.blocklist.find(prompt):
-            raise Blocked("the prompt has words that are blocked here: leave them out")
         ids = self._encode(prompt, sampling.max_tokens)
+        if self.blocklist is not None and self.blocklist.find(prompt):  # bounded now: what is too long has gone
+            raise Blocked("the prompt has words that are blocked here: leave them out")
         if not self.alive:
             raise Unavailable(GONE)
         timeout_s = self.timeout_s if timeout_s is None else min(timeout_s, self.timeout_s)
         deadline = time.monotonic() + timeout_s
-        stream = Stream(self, [Sequence(ids, replace(sampling, choice=choice), client, deadline) for choice in range(n)], timeout_s)
+        stream = Stream(self, prompt, [Sequence(ids, replace(sampling, choice=choice), client, deadline) for choice in range(n)], timeout_s)
         self._inbox.put((self._join, stream))
         return stream
 
@@ -304,7 +304,7 @@ class Engine:
 
     def _join(self, stream: Stream) -> None:
         for sequence in stream.sequences:
-            self._texts[sequence] = _Text(stream, TextStream(self.session.tokenizer, sequence.sampling.stop, self.blocklist))
+            self._texts[sequence] = _Text(stream, TextStream(self.session.tokenizer, sequence.sampling.stop, self.blocklist, stream.prompt))
         slots, waiting = self._scheduler.slots, self._scheduler.queue_limit
         leaving = {self._texts[sequence].stream: None for sequence in self._scheduler.add(stream.sequences)}
         for refused in leaving:
@@ -350,11 +350,12 @@ class Engine:
         """Draws a sequence's next token, and ends the sequence where that was its last."""
         how, text = sequence.sampling, self._texts[sequence]
         token = _drawn(sequence, logits)
-        if how.logprobs is not None:
-            text.logprobs.append(self._logprob(logits, token, how.logprobs, text.shown.decoded))
+        offset = text.shown.decoded
         sequence.tokens.append(token)
         self.generated += 1
         piece = "" if token == self.session.eos_token_id else text.shown.push(token)
+        if how.logprobs is not None:
+            text.logprobs.append((text.shown.decoded, self._logprob(logits, token, how.logprobs, offset)))
         if token == self.session.eos_token_id or text.shown.ended_by is not None:
             reason = "stop"
         elif len(sequence.tokens) == how.max_tokens:
@@ -386,7 +387,10 @@ class Engine:
 
     def _tell(self, sequence: Sequence, piece: str, reason: str | None = None) -> None:
         text = self._texts[sequence]
-        told, text.logprobs = tuple(text.logprobs), []
+        # Of what a blocklist holds back nothing is told; at the end the rest is, but for what was blocked.
+        shown = math.inf if self.blocklist is None or reason in ("stop", "length") else text.shown.shown
+        told = tuple(one for end, one in text.logprobs if end <= shown)
+        text.logprobs = text.logprobs[len(told) :]
         chunk = Chunk(piece, len(sequence.prompt), len(sequence.tokens), reason, sequence.sampling.choice, told)
         self._outbox.append((text.stream, chunk))
 

@@ -142,6 +142,12 @@ def deploy(chosen: dict[str, Chosen], address: Address, options: Options) -> Non
         raise
 
 
+def options_in_force() -> Options | None:
+    """Those of the application as it runs now; None where it does not."""
+    before = _deployed()
+    return None if before is None else Options.model_validate(before["applications"][0]["args"])
+
+
 def running_on(chosen: dict[str, Chosen]) -> dict[str, list[str] | None]:
     """The execution providers of each bundle that is served, as a replica of it says; None where none answers."""
 
@@ -167,8 +173,9 @@ def _apply(serve_config: dict[str, Any]) -> None:
 
 def _deployed() -> dict[str, Any] | None:
     """The Serve config of the application as it runs now; None where it does not."""
-    client = _get_global_client()
-    assert client is not None
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
     application = client.get_serve_details()["applications"].get(APPLICATION)
     if application is None or application["status"] != ApplicationStatus.RUNNING:
         return None

@@ -867,6 +867,10 @@ def test_commands_change_and_show_what_a_cluster_serves(
         assert (refused.returncode, "this cluster serves already: change what it serves with --detach" in refused.stderr) == (2, True)
         elsewhere = command(*up[:-1], str(free_port()), "--detach")
         assert (elsewhere.returncode, f"Serve runs on this cluster at {address.url} already" in elsewhere.stderr) == (2, True)
+        launch.deploy(launch.choose(root), address, Options(max_replicas=1, blocklist=["verboten"]))
+        open_again = command(*up, "--detach")
+        assert (open_again.returncode, "has a blocklist of 1 phrases: give --blocklist again" in open_again.stderr) == (2, True)
+        assert client.post("/v1/completions", json={"prompt": "verboten"}).status_code == 400
     finally:
         launch.deploy(launch.choose(root), address, Options(max_replicas=1))
     assert command("serve", "status", "--port", str(free_port())).returncode == 1
