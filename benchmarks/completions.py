@@ -20,7 +20,8 @@ import httpx
 import numpy as np
 from tokenizers import Tokenizer
 
-from benchmarks.runs import ROOT, free_port, spread
+from benchmarks.runs import ROOT, spread
+from cluster import machine
 from models import bundle, registry
 
 NAME = "gpt"  # in the registry: what `train export` calls a GPT
@@ -127,7 +128,7 @@ def find_model(given: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[
 @contextlib.contextmanager
 def serving(words: list[str], ready: str) -> Iterator[str]:
     """A server's URL once its path `ready` answers; `words` is what runs it, without the interpreter and the port."""
-    port = free_port()
+    port = machine.free_port(None, 8000)
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as log:
         environment = {**os.environ, "RAY_ADDRESS": ""}  # a cluster of its own

@@ -1,7 +1,6 @@
 """What the benchmarks share: our training as a command, and figures with their range."""
 
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,12 +21,6 @@ def train(kind: str, preset: str, storage: str | Path, name: str, options: dict[
     # Without RAY_ADDRESS: a cluster of its own.
     subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True, env={**os.environ, "RAY_ADDRESS": ""})
     return Path(storage) / "runs" / name
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def spread(values: list[float], digits: int) -> str:

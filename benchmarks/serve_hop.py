@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import completions  # noqa: E402  # needs the path above
-from benchmarks.runs import free_port  # noqa: E402
+from cluster import machine  # noqa: E402
 from models import cli  # noqa: E402
 from serve import fast  # noqa: E402
 
@@ -42,7 +42,7 @@ def deploy(uri: str, is_fast: bool, stack: contextlib.ExitStack) -> list[complet
     from serve.deployments import Options
     from serve.launch import Address, connected
 
-    port = free_port()
+    port = machine.free_port(None, 8000)
     stack.enter_context(connected(len(WAYS), Address("127.0.0.1", port)))
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
     servers = []

@@ -16,12 +16,8 @@ MANIFEST = "manifest.json"
 KINDS = ("gpt", "gan")
 SAMPLES = {"gpt": "sample.txt", "gan": "sample.png"}  # what the model made at its export; a bundle need not have it
 REQUIRED = ("kind", "created", "files", "inputs", "outputs", "opset", "parity", "run", "dataset", "metrics", "libraries", "model", "sha256")
-HEADLINES = (
-    "heldout_loss",
-    "heldout_bits_per_byte",
-    "heldout_frechet_distance",
-    "heldout_recall",
-)  # metrics for where there is no room for all
+# Metrics for where there is no room for all.
+HEADLINES = ("heldout_loss", "heldout_bits_per_byte", "heldout_frechet_distance", "heldout_recall")
 
 Manifest = dict[str, Any]
 

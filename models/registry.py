@@ -75,7 +75,7 @@ def _named(root: Uri) -> list[str]:
 
 def versions(root: Uri, name: str) -> list[int]:
     """The complete versions of a model, oldest first; one without a valid manifest was never finished and is not listed."""
-    return [version for version in _taken(root, name) if _is_complete(_place(root, name, version))]
+    return [version for version in _taken(root, name) if _manifest(_place(root, name, version)) is not None]
 
 
 def aliases(root: Uri, name: str) -> dict[str, int | None]:
@@ -170,10 +170,6 @@ def _place(root: Uri, name: str, version: int) -> str:
 def _taken(root: Uri, name: str) -> list[int]:
     """Version numbers in use, complete or not."""
     return sorted(int(entry) for entry in storage.names(storage.join(root, name)) if re.fullmatch(r"[1-9][0-9]*", entry))
-
-
-def _is_complete(uri: str) -> bool:
-    return _manifest(uri) is not None
 
 
 def _manifest(uri: str) -> bundle.Manifest | None:

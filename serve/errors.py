@@ -3,6 +3,10 @@
 They travel between processes as values, not as raised exceptions: a refusal is an answer, and Ray would log a traceback.
 """
 
+from typing import TypeVar
+
+Answer = TypeVar("Answer")
+
 
 class Rejected(Exception):
     """A request that is not served; `str()` is what the client reads."""
@@ -10,6 +14,13 @@ class Rejected(Exception):
     status = 400
     code: str | None = None
     param: str | None = None  # the request's field that is to blame
+
+
+def kept(answer: Answer | Rejected) -> Answer:
+    """The answer; raises it where it is a refusal."""
+    if isinstance(answer, Rejected):
+        raise answer
+    return answer
 
 
 class UnknownModel(Rejected):

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import ray.exceptions
 import ray.serve.exceptions
@@ -16,11 +16,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from serve import access
 from serve.catalog import Catalog
 from serve.engine import Chunk
-from serve.errors import Overloaded, Rejected, Unavailable
+from serve.errors import Overloaded, Unavailable, kept
 from serve.ingress import Drawing, build_app
 from serve.schemas import CompletionRequest, DeploymentStatus, ImagesRequest, InterpolationsRequest, Model
-
-Answer = TypeVar("Answer")
 
 DESCRIBE_TIMEOUT_S = 10.0
 STATUS_TIMEOUT_S = 2.0
@@ -37,12 +35,6 @@ def _reaching(model: str) -> Iterator[None]:
         raise Unavailable(f"the {model} model does not answer just now: try again in a moment") from error
     except ray.serve.exceptions.BackPressureError as error:
         raise Overloaded(f"too many requests wait for the {model} model: try again in a moment") from error
-
-
-def _kept(answer: Answer | Rejected) -> Answer:
-    if isinstance(answer, Rejected):
-        raise answer
-    return answer
 
 
 class Remote:
@@ -79,7 +71,7 @@ class RemoteText(Remote):
 
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
         with _reaching(self.name):
-            return _kept(await self.handle.complete.remote(request, client))
+            return kept(await self.handle.complete.remote(request, client))
 
     async def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]:
         answers = self.streaming.stream.remote(request, client)
@@ -88,7 +80,7 @@ class RemoteText(Remote):
         try:
             with _reaching(self.name):
                 async for answer in answers:
-                    reference, chunk = _kept(answer)
+                    reference, chunk = kept(answer)
                     unfinished -= chunk.finish_reason is not None
                     yield reference, chunk
         finally:
@@ -103,11 +95,11 @@ class RemotePictures(Remote):
 
     async def draw(self, request: ImagesRequest) -> tuple[str, Drawing]:
         with _reaching(self.name):
-            return _kept(await self.handle.draw.remote(request))
+            return kept(await self.handle.draw.remote(request))
 
     async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing]:
         with _reaching(self.name):
-            return _kept(await self.handle.interpolate.remote(request))
+            return kept(await self.handle.interpolate.remote(request))
 
 
 class ServeCluster:

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from serve.engine import Chunk
-from serve.errors import Rejected
+from serve.errors import kept
 from serve.ingress import Drawing
 from serve.schemas import CompletionRequest, ImagesRequest, InterpolationsRequest, Model
 
@@ -26,24 +26,18 @@ class Here:
         return await self.replica.registry()
 
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
-        return raised(await self.replica.complete(request, client))
+        return kept(await self.replica.complete(request, client))
 
     async def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]:
         async with contextlib.aclosing(self.replica.stream(request, client)) as answers:
             async for answer in answers:
-                yield raised(answer)
+                yield kept(answer)
 
     async def draw(self, request: ImagesRequest) -> tuple[str, Drawing]:
-        return raised(await self.replica.draw(request))
+        return kept(await self.replica.draw(request))
 
     async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing]:
-        return raised(await self.replica.interpolate(request))
-
-
-def raised(answer: Any) -> Any:
-    if isinstance(answer, Rejected):
-        raise answer
-    return answer
+        return kept(await self.replica.interpolate(request))
 
 
 class Failing:
