@@ -37,10 +37,10 @@ def export_untrained(storage: str) -> None:
     """Publishes the demo's GPT with fresh weights: as fast as a trained one, and no run is needed."""
     import torch
 
-    from models import gpt
-    from train import config as configs
-    from train import text
-    from train.export_gpt import export_gpt
+    from models.nets import gpt
+    from train.config import sections as configs
+    from train.data import text
+    from train.gpt.export import export_gpt
 
     config = configs.load("gpt", "gpt-demo")
     assert isinstance(config, configs.GptConfig)
@@ -67,8 +67,8 @@ def export_untrained(storage: str) -> None:
 
 def heldout_ids(tokenizer: Tokenizer) -> np.ndarray:
     """The shipped Shakespeare's held-out documents, one after the other: (N) token ids."""
-    from train import text
-    from train.config import TextData
+    from train.config.sections import TextData
+    from train.data import text
 
     data = TextData()
     found = [written for piece in text.pieces(data) for written, heldout in text.documents(piece, data) if heldout]

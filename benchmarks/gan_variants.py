@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.runs import spread, train  # noqa: E402  # needs the path above
-from models import cli  # noqa: E402
-from train import config as configs  # noqa: E402
+from cluster import cli  # noqa: E402
+from train.config import sections as configs  # noqa: E402
 
 DEFAULT = ["", "model.norm=batch", "model.critic_norm=layer"] + [
     f"gan.objective={objective} gan.penalty_weight={weight}"

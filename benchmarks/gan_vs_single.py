@@ -30,12 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.runs import spread, train  # noqa: E402  # needs the path above
-from models import cli  # noqa: E402
-from models.dcgan import Critic, Generator  # noqa: E402
-from models.losses import gradient_penalty, interpolate, wasserstein_critic_loss, wasserstein_generator_loss  # noqa: E402
-from train import config as configs  # noqa: E402
-from train import extractor, images, quality  # noqa: E402
-from train.gan import shape  # noqa: E402
+from cluster import cli  # noqa: E402
+from models.nets.dcgan import Critic, Generator  # noqa: E402
+from models.nets.losses import gradient_penalty, interpolate, wasserstein_critic_loss, wasserstein_generator_loss  # noqa: E402
+from train.config import sections as configs  # noqa: E402
+from train.data import images  # noqa: E402
+from train.gan import extractor, quality  # noqa: E402
+from train.gan.loop import shape  # noqa: E402
 
 SHOWN = {"frechet_distance": 3, "kid": 4, "recall": 2, "coverage": 2}  # of the figures of quality, with so many digits
 LOG_EVERY = WARM_UP = 10  # generator steps; the clock counts after WARM_UP: allocator, caches, the first exchange of gradients
@@ -44,7 +45,7 @@ LOG_EVERY = WARM_UP = 10  # generator steps; the clock counts after WARM_UP: all
 @dataclass(frozen=True)
 class Trained:
     images_per_s: float  # real pictures that the critic has seen
-    quality: dict[str, float]  # what `train.quality.Judge` finds
+    quality: dict[str, float]  # what `train.gan.quality.Judge` finds
 
 
 def demo() -> configs.GanConfig:
@@ -117,7 +118,7 @@ def generator_step(generator: Generator, critic: Critic, optimizer: torch.optim.
 
 
 def moved(decay: float, slow: Tensor, fast: Tensor, num_averaged: Tensor) -> Tensor:
-    """train/gan.py's moving average, which forgets faster at first."""
+    """train/gan/loop.py's moving average, which forgets faster at first."""
     steps = int(num_averaged)
     return slow.lerp(fast, 1 - min(decay, (1 + steps) / (10 + steps)))
 

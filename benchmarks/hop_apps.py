@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.gateway import RemoteText
 from serve.ingress import build_app
 from serve.replicas import Text
-from tests.gateway import Here
+from tests.support.fakes import Here
 
 TIMEOUT_S = 300.0
 

@@ -20,8 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import completions  # noqa: E402  # needs the path above
-from cluster import machine  # noqa: E402
-from models import cli  # noqa: E402
+from cluster import cli, machine  # noqa: E402
 from serve import fast  # noqa: E402
 
 AS_SHIPPED = 0.0

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import completions  # noqa: E402  # needs the path above
 from benchmarks.completions import Answer, Asked, Server  # noqa: E402
-from models import cli  # noqa: E402
+from cluster import cli  # noqa: E402
 
 # ---- the other servers; each serves until it is ended
 

@@ -36,7 +36,7 @@ def bare(folder: str, steps: int) -> None:
     import torch.distributed as dist
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from train import config as configs
+    from train.config import sections as configs
 
     config = configs.load("gpt", "gpt-demo")
     assert isinstance(config, configs.GptConfig)

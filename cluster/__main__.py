@@ -5,8 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from cluster import dashboard, local, status
-from models import cli, storage
+from cluster import cli, dashboard, local, status, storage
 
 
 def main(argv: list[str]) -> int:
@@ -79,7 +78,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from cluster import demo
+    from cluster.demo import demo
 
     return demo.run(_demo_folder(arguments.storage), arguments.stay, arguments.preset)
 

@@ -12,8 +12,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster import storage
 from cluster.connect import connect
-from models import storage
 
 PACKAGES = ("ray", "torch", "transformers", "onnxruntime")
 MIN_FREE_BYTES = 10 * 2**30  # a checkpoint with its optimizer, twice, and Ray's spilled objects

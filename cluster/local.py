@@ -27,9 +27,8 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
-from cluster import machine
+from cluster import cli, machine, storage
 from cluster.dashboard import Dashboard
-from models import cli, storage
 
 MARK = "KILN_CLUSTER_ID"
 START_TIMEOUT_S = 120

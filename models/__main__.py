@@ -9,7 +9,8 @@ import sys
 from rich.console import Console
 from rich.table import Column, Table
 
-from models import bundle, cli, registry, storage
+from cluster import cli, storage
+from models import bundle, registry
 
 
 def main(argv: list[str]) -> None:

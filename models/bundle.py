@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from models import storage
+from cluster import storage
 
 MANIFEST = "manifest.json"
 KINDS = ("gpt", "gan")

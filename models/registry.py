@@ -19,7 +19,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import bundle, storage
+from cluster import storage
+from models import bundle
 
 PRODUCTION = "production"  # what a name alone stands for, once it is set
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

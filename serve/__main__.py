@@ -16,7 +16,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from models import bundle, cli, storage
+from cluster import cli, storage
+from models import bundle
 from models.runtime import PROVIDERS
 from serve import blocklist, fast
 

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, TypeVar
 
-from models import bundle, registry, storage
+from cluster import storage
+from models import bundle, registry
 from serve.errors import Unavailable, UnknownModel
 from serve.schemas import ModelVersion
 

@@ -20,8 +20,9 @@ from ray import serve
 from ray.serve.context import _get_global_client  # the only way to deploy a config without the dashboard's REST API
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from cluster import storage
 from cluster.connect import connect
-from models import bundle, registry, storage
+from models import bundle, registry
 from serve.deployments import Options
 from serve.gateway import DESCRIBE_TIMEOUT_S, UNREACHABLE
 from serve.session import ImageSession, TextSession, open_bundle

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
-from models import bundle, storage
+from cluster import storage
+from models import bundle
 from models.latents import seeded_latents, truncated, walk
 from models.runtime import ImageGraph, TextGraph
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train import images, strategy
-from train.alarms import BEGINNING, BLIND, LONG, WINDOW, Alarm, Alarms
-from train.config import GanConfig, load
-from train.gan import Gan, shape
+from train.config.sections import GanConfig, load
+from train.data import images
+from train.gan.alarms import BEGINNING, BLIND, LONG, WINDOW, Alarm, Alarms
+from train.gan.loop import Gan, shape
+from train.parallel import strategy
 
 Figures = dict[str, float]
 

@@ -31,9 +31,9 @@ from serve.ingress import build_app
 from serve.latency import Latency
 from serve.replicas import Pictures, Text
 from serve.schemas import Percentiles
-from tests import bundles
 from tests.conftest import free_port
-from tests.gateway import Failing, Here
+from tests.support import bundles
+from tests.support.fakes import Failing, Here
 
 
 @pytest.fixture(scope="module")

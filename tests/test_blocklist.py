@@ -14,7 +14,7 @@ from serve.engine import Chunk, TokenLogprob
 from serve.errors import Blocked
 from serve.replicas import Text
 from serve.schemas import CompletionRequest
-from tests import bundles
+from tests.support import bundles
 from tests.test_engine import byte_tokenizer
 
 PHRASES = st.lists(st.sampled_from(["a", "ab", "b a", "ba b", "a-b", "ABBA", "b", "a bb", "b ab"]), min_size=1, max_size=3, unique=True)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from models import registry, storage
+from cluster import storage
+from models import registry
 from serve.catalog import FAILURE_AGE_S, Catalog
 from serve.errors import Unavailable, UnknownModel
-from tests import bundles
+from tests.support import bundles
 
 
 @pytest.fixture

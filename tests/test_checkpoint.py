@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import workers
 
-from models import storage
-from train import checkpoint
-from train.checkpoint import Checkpointer
-from train.strategy import Fragment, Halt
+from cluster import storage
+from tests.support import workers
+from train.parallel.strategy import Fragment, Halt
+from train.run import checkpoint
+from train.run.checkpoint import Checkpointer
 
 
 def state(value: float) -> dict[str, Any]:

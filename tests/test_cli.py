@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from models import cli
+from cluster import cli
 
 
 def fails(argv: list[str]) -> int:

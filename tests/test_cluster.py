@@ -19,9 +19,8 @@ import pytest
 import yaml
 from ray.job_submission import JobSubmissionClient
 
-from cluster import doctor, jobs, local, machine
+from cluster import doctor, jobs, local, machine, storage
 from cluster.dashboard import Dashboard
-from models import storage
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train import config as configs
+from train.config import sections as configs
 
 PRESETS = sorted(configs.PRESETS.glob("*.yaml"))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from train.dataset import find_files
+from train.data.dataset import find_files
 
 SUFFIXES = (".txt", ".md")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.dcgan import Critic, DcganConfig, Generator
-from models.norm import GlobalBatchNorm
+from models.nets.dcgan import Critic, DcganConfig, Generator
+from models.nets.norm import GlobalBatchNorm
 
 CONFIGS = [
     DcganConfig(image_size=size, channels=channels, latent_dim=16, width=4, num_classes=classes)

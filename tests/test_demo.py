@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cluster.__main__ import _demo_folder
-from cluster.demo import Demo
+from cluster.demo.demo import Demo
 
 ROOT = Path(__file__).resolve().parent.parent
 

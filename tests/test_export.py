@@ -15,14 +15,21 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import bundle, gpt, registry, storage
-from models.dcgan import DcganConfig, Generator
+from cluster import storage
+from models import bundle, registry
+from models.nets import gpt
+from models.nets.dcgan import DcganConfig, Generator
 from serve.session import ImageSession, TextSession
-from tests.bundles import TEXT, learnt_gpt, tiny_gan_bundle, tiny_generator, tiny_gpt, tiny_gpt_bundle, tiny_tokenizer
-from train import config, export_gan, export_gpt, parity, quantize, text
+from tests.support.bundles import TEXT, learnt_gpt, tiny_gan_bundle, tiny_generator, tiny_gpt, tiny_gpt_bundle, tiny_tokenizer
 from train import export as export_run
-from train.checkpoint import Checkpointer
+from train import parity
+from train.config import sections as config
+from train.data import text
 from train.export import export
+from train.gan import export as export_gan
+from train.gpt import export as export_gpt
+from train.gpt import quantize
+from train.run.checkpoint import Checkpointer
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from models import storage
-from models.extractor import SURE, Extractor, ExtractorConfig
-from train import extractor, images
-from train.config import GanConfig, ImageData
-from train.data.make import GARMENTS
-from train.images import Pictures
-from train.shipped import shipped
+from cluster import storage
+from models.nets.features import SURE, Extractor, ExtractorConfig
+from train.config.sections import GanConfig, ImageData
+from train.data import images
+from train.data.images import Pictures
+from train.data.shipped.files import shipped
+from train.data.shipped.make import GARMENTS
+from train.gan import extractor
 
 SHIPPED = "fashion-mnist-extractor.safetensors"
 

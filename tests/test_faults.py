@@ -16,15 +16,16 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
-import nodes
 import pytest
-import workers
-from conftest import ROOT
 
-from models import storage
-from train import checkpoint, compare, metrics, verify
-from train import config as configs
-from train.faults import Fault
+from cluster import storage
+from tests.conftest import ROOT
+from tests.support import nodes, workers
+from train.config import sections as configs
+from train.run import checkpoint
+from train.run import recorder as metrics
+from train.verify import compare, verify
+from train.verify.faults import Fault
 
 STEPS, EVERY = 60, 10
 SHAPE = {

@@ -11,20 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import workers
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from models import storage
-from models.extractor import Extractor, ExtractorConfig
-from train import extractor, gan, images, metrics, strategy, zero
-from train.checkpoint import Checkpointer, complete, newest
-from train.config import GanConfig, load
-from train.gan import Gan, shape
+from cluster import storage
+from models.nets.features import Extractor, ExtractorConfig
+from tests.support import workers
+from train.config.sections import GanConfig, load
+from train.data import images
+from train.gan import extractor
+from train.gan import loop as gan
+from train.gan.loop import Gan, shape
+from train.gan.pictures import cells
 from train.launch import fit
-from train.pictures import cells
-from train.strategy import Ddp, Fragment, Halt, State
+from train.parallel import strategy, zero
+from train.parallel.strategy import Ddp, Fragment, Halt, State
+from train.run import recorder as metrics
+from train.run.checkpoint import Checkpointer, complete, newest
 
 STEPS = 3
 SMALL = {

@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
-from models import gpt, storage
-from train import checkpoint, launch, metrics
-from train import config as configs
-from train import gpt as loop
+from cluster import storage
+from models.nets import gpt
+from train import launch
+from train.config import sections as configs
+from train.gpt import loop
+from train.run import checkpoint
+from train.run import recorder as metrics
 
 VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
 

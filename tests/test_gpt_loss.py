@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import workers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2LMHeadModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from models import gpt
-from train.strategy import Ddp, Strategy
-from train.zero import DeepSpeed
+from models.nets import gpt
+from tests.support import workers
+from train.parallel.strategy import Ddp, Strategy
+from train.parallel.zero import DeepSpeed
 
 VOCABULARY, CONTEXT, BATCH = 97, 12, 5
 LOGITS = BATCH * CONTEXT * VOCABULARY

@@ -15,10 +15,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from models import storage
-from train.config import ImageData
-from train.images import Pictures, decode, find, prepare
-from train.order import Order, positions
+from cluster import storage
+from train.config.sections import ImageData
+from train.data.images import Pictures, decode, find, prepare
+from train.data.order import Order, positions
 
 
 def png(level: int = 0, size: tuple[int, int] = (32, 32), mode: str = "L", kind: str = "PNG") -> bytes:

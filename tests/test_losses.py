@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.losses import OBJECTIVES, gradient_penalty, interpolate, r1_penalty, wasserstein_critic_loss, wasserstein_generator_loss
+from models.nets.losses import OBJECTIVES, gradient_penalty, interpolate, r1_penalty, wasserstein_critic_loss, wasserstein_generator_loss
 
 
 def linear(weight: torch.Tensor):  # type: ignore[no-untyped-def]

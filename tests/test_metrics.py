@@ -19,9 +19,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import gpt, storage
-from train import flops, metrics, mirror
-from train.metrics import Meter, Recorder
+from cluster import storage
+from models.nets import gpt
+from train.run import flops
+from train.run import recorder as metrics
+from train.run import wandb_mirror as mirror
+from train.run.recorder import Meter, Recorder
 
 WANDB = {"mode": "offline", "project": "kiln", "name": "watched", "config": {"optim": {"lr": 0.1}}}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.order import Order, positions, rng
+from train.data.order import Order, positions, rng
 
 
 def test_each_epoch_is_a_permutation_and_no_two_are_the_same() -> None:

@@ -17,14 +17,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from cluster.browser import Browser, is_installed, started
+from cluster.demo.browser import Browser, is_installed, started
 from models import registry
 from serve.catalog import Catalog
 from serve.ingress import build_app
 from serve.replicas import Pictures, Text
-from tests import bundles
 from tests.conftest import free_port
-from tests.gateway import Here
+from tests.support import bundles
+from tests.support.fakes import Here
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's id, https://www.w3.org/TR/webdriver2/#elements
 WINDOW = (1360, 1250)

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from models.latents import slerp
-from train import pictures
+from train.gan import pictures
 
 Z = 64
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from models.extractor import Extractor
-from train import quality
-from train.alarms import Alarms
-from train.config import ImageData
-from train.extractor import unpack
-from train.images import Pictures, prepare
-from train.quality import Judge
-from train.shipped import shipped
+from models.nets.features import Extractor
+from train.config.sections import ImageData
+from train.data.images import Pictures, prepare
+from train.data.shipped.files import shipped
+from train.gan import quality
+from train.gan.alarms import Alarms
+from train.gan.extractor import unpack
+from train.gan.quality import Judge
 
 Generate = Callable[[np.ndarray], Tensor]
 
@@ -333,7 +333,7 @@ def test_a_handful_of_pictures_can_be_judged(garments: dict[str, Pictures], extr
 
 
 def test_a_generator_of_nan_gets_nan(garments: dict[str, Pictures], extractor: Extractor) -> None:
-    """What then stops the run is the trainer's business: see `train.metrics.finite`."""
+    """What then stops the run is the trainer's business: see `train.run.recorder.finite`."""
     found = Judge(garments["train"], garments["heldout"], extractor, 20, "cpu")(lambda part: torch.full((len(part), 1, 32, 32), torch.nan))
     assert np.isnan(found["heldout_frechet_distance"])
     assert np.isnan(found["heldout_kid"])

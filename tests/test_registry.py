@@ -15,7 +15,8 @@ import fsspec
 import pytest
 from pyarrow import fs
 
-from models import bundle, registry, storage
+from cluster import storage
+from models import bundle, registry
 from models.__main__ import main as models_command
 from tests.test_bundle import MANIFEST
 

@@ -11,9 +11,10 @@ import torch
 import yaml
 from PIL import Image
 
-from models import storage
-from train import pictures, report
-from train.metrics import Recorder
+from cluster import storage
+from train.gan import pictures
+from train.run import report
+from train.run.recorder import Recorder
 
 CLASSES = ["Ankle boot", "Bag"]
 QUALITY = {

@@ -11,10 +11,10 @@ from typing import Any
 import psutil
 import pytest
 
-from models import storage
-from train import config as configs
-from train.checkpoint import Checkpointer
-from train.run import open_run
+from cluster import storage
+from train.config import sections as configs
+from train.run.checkpoint import Checkpointer
+from train.run.folder import open_run
 
 
 def config(**values: Any) -> configs.Config:

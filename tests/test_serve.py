@@ -32,7 +32,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from models import bundle, registry, storage
+from cluster import storage
+from models import bundle, registry
 from serve import launch, replicas
 from serve.__main__ import main
 from serve.catalog import Catalog
@@ -43,16 +44,16 @@ from serve.ingress import build_app
 from serve.replicas import Pictures, Text
 from serve.schemas import CompletionRequest, ImagesRequest
 from serve.session import ImageSession, TextSession
-from tests import bundles
 from tests.conftest import ROOT, free_port
-from tests.gateway import Failing
+from tests.support import bundles
+from tests.support.fakes import Failing
 
 CONTEXT = 1024  # long enough that a text can be cut off while it is written
 PROMPT = "Now is the winter"
 
 
 def long_gpt_bundle(folder: Path) -> Path:
-    from train.export_gpt import export_gpt
+    from train.gpt.export import export_gpt
 
     folder.mkdir()
     tokenizer = bundles.tiny_tokenizer(folder.parent / "tokenizer.json")

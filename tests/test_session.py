@@ -20,7 +20,7 @@ from models.runtime import choose_providers
 from serve.engine import Chunk, Engine
 from serve.scheduler import Sampling
 from serve.session import ImageSession, TextSession
-from tests.bundles import TEXT, tiny_gan_bundle, tiny_gpt_bundle
+from tests.support.bundles import TEXT, tiny_gan_bundle, tiny_gpt_bundle
 
 SLOTS = 6
 

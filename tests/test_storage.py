@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from models import storage
-from train.checkpoint import Checkpointer
+from cluster import storage
+from train.run.checkpoint import Checkpointer
 
 VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
 

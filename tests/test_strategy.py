@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import workers
 
-from models import gpt, storage
-from train import checkpoint, launch, zero
-from train import config as configs
-from train.strategy import Fragment
+from cluster import storage
+from models.nets import gpt
+from tests.support import workers
+from train import launch
+from train.config import sections as configs
+from train.parallel import zero
+from train.parallel.strategy import Fragment
+from train.run import checkpoint
 
 STEPS = 8
 MIDDLE = f"checkpoints/step_{STEPS // 2:06d}"

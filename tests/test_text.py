@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from models import storage
-from train import text
-from train.config import TextData
-from train.dataset import fetch
-from train.order import Order
+from cluster import storage
+from train.config.sections import TextData
+from train.data import text
+from train.data.dataset import fetch
+from train.data.order import Order
 
 VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
 
@@ -38,7 +38,7 @@ def test_the_shipped_plays_are_split_by_the_file() -> None:
 
 
 def test_a_damaged_shipped_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train import shipped
+    from train.data.shipped import files as shipped
 
     (tmp_path / "sha256.json").write_bytes((shipped.FOLDER / "sha256.json").read_bytes())
     (tmp_path / "shakespeare.parquet").write_bytes(b"half")

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-import workers
 
-from models import storage
-from train import compare, faults, gpt, launch, strategy, verify
-from train import config as configs
-from train.checkpoint import Checkpointer
-from train.faults import Fault
+from cluster import storage
+from tests.support import workers
+from train import launch
+from train.config import sections as configs
+from train.gpt import loop as gpt
+from train.parallel import strategy
+from train.run.checkpoint import Checkpointer
+from train.verify import compare, faults, verify
+from train.verify.faults import Fault
 
 DROPOUT = {"model.dropout": 0.1}
 TWO_WORKERS = {"parallel.workers": 2, "batch.global_size": 8, "batch.micro_size": 2}

@@ -4,8 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from models import bundle, cli, storage
-from train import config as configs
+from cluster import cli, storage
+from models import bundle
+from train.config import sections as configs
 
 USAGE = """usage: python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--debug] [--KEY VALUE ...]
        python -m train verify-resume gpt|gan [--steps N] [--kills LIST] [--config NAME|FILE] [--storage URI] [--KEY VALUE ...]
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     if command in configs.KINDS:
         return train(command, rest)
     if command == "verify-resume":
-        from train import verify
+        from train.verify import verify
 
         return verify.command(rest)
     if command == "export":
@@ -56,7 +57,8 @@ def train(kind: str, argv: list[str]) -> int:
         print(plan(config))
         return 0
 
-    from train import launch, report
+    from train import launch
+    from train.run import report
 
     print(plan(config))
     try:
@@ -121,8 +123,9 @@ def extractor(argv: list[str]) -> int:
     assert isinstance(config, configs.GanConfig)
 
     from cluster.connect import connect
-    from train import extractor as extractors
-    from train import images, launch
+    from train import launch
+    from train.data import images
+    from train.gan import extractor as extractors
 
     launch.refuse_impossible(config, connect())
     extractors.prepare(config, images.prepare(config.data, given.storage, config.model.conditional))

@@ -13,17 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from models import bundle, gpt, registry
-from models.dcgan import Generator
-from models.storage import absolute, exists, join, names, read_json, without_secrets
-from train import checkpoint, config, text
-from train.dataset import fetch
-from train.export_gan import export_gan
-from train.export_gpt import WEIGHTS, export_gpt
-from train.gan import shape
-from train.gpt import build
-from train.report import TIMES
-from train.strategy import State
+from cluster.storage import absolute, exists, join, names, read_json, without_secrets
+from models import bundle, registry
+from models.nets import gpt
+from models.nets.dcgan import Generator
+from train.config import sections as config
+from train.data import text
+from train.data.dataset import fetch
+from train.gan.export import export_gan
+from train.gan.loop import shape
+from train.gpt.export import WEIGHTS, export_gpt
+from train.gpt.loop import build
+from train.parallel.strategy import State
+from train.run import checkpoint
+from train.run.report import TIMES
 
 LIBRARIES = ("torch", "onnx", "onnxruntime", "transformers")
 HELDOUT_TOKENS = 8192  # what 8 bits cost is told to four digits by so many, both graphs being given the same

@@ -16,14 +16,18 @@ import ray.train
 import ray.train.torch
 import torch
 
+from cluster import storage
 from cluster.connect import connect
-from models import storage
-from train import faults, metrics, mirror, report, strategy
-from train.checkpoint import Checkpointer
-from train.config import KINDS, Config, GanConfig, GptConfig, build
-from train.run import Run, open_run
-from train.strategy import Halt, State, Strategy
-from train.worker import Worker
+from train.config.sections import KINDS, Config, GanConfig, GptConfig, build
+from train.parallel import strategy
+from train.parallel.strategy import Halt, State, Strategy
+from train.run import recorder as metrics
+from train.run import report
+from train.run import wandb_mirror as mirror
+from train.run.checkpoint import Checkpointer
+from train.run.folder import Run, open_run
+from train.run.worker import Worker
+from train.verify import faults
 
 
 class TrainingFailed(RuntimeError):
@@ -114,10 +118,10 @@ _SPEED = {"gpt": "tokens_per_s", "gan": "images_per_s"}
 def prepare(config: Config, root: str) -> str:
     """The URI of the run's data set, prepared if it is not there yet."""
     if isinstance(config, GptConfig):
-        from train import text
+        from train.data import text
 
         return text.prepare(config.data, root)
-    from train import images
+    from train.data import images
 
     return images.prepare(config.data, root, config.model.conditional)
 
@@ -126,7 +130,7 @@ def refuse_missing(config: Config) -> None:
     """What a run needs beside its data and a cluster: a way to W&B, Inception's weights."""
     mirror.check_wandb(config.log.wandb)
     if isinstance(config, GanConfig) and config.quality.inception is not None:
-        from train import quality
+        from train.gan import quality
 
         quality.inception(config.quality.inception, "cpu")  # the workers load it late, at the first judgement
 
@@ -152,7 +156,7 @@ def judged_by(config: Config, dataset: str, say: Callable[..., None] = print) ->
     """The URI of what a GAN's pictures are judged by, trained if it is not there yet."""
     if isinstance(config, GptConfig):
         return ""
-    from train import extractor
+    from train.gan import extractor
 
     return extractor.prepare(config, dataset, say)
 
@@ -184,7 +188,7 @@ def _describe(run: Run, lineage: dict[str, Any], judge: str) -> None:
         ValueError: the run goes on, and its pictures were judged by something else.
     """
     if judge:
-        from train import extractor
+        from train.gan import extractor
 
         before, now = lineage.get("extractor"), extractor.facts(judge)
         if before is not None and before["sha256"] != now["sha256"]:
@@ -208,7 +212,7 @@ def _commit() -> str | None:
 def _refuse_misfit(config: Config, dataset: str) -> None:
     """What a worker would stumble over, said here: on a worker it would cost its start, and the start of those that replace it."""
     if isinstance(config, GptConfig):
-        from train import gpt
+        from train.gpt import loop as gpt
 
         gpt.check(config, storage.read_json(storage.join(dataset, "dataset.json")))
 
@@ -243,7 +247,7 @@ def _train(
             resources_per_worker={"CPU": parallel.cpus_per_worker, **({"GPU": 1} if parallel.gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name="ray",  # Ray Train's own state; checkpoints are ours (train/checkpoint.py)
+            name="ray",  # Ray Train's own state; checkpoints are ours (train/run/checkpoint.py)
             storage_path=run.uri,
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             callbacks=callbacks,
@@ -329,9 +333,9 @@ def _recorder(payload: dict[str, Any], spread: Strategy, start: tuple[int, State
 
 def _loop(kind: str) -> Callable[..., dict[str, Any]]:
     if kind == "gpt":
-        from train import gpt
+        from train.gpt import loop as gpt
 
         return gpt.train
-    from train import gan
+    from train.gan import loop as gan
 
     return gan.train

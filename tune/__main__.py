@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from models import cli
-from train import config as configs
+from cluster import cli
+from train.config import sections as configs
 
 USAGE = """usage: python -m tune gpt|gan [--config NAME|FILE] [--space NAME|FILE] [--num-samples N] [--max-concurrent N]
                       [--name NAME] [--storage URI] [--dry-run] [--debug] [--KEY VALUE ...]

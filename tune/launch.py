@@ -20,10 +20,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator
 
+from cluster import storage
 from cluster.connect import connect
-from models import storage
-from train import config as configs
-from train import launch, metrics
+from train import launch
+from train.config import sections as configs
+from train.run import recorder as metrics
 from tune import results
 from tune import space as spaces
 from tune.table import Progress

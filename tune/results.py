@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ray.tune import ResultGrid
 
-from models import storage
+from cluster import storage
 
 
 @dataclass(frozen=True)

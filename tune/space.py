@@ -16,7 +16,7 @@ from typing import Any
 import ray.tune
 import yaml
 
-from train import config as configs
+from train.config import sections as configs
 
 SPACES = Path(__file__).parent / "spaces"
 DISTRIBUTIONS: dict[str, Callable[..., Any]] = {

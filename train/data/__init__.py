@@ -1,1 +1,1 @@
-"""The data that ships with raykiln; made by `python -m train.data.make` and `make_extractor`, checked by its sha256 whenever it is read."""
+"""Raw text and images, prepared once; the order in which samples are read."""

@@ -1,0 +1,1 @@
+"""The whole road on this machine, and what only the demo needs."""

@@ -1,0 +1,1 @@
+"""The config of a run: its sections, and how it is loaded."""

@@ -1,0 +1,1 @@
+"""The GAN: its training loop, metrics, alarms and export."""

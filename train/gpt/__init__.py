@@ -1,0 +1,1 @@
+"""The GPT: its training loop and its export."""

@@ -1,0 +1,1 @@
+"""How training is distributed over workers: DDP and DeepSpeed."""

@@ -1,0 +1,1 @@
+"""Proofs that a killed run ends as an uninterrupted one does."""
