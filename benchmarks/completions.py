@@ -51,7 +51,14 @@ def export_untrained(storage: str) -> None:
         tokenizer = text.tokenizer_for(config.data, text.pieces(config.data))
         tokenizer.save(str(tokenizer_file))
         sizes, end = config.model, text.end_of_text(tokenizer)
-        model = gpt.build(tokenizer.get_vocab_size(), sizes.context, sizes.width, sizes.layers, sizes.heads, eos_token_id=end)
+        model = gpt.build(
+            tokenizer.get_vocab_size(),
+            sizes.context,
+            sizes.width,
+            sizes.layers,
+            sizes.heads,
+            eos_token_id=end,
+        )
         made = export_gpt(model, tokenizer_file, heldout_ids(tokenizer), folder)
         lineage = {
             "created": "2000-01-01T00:00:00+00:00",
@@ -59,7 +66,10 @@ def export_untrained(storage: str) -> None:
             "commit": None,
             "dataset": {"name": "shakespeare", "fingerprint": "none"},
             "metrics": {},
-            "libraries": {library: metadata.version(library) for library in ("torch", "onnxruntime", "transformers")},
+            "libraries": {
+                library: metadata.version(library)
+                for library in ("torch", "onnxruntime", "transformers")
+            },
         }
         bundle.write(folder, lineage | made)
         registry.publish(f"{storage}/models", NAME, folder)
@@ -71,7 +81,12 @@ def heldout_ids(tokenizer: Tokenizer) -> np.ndarray:
     from train.data import text
 
     data = TextData()
-    found = [written for piece in text.pieces(data) for written, heldout in text.documents(piece, data) if heldout]
+    found = [
+        written
+        for piece in text.pieces(data)
+        for written, heldout in text.documents(piece, data)
+        if heldout
+    ]
     return np.array(tokenizer.encode("".join(found)).ids)
 
 
@@ -91,16 +106,34 @@ def rounds_of_requests(folder: str, given: argparse.Namespace) -> list[list[Aske
         sizes = draw.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1, size=given.requests)
         starts = draw.integers(len(ids) - LONGEST_PROMPT, size=given.requests)
         texts = draw.integers(given.texts[0], given.texts[1] + 1, size=given.requests).tolist()
-        pieces = [tokenizer.decode(ids[start : start + size].tolist()) for start, size in zip(starts, sizes, strict=True)]
-        rounds.append([Asked(prompt, max_tokens) for prompt, max_tokens in zip(pieces, texts, strict=True)])
+        pieces = [
+            tokenizer.decode(ids[start : start + size].tolist())
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+        rounds.append(
+            [Asked(prompt, max_tokens) for prompt, max_tokens in zip(pieces, texts, strict=True)]
+        )
     return rounds
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--storage", type=Path, help="a folder with a GPT in its registry; by default an untrained one is made")
+    parser.add_argument(
+        "--storage",
+        type=Path,
+        help="a folder with a GPT in its registry; by default an untrained one is made",
+    )
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=96, help="in a round, whatever the number of clients")
-    parser.add_argument("--texts", type=int, nargs=2, default=TEXTS, metavar=("SHORTEST", "LONGEST"), help="tokens to write")
+    parser.add_argument(
+        "--requests", type=int, default=96, help="in a round, whatever the number of clients"
+    )
+    parser.add_argument(
+        "--texts",
+        type=int,
+        nargs=2,
+        default=TEXTS,
+        metavar=("SHORTEST", "LONGEST"),
+        help="tokens to write",
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
 
 
@@ -132,13 +165,21 @@ def serving(words: list[str], ready: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as log:
         environment = {**os.environ, "RAY_ADDRESS": ""}  # a cluster of its own
-        server = subprocess.Popen([sys.executable, *words, "--port", str(port)], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, *words, "--port", str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
             while not answers(url + ready):
                 if server.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise RuntimeError(f"`python {' '.join(words)}` does not serve; it said: {log.read()[-2000:]}")
+                    raise RuntimeError(
+                        f"`python {' '.join(words)}` does not serve; it said: {log.read()[-2000:]}"
+                    )
                 time.sleep(0.2)
             yield url
         finally:
@@ -173,7 +214,12 @@ async def ask_us(http: httpx.AsyncClient, asked: Asked) -> Answer:
     text, num_tokens = "", 0
     begun = time.perf_counter()
     came = []  # when each piece of text did
-    body = {"prompt": asked.prompt, "max_tokens": asked.max_tokens, "temperature": 0, "stream": True}
+    body = {
+        "prompt": asked.prompt,
+        "max_tokens": asked.max_tokens,
+        "temperature": 0,
+        "stream": True,
+    }
     async with http.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
@@ -244,12 +290,17 @@ def compare(servers: list[Server], rounds: list[list[Asked]], clients: list[int]
                 loads[server.name].append(done)
                 same = sum(
                     (one.text, one.num_tokens) == (first.text, first.num_tokens)
-                    for one, first in zip(done.answers, loads[servers[0].name][-1].answers, strict=True)
+                    for one, first in zip(
+                        done.answers, loads[servers[0].name][-1].answers, strict=True
+                    )
                 )
                 said = f"{done.tokens_per_s:,.0f} tokens/s, {same} of {len(requests)} texts as the first server's"
                 print(f"round {number}, clients: {num_clients}, {server.name}: {said}", flush=True)
         for name, done_by in loads.items():
-            ratios = [one.tokens_per_s / other.tokens_per_s for one, other in zip(done_by, loads[base], strict=True)]
+            ratios = [
+                one.tokens_per_s / other.tokens_per_s
+                for one, other in zip(done_by, loads[base], strict=True)
+            ]
             rows.append(f"| {num_clients} | {name} | {_told(done_by)} | {spread(ratios, 2)} |")
     return "\n".join(rows)
 
@@ -265,5 +316,10 @@ def _told(loads: list[Load]) -> str:
         [pause_s for answer in answers for pause_s in answer.pauses_s],
         [answer.whole_s for answer in answers],
     ]
-    cells = ["{:,.0f} ({:,.0f})".format(*np.percentile(1000 * np.array(seconds), [50, 99])) if seconds else "" for seconds in latencies]
+    cells = [
+        "{:,.0f} ({:,.0f})".format(*np.percentile(1000 * np.array(seconds), [50, 99]))
+        if seconds
+        else ""
+        for seconds in latencies
+    ]
     return " | ".join([f"{statistics.median(one.tokens_per_s for one in loads):,.0f}", *cells])

@@ -1,6 +1,6 @@
 """What two workers gain a GAN beside what one would write by hand: a WGAN-GP loop in one process, with a DataLoader.
 
-    python benchmarks/gan_vs_single.py [--rounds 4] [--steps 350]
+    python -m benchmarks.gan_vs_single [--rounds 4] [--steps 350]
 
 Both train the demo's GAN (gan-demo) on the same pictures for as many generator steps, in turn, in one run: ours on Ray with two
 workers of one thread, the other with two threads of torch. Nets, losses, critic steps, batch size and optimizers are the same.
@@ -26,20 +26,29 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.runs import ROOT, spread, train
+from cluster import cli
+from models.nets.dcgan import Critic, Generator
+from models.nets.losses import (
+    gradient_penalty,
+    interpolate,
+    wasserstein_critic_loss,
+    wasserstein_generator_loss,
+)
+from train.config import sections as configs
+from train.data import images
+from train.gan import extractor, quality
+from train.gan.loop import shape
 
-from benchmarks.runs import spread, train  # noqa: E402  # needs the path above
-from cluster import cli  # noqa: E402
-from models.nets.dcgan import Critic, Generator  # noqa: E402
-from models.nets.losses import gradient_penalty, interpolate, wasserstein_critic_loss, wasserstein_generator_loss  # noqa: E402
-from train.config import sections as configs  # noqa: E402
-from train.data import images  # noqa: E402
-from train.gan import extractor, quality  # noqa: E402
-from train.gan.loop import shape  # noqa: E402
-
-SHOWN = {"frechet_distance": 3, "kid": 4, "recall": 2, "coverage": 2}  # of the figures of quality, with so many digits
-LOG_EVERY = WARM_UP = 10  # generator steps; the clock counts after WARM_UP: allocator, caches, the first exchange of gradients
+SHOWN = {
+    "frechet_distance": 3,
+    "kid": 4,
+    "recall": 2,
+    "coverage": 2,
+}  # of the figures of quality, with so many digits
+LOG_EVERY = WARM_UP = (
+    10  # generator steps; the clock counts after WARM_UP: allocator, caches, the first exchange of gradients
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,13 @@ def single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
     config = demo()
     torch.set_num_threads(config.parallel.workers)
     torch.manual_seed(seed)
-    pictures, heldout = (images.Pictures(folder, split, config.data.size) for split in ("train", "heldout"))
+    pictures, heldout = (
+        images.Pictures(folder, split, config.data.size) for split in ("train", "heldout")
+    )
     assert pictures.labels is not None
-    loaded = TensorDataset(torch.from_numpy(pictures.centred(slice(None))), torch.from_numpy(np.array(pictures.labels)))
+    loaded = TensorDataset(
+        torch.from_numpy(pictures.centred(slice(None))), torch.from_numpy(np.array(pictures.labels))
+    )
     loader = DataLoader(loaded, config.batch.global_size, shuffle=True, drop_last=True)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     sizes = shape(config, pictures.meta)
@@ -79,7 +92,9 @@ def single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
             begun = time.perf_counter()
         for _ in range(config.gan.critic_steps):
             real, labels = next(batches)
-            critic_step(generator, critic, critic_optimizer, real, labels, config.gan.penalty_weight)
+            critic_step(
+                generator, critic, critic_optimizer, real, labels, config.gan.penalty_weight
+            )
         generator_step(generator, critic, generator_optimizer, config.batch.global_size)
         average.update_parameters(generator)
     seconds = time.perf_counter() - begun
@@ -88,29 +103,47 @@ def single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
     def like(indices: np.ndarray) -> Tensor:
         """Pictures of the averaged generator, of the classes that the real ones with `indices` have."""
         assert pictures.labels is not None
-        return average(torch.randn(len(indices), sizes.latent_dim), torch.from_numpy(pictures.labels[indices]))
+        return average(
+            torch.randn(len(indices), sizes.latent_dim), torch.from_numpy(pictures.labels[indices])
+        )
 
     images_per_s = (steps - WARM_UP) * config.gan.critic_steps * config.batch.global_size / seconds
-    judge = quality.Judge(pictures, heldout, extractor.load(judged_by, "cpu"), config.quality.samples, "cpu")
+    judge = quality.Judge(
+        pictures, heldout, extractor.load(judged_by, "cpu"), config.quality.samples, "cpu"
+    )
     return Trained(images_per_s, judge(like))
 
 
 def critic_step(
-    generator: Generator, critic: Critic, optimizer: torch.optim.Optimizer, real: Tensor, labels: Tensor, penalty_weight: float
+    generator: Generator,
+    critic: Critic,
+    optimizer: torch.optim.Optimizer,
+    real: Tensor,
+    labels: Tensor,
+    penalty_weight: float,
 ) -> None:
     with torch.no_grad():
         fake = generator(torch.randn(len(real), generator.config.latent_dim), labels)
-    penalty = gradient_penalty(partial(critic, labels=labels), interpolate(real, fake, torch.rand(len(real))))
-    loss = wasserstein_critic_loss(critic(real, labels), critic(fake, labels)) + penalty_weight * penalty
+    penalty = gradient_penalty(
+        partial(critic, labels=labels), interpolate(real, fake, torch.rand(len(real)))
+    )
+    loss = (
+        wasserstein_critic_loss(critic(real, labels), critic(fake, labels))
+        + penalty_weight * penalty
+    )
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 
 
-def generator_step(generator: Generator, critic: Critic, optimizer: torch.optim.Optimizer, batch_size: int) -> None:
+def generator_step(
+    generator: Generator, critic: Critic, optimizer: torch.optim.Optimizer, batch_size: int
+) -> None:
     labels = torch.randint(generator.config.num_classes, (batch_size,))
     critic.requires_grad_(False)  # its own gradients are of no use here
-    loss = wasserstein_generator_loss(critic(generator(torch.randn(batch_size, generator.config.latent_dim), labels), labels))
+    loss = wasserstein_generator_loss(
+        critic(generator(torch.randn(batch_size, generator.config.latent_dim), labels), labels)
+    )
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -127,8 +160,22 @@ def moved(decay: float, slow: Tensor, fast: Tensor, num_averaged: Tensor) -> Ten
 
 
 def by_single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
-    command = [sys.executable, __file__, "--single", str(folder), "--extractor", judged_by, "--seed", str(seed), "--steps", str(steps)]
-    printed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gan_vs_single",
+        "--single",
+        str(folder),
+        "--extractor",
+        judged_by,
+        "--seed",
+        str(seed),
+        "--steps",
+        str(steps),
+    ]
+    printed = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     return Trained(**json.loads(printed.splitlines()[-1]))
 
 
@@ -153,18 +200,26 @@ def row(pairs: list[tuple[Trained, Trained]], steps: int) -> str:
         f"{statistics.median(side.images_per_s for side in column):,.0f} images/s, {figures([side.quality for side in column])}"
         for column in zip(*pairs, strict=True)
     )
-    floor = ", ".join(f"{name} {pairs[0][0].quality[f'heldout_{name}_floor']:.{digits}f}" for name, digits in SHOWN.items())
+    floor = ", ".join(
+        f"{name} {pairs[0][0].quality[f'heldout_{name}_floor']:.{digits}f}"
+        for name, digits in SHOWN.items()
+    )
     workers = demo().parallel.workers
     name = f"train gan-demo, {workers} workers, {steps} steps (real pictures: {floor})"
     return f"| {name} | {ours} | one process, {workers} threads: {theirs} | {spread(ratios, 2)} |"
 
 
 def figures(judged: list[dict[str, float]]) -> str:
-    return ", ".join(f"{name} {spread([one[f'heldout_{name}'] for one in judged], digits)}" for name, digits in SHOWN.items())
+    return ", ".join(
+        f"{name} {spread([one[f'heldout_{name}'] for one in judged], digits)}"
+        for name, digits in SHOWN.items()
+    )
 
 
 def main(argv: list[str]) -> int:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--rounds", type=int, default=4)
     options.add_argument("--steps", type=int, default=350, help="generator steps")
     options.add_argument("--single", type=Path, help=argparse.SUPPRESS)
@@ -181,9 +236,17 @@ def main(argv: list[str]) -> int:
         folder = Path(images.prepare(config.data, storage, config.model.conditional))
         judged_by = extractor.prepare(config, str(folder))
         for seed in range(given.rounds):
-            pairs.append((by_us(Path(storage), seed, given.steps), by_single(folder, judged_by, seed, given.steps)))
+            pairs.append(
+                (
+                    by_us(Path(storage), seed, given.steps),
+                    by_single(folder, judged_by, seed, given.steps),
+                )
+            )
             for who, side in zip(("raykiln", "one process"), pairs[-1], strict=True):
-                print(f"round {seed}: {who} {side.images_per_s:,.0f} images/s, {figures([side.quality])}", flush=True)
+                print(
+                    f"round {seed}: {who} {side.images_per_s:,.0f} images/s, {figures([side.quality])}",
+                    flush=True,
+                )
     print(row(pairs, given.steps))
     return 0
 

@@ -23,7 +23,12 @@ class PacedText(Text):
     """
 
     def __init__(self, slots: int, chunks_per_s: float | None) -> None:
-        super().__init__(slots, threads=1, timeout_s=TIMEOUT_S, chunks_per_s=math.inf if chunks_per_s is None else chunks_per_s)
+        super().__init__(
+            slots,
+            threads=1,
+            timeout_s=TIMEOUT_S,
+            chunks_per_s=math.inf if chunks_per_s is None else chunks_per_s,
+        )
         self.every_step = chunks_per_s is None
 
     async def _swap(self, uri: str) -> None:
@@ -53,8 +58,16 @@ class TextWithIngress(PacedText):
 
 
 def build(uri: str, near: bool, slots: int, chunks_per_s: float | None) -> serve.Application:
-    options: dict[str, Any] = {"user_config": {"uri": uri}, "ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 1000}
+    options: dict[str, Any] = {
+        "user_config": {"uri": uri},
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": 1000,
+    }
     if near:
         return serve.deployment(**options)(TextWithIngress).bind(slots, chunks_per_s)
-    text = serve.deployment(**options, request_router_config={"initial_backoff_s": 0.005, "max_backoff_s": 0.02})(PacedText)
-    return serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)(Gateway).bind(text.bind(slots, chunks_per_s))
+    text = serve.deployment(
+        **options, request_router_config={"initial_backoff_s": 0.005, "max_backoff_s": 0.02}
+    )(PacedText)
+    return serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)(
+        Gateway
+    ).bind(text.bind(slots, chunks_per_s))

@@ -17,13 +17,35 @@ def train(kind: str, preset: str, storage: str | Path, name: str, options: dict[
         options: values of the config by dotted key.
     """
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "train", kind, "--config", preset, "--storage", str(storage), "--run.name", name, *words]
+    command = [
+        sys.executable,
+        "-m",
+        "train",
+        kind,
+        "--config",
+        preset,
+        "--storage",
+        str(storage),
+        "--run.name",
+        name,
+        *words,
+    ]
     # Without RAY_ADDRESS: a cluster of its own.
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True, env={**os.environ, "RAY_ADDRESS": ""})
+    subprocess.run(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        check=True,
+        env={**os.environ, "RAY_ADDRESS": ""},
+    )
     return Path(storage) / "runs" / name
 
 
 def spread(values: list[float], digits: int) -> str:
     """The median, and from where to where if there are several."""
     middle = f"{statistics.median(values):,.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+    return (
+        middle
+        if len(values) == 1
+        else f"{middle} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+    )

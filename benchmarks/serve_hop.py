@@ -1,6 +1,6 @@
 """What the hop from gateway to engine costs a stream, and what saves it: sending tokens together, or the ingress on the engine.
 
-    python benchmarks/serve_hop.py [--fast] [--storage kiln/demo] [--rounds 4] [--requests 96] [--clients 1 4 16]
+    python -m benchmarks.serve_hop [--fast] [--storage kiln/demo] [--rounds 4] [--requests 96] [--clients 1 4 16]
 
 Five applications of one Ray Serve instance serve the same model, and are asked in turn as in serve_text.py: HTTP in a process of its own
 (the gateway, as shipped) or in the engine's process, and a stream's tokens sent together (as shipped: at most every 20 ms, and at most 100
@@ -16,12 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import completions  # noqa: E402  # needs the path above
-from cluster import cli, machine  # noqa: E402
-from serve import fast  # noqa: E402
+from benchmarks import completions
+from cluster import cli, machine
+from serve import fast
 
 AS_SHIPPED = 0.0
 WAYS = {  # of each application: whether the ingress is on the engine, and its chunks a second (None: with every step)
@@ -43,26 +40,40 @@ def deploy(uri: str, is_fast: bool, stack: contextlib.ExitStack) -> list[complet
 
     port = machine.free_port(None, 8000)
     stack.enter_context(connected(len(WAYS), Address("127.0.0.1", port)))
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"}
+    )
     servers = []
     shipped = fast.CHUNKS_PER_S if is_fast else Options().chunks_per_s
     for number, (name, (near, chunks_per_s)) in enumerate(WAYS.items()):
-        application = build(uri, near, Options().slots, shipped if chunks_per_s == AS_SHIPPED else chunks_per_s)
+        application = build(
+            uri, near, Options().slots, shipped if chunks_per_s == AS_SHIPPED else chunks_per_s
+        )
         serve.run(application, name=f"way-{number}", route_prefix=f"/way-{number}")
-        servers.append(completions.Server(name, f"http://127.0.0.1:{port}/way-{number}", completions.ask_us))
+        servers.append(
+            completions.Server(name, f"http://127.0.0.1:{port}/way-{number}", completions.ask_us)
+        )
     stack.callback(serve.shutdown)
     return servers
 
 
 def main(argv: list[str]) -> int:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     completions.add_options(options)
-    options.add_argument("--fast", action="store_true", help="Serve's HAProxy and throughput-optimised modes")
+    options.add_argument(
+        "--fast", action="store_true", help="Serve's HAProxy and throughput-optimised modes"
+    )
     given = options.parse_args(argv)
     os.environ["RAY_ADDRESS"] = ""  # a cluster of its own
     with contextlib.ExitStack() as stack:
         if given.fast:
-            os.environ.update(fast.environment(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raykiln-")))))
+            os.environ.update(
+                fast.environment(
+                    Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raykiln-")))
+                )
+            )
         _, _, folder = completions.find_model(given, stack)
         servers = deploy(folder, given.fast, stack)
         rounds = completions.rounds_of_requests(folder, given)

@@ -1,6 +1,6 @@
 """What the served endpoint gives beside what one would write in an afternoon: FastAPI around transformers' `generate`, two ways.
 
-    python benchmarks/serve_text.py [--fast] [--storage kiln/demo] [--rounds 4] [--requests 96] [--clients 1 4 16]
+    python -m benchmarks.serve_text [--fast] [--storage kiln/demo] [--rounds 4] [--requests 96] [--clients 1 4 16]
 
 All serve the same weights over HTTP on this machine and are asked in turn, in one run: by so many clients at once, each
 sending its next request when it has its answer; greedily, prompts of 16 to 48 tokens of held-out Shakespeare, texts of 16 to 112 tokens.
@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,12 +29,9 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import completions  # noqa: E402  # needs the path above
-from benchmarks.completions import Answer, Asked, Server  # noqa: E402
-from cluster import cli  # noqa: E402
+from benchmarks import completions
+from benchmarks.completions import Answer, Asked, Server
+from cluster import cli
 
 # ---- the other servers; each serves until it is ended
 
@@ -96,7 +92,9 @@ def from_transformers(folder: str) -> tuple[Any, Any]:
 def continued(tokenizer: Any, model: Any, requests: list[Request]) -> list[dict[str, str | int]]:
     import torch
 
-    inputs = tokenizer([request.prompt for request in requests], return_tensors="pt", padding=len(requests) > 1)
+    inputs = tokenizer(
+        [request.prompt for request in requests], return_tensors="pt", padding=len(requests) > 1
+    )
     with torch.inference_mode():
         output = model.generate(
             inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max(request.max_new_tokens for request in requests),
@@ -104,28 +102,48 @@ def continued(tokenizer: Any, model: Any, requests: list[Request]) -> list[dict[
         )  # fmt: skip
     answers: list[dict[str, str | int]] = []
     for request, row in zip(requests, output[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
-        end = row.index(model.config.eos_token_id) + 1 if model.config.eos_token_id in row else len(row)  # padding follows
+        end = (
+            row.index(model.config.eos_token_id) + 1
+            if model.config.eos_token_id in row
+            else len(row)
+        )  # padding follows
         new = row[: min(end, request.max_new_tokens)]
-        answers.append({"text": tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False), "tokens": len(new)})
+        answers.append(
+            {
+                "text": tokenizer.decode(
+                    new, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                ),
+                "tokens": len(new),
+            }
+        )
     return answers
 
 
-OTHERS: dict[str, Callable[[str, int], None]] = {"generate": generate, "static batches": static_batches}
+OTHERS: dict[str, Callable[[str, int], None]] = {
+    "generate": generate,
+    "static batches": static_batches,
+}
 BASE = "generate"
 
 
 async def ask_other(http: httpx.AsyncClient, asked: Asked) -> Answer:
     begun = time.perf_counter()
-    response = await http.post("/generate", json={"prompt": asked.prompt, "max_new_tokens": asked.max_tokens})
+    response = await http.post(
+        "/generate", json={"prompt": asked.prompt, "max_new_tokens": asked.max_tokens}
+    )
     whole_s = time.perf_counter() - begun
     answer = response.raise_for_status().json()
     return Answer(answer["text"], answer["tokens"], whole_s, whole_s, [])
 
 
 def main(argv: list[str]) -> int:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     completions.add_options(options)
-    options.add_argument("--fast", action="store_true", help="ours in Serve's HAProxy and throughput-optimised modes")
+    options.add_argument(
+        "--fast", action="store_true", help="ours in Serve's HAProxy and throughput-optimised modes"
+    )
     options.add_argument("--other", choices=OTHERS, help=argparse.SUPPRESS)
     options.add_argument("--folder", help=argparse.SUPPRESS)
     options.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -136,12 +154,36 @@ def main(argv: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         storage, reference, folder = completions.find_model(given, stack)
         # One replica: a second one, which autoscaling would add after a while, would make the rounds unlike each other.
-        ours = ["-m", "serve", "up", "--storage", storage, "--text", reference, "--max-replicas", "1", *(["--fast"] if given.fast else [])]
+        ours = [
+            "-m",
+            "serve",
+            "up",
+            "--storage",
+            storage,
+            "--text",
+            reference,
+            "--max-replicas",
+            "1",
+            *(["--fast"] if given.fast else []),
+        ]
         url = stack.enter_context(completions.serving(ours, "/health"))
         servers = [Server("raykiln --fast" if given.fast else "raykiln", url, completions.ask_us)]
         for other in OTHERS:
-            words = [__file__, "--other", other, "--folder", f"{folder}/transformers"]
-            servers.append(Server(other, stack.enter_context(completions.serving(words, "/openapi.json")), ask_other))
+            words = [
+                "-m",
+                "benchmarks.serve_text",
+                "--other",
+                other,
+                "--folder",
+                f"{folder}/transformers",
+            ]
+            servers.append(
+                Server(
+                    other,
+                    stack.enter_context(completions.serving(words, "/openapi.json")),
+                    ask_other,
+                )
+            )
         rounds = completions.rounds_of_requests(folder, given)
         print(completions.compare(servers, rounds, given.clients, BASE))
     return 0

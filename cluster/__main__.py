@@ -14,35 +14,72 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True)
 
     def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
-        command.add_argument("--storage", metavar="URI", help="where the cluster's jobs keep their files (KILN_STORAGE; default ./kiln)")
+        command.add_argument(
+            "--storage",
+            metavar="URI",
+            help="where the cluster's jobs keep their files (KILN_STORAGE; default ./kiln)",
+        )
         return command
 
     command = add("up", _up, "start a Ray head on this machine, in the background")
-    command.add_argument("--port", type=cli.port, help=f"of Ray's control service (default: {local.GCS_PORT}, or a free one)")
-    command.add_argument("--dashboard-port", type=cli.port, help=f"on 127.0.0.1 (default: {local.DASHBOARD_PORT}, or a free one)")
+    command.add_argument(
+        "--port",
+        type=cli.port,
+        help=f"of Ray's control service (default: {local.GCS_PORT}, or a free one)",
+    )
+    command.add_argument(
+        "--dashboard-port",
+        type=cli.port,
+        help=f"on 127.0.0.1 (default: {local.DASHBOARD_PORT}, or a free one)",
+    )
     command.add_argument("--num-cpus", type=int, help="logical CPUs (default: the machine's)")
     add("down", _down, "end this machine's head, its jobs and nothing else")
     add("status", _status, "show nodes, resources and jobs")
     command = add("submit", _submit, "run a command as a job, follow its log, exit as it ended")
-    command.add_argument("entrypoint", nargs="+", metavar="COMMAND", help="after --, as in: -- python -m train gpt")
+    command.add_argument(
+        "entrypoint", nargs="+", metavar="COMMAND", help="after --, as in: -- python -m train gpt"
+    )
     add("doctor", _doctor, "check versions, disks, accelerators and storage on every node")
-    command = add("demo", _demo, "the whole road on this machine: train, export, serve and ask a GPT and a GAN")
-    command.add_argument("--stay", action=argparse.BooleanOptionalAction, help="keep the page up until Ctrl-C (default: at a terminal)")
-    command.add_argument("--preset", choices=["demo", "tiny"], default="demo", help="tiny: in seconds, and not worth looking at")
+    command = add(
+        "demo",
+        _demo,
+        "the whole road on this machine: train, export, serve and ask a GPT and a GAN",
+    )
+    command.add_argument(
+        "--stay",
+        action=argparse.BooleanOptionalAction,
+        help="keep the page up until Ctrl-C (default: at a terminal)",
+    )
+    command.add_argument(
+        "--preset",
+        choices=["demo", "tiny"],
+        default="demo",
+        help="tiny: in seconds, and not worth looking at",
+    )
     return parser
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    head, started = local.up(_storage(arguments), arguments.port, arguments.dashboard_port, arguments.num_cpus)
+    head, started = local.up(
+        _storage(arguments), arguments.port, arguments.dashboard_port, arguments.num_cpus
+    )
     flag = "" if arguments.storage is None else f" --storage {arguments.storage}"
-    print(f"{'Ray is up' if started else 'Ray runs already'} at {head.address}; jobs keep their files in {head.storage}")
-    print(f"  dashboard  {head.dashboard.url} (asks for the token in {_short(head.home / 'token')})")
+    print(
+        f"{'Ray is up' if started else 'Ray runs already'} at {head.address}; jobs keep their files in {head.storage}"
+    )
+    print(
+        f"  dashboard  {head.dashboard.url} (asks for the token in {_short(head.home / 'token')})"
+    )
     print(f"  join it    source {_short(head.home / 'env')}")
     print("  submit     ray job submit --working-dir . -- python -m train gpt --config gpt-tiny")
     print(f"  stop       python -m cluster down{flag}")
@@ -51,7 +88,11 @@ def _up(arguments: argparse.Namespace) -> int:
 
 def _down(arguments: argparse.Namespace) -> int:
     ended = local.down(_storage(arguments))
-    print(f"Ray is down: {ended} processes ended" if ended else f"nothing to end: no cluster was up for storage {_storage(arguments)}")
+    print(
+        f"Ray is down: {ended} processes ended"
+        if ended
+        else f"nothing to end: no cluster was up for storage {_storage(arguments)}"
+    )
     return 0
 
 
@@ -67,10 +108,14 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    examined = storage.absolute(_storage(arguments))  # before the cluster's own KILN_STORAGE is here
+    examined = storage.absolute(
+        _storage(arguments)
+    )  # before the cluster's own KILN_STORAGE is here
     if not os.environ.get("RAY_ADDRESS"):
         _running_head(examined).join(os.environ)
-    elif arguments.storage and (head := local.find(examined)):  # else it is what the nodes of the joined cluster should see
+    elif arguments.storage and (
+        head := local.find(examined)
+    ):  # else it is what the nodes of the joined cluster should see
         head.join(os.environ)
     from cluster import doctor  # imports ray, which reads the environment as it is imported
 
@@ -97,7 +142,9 @@ def _demo_folder(given: str | None) -> Path:
         return (storage.local_path(cli.storage_default()) or Path(cli.DEFAULT_STORAGE)) / "demo"
     local_path = storage.local_path(given)
     if local_path is None:
-        raise ValueError(f"--storage {given} is not on this machine, where the demo leaves its text and pictures: name a folder")
+        raise ValueError(
+            f"--storage {given} is not on this machine, where the demo leaves its text and pictures: name a folder"
+        )
     return local_path
 
 

@@ -50,7 +50,13 @@ def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     _read_token_again()
     private_options.setdefault("include_dashboard", False)
-    ray.init(address="local", num_cpus=num_cpus, logging_level=logging.WARNING, log_to_driver=log_to_driver, **private_options)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        logging_level=logging.WARNING,
+        log_to_driver=log_to_driver,
+        **private_options,
+    )
     return True
 
 
@@ -67,10 +73,14 @@ def _refuse_unreachable(address: str) -> None:
     """Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if "://" in address:
-        raise ValueError(f"RAY_ADDRESS is {address!r}: a driver needs host:port (the URL of the jobs API goes into RAY_API_SERVER_ADDRESS)")
+        raise ValueError(
+            f"RAY_ADDRESS is {address!r}: a driver needs host:port (the URL of the jobs API goes into RAY_API_SERVER_ADDRESS)"
+        )
     if not port.isdecimal():
         return  # "auto": Ray looks for itself
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
-        raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={address!r} ({error.strerror or error}): {_WAY_OUT}") from None
+        raise ValueError(
+            f"no Ray cluster answers at RAY_ADDRESS={address!r} ({error.strerror or error}): {_WAY_OUT}"
+        ) from None

@@ -30,18 +30,29 @@ class Dashboard:
     def usage(self) -> dict[str, tuple[float, float]]:
         """{resource: (used, total)} over the whole cluster; bytes for memory."""
         report = self._get("/api/cluster_status")["data"]["clusterStatus"] or {}
-        return {name: (used, total) for name, (used, total) in report.get("loadMetricsReport", {}).get("usage", {}).items()}
+        return {
+            name: (used, total)
+            for name, (used, total) in report.get("loadMetricsReport", {}).get("usage", {}).items()
+        }
 
     def _get(self, path: str) -> Any:
         try:
             # The proxy that a company's environment names is not the way to one's own machine.
-            response = httpx.get(self.url + path, headers=self.headers, timeout=TIMEOUT_S, trust_env=False)
+            response = httpx.get(
+                self.url + path, headers=self.headers, timeout=TIMEOUT_S, trust_env=False
+            )
         except httpx.HTTPError as error:
-            raise ValueError(f"no Ray dashboard answers at {self.url} ({error}): start a cluster with `python -m cluster up`") from error
+            raise ValueError(
+                f"no Ray dashboard answers at {self.url} ({error}): start a cluster with `python -m cluster up`"
+            ) from error
         if response.status_code in (401, 403):
-            raise ValueError(f"the cluster at {self.url} refuses the token: source the env file that `python -m cluster up` wrote for it")
+            raise ValueError(
+                f"the cluster at {self.url} refuses the token: source the env file that `python -m cluster up` wrote for it"
+            )
         if response.is_error:
-            raise ValueError(f"{self.url}{path} answers {response.status_code}: is a Ray dashboard what listens there?")
+            raise ValueError(
+                f"{self.url}{path} answers {response.status_code}: is a Ray dashboard what listens there?"
+            )
         return response.json()
 
 

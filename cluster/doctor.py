@@ -38,7 +38,9 @@ def examine(storage_uri: str) -> int:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {package: metadata.version(package) for package in PACKAGES}
+    return {"python": platform.python_version()} | {
+        package: metadata.version(package) for package in PACKAGES
+    }
 
 
 def probe(probe_file: str) -> dict[str, Any]:
@@ -58,9 +60,13 @@ def findings(found: dict[str, Any], here: dict[str, str], probe_file: str) -> li
         if found["versions"].get(package) != version
     ]
     if found["free_bytes"] < MIN_FREE_BYTES:
-        wrong.append(f"{found['free_bytes'] / 2**30:.1f} GiB of disk left where Ray spills, want {MIN_FREE_BYTES / 2**30:.0f}")
+        wrong.append(
+            f"{found['free_bytes'] / 2**30:.1f} GiB of disk left where Ray spills, want {MIN_FREE_BYTES / 2**30:.0f}"
+        )
     if not found["sees_storage"]:
-        wrong.append(f"{probe_file} is not visible: set KILN_STORAGE to a place that all nodes share")
+        wrong.append(
+            f"{probe_file} is not visible: set KILN_STORAGE to a place that all nodes share"
+        )
     return wrong
 
 

@@ -26,12 +26,18 @@ def submit(dashboard: Dashboard, command: list[str], working_dir: str = ".") -> 
         ValueError: no command, or the cluster refused the job (working_dir too large, for one).
     """
     if not command:
-        raise ValueError("nothing to submit: give the command after --, as in `python -m cluster submit -- python -m train gpt`")
+        raise ValueError(
+            "nothing to submit: give the command after --, as in `python -m cluster submit -- python -m train gpt`"
+        )
     dashboard.jobs()  # one sentence now if the cluster does not answer
-    os.environ["RAY_API_SERVER_ADDRESS"] = dashboard.url  # Ray prefers what it finds there to the argument
+    os.environ["RAY_API_SERVER_ADDRESS"] = (
+        dashboard.url
+    )  # Ray prefers what it finds there to the argument
     client = JobSubmissionClient(dashboard.url, headers=dashboard.headers)
     try:
-        job = client.submit_job(entrypoint=shlex.join(command), runtime_env={"working_dir": working_dir})
+        job = client.submit_job(
+            entrypoint=shlex.join(command), runtime_env={"working_dir": working_dir}
+        )
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the cluster refused the job: {error}") from error
     print(f"job {job} (to stop it: ray job stop {job})", flush=True)

@@ -49,7 +49,9 @@ class Head:
     port: int
     dashboard_port: int
     temp_dir: str
-    storage: str  # absolute: a job runs in a copy of its working directory, where ./kiln would be lost
+    storage: (
+        str  # absolute: a job runs in a copy of its working directory, where ./kiln would be lost
+    )
 
     @property
     def home(self) -> Path:
@@ -71,7 +73,9 @@ class Head:
 
     @property
     def dashboard(self) -> Dashboard:
-        return Dashboard(f"http://127.0.0.1:{self.dashboard_port}", (self.home / "token").read_text())
+        return Dashboard(
+            f"http://127.0.0.1:{self.dashboard_port}", (self.home / "token").read_text()
+        )
 
     @property
     def variables(self) -> dict[str, str]:
@@ -109,7 +113,12 @@ def find(storage_uri: str) -> Head | None:
     return head if head and head.alive() else None
 
 
-def up(storage_uri: str, port: int | None = None, dashboard_port: int | None = None, num_cpus: int | None = None) -> tuple[Head, bool]:
+def up(
+    storage_uri: str,
+    port: int | None = None,
+    dashboard_port: int | None = None,
+    num_cpus: int | None = None,
+) -> tuple[Head, bool]:
     """Starts a head for `storage_uri` and waits until it takes jobs; the head, and False where it ran already.
 
     Args:
@@ -166,9 +175,15 @@ def _clear(storage_uri: str) -> int:
         return 0
     ended = machine.end(MARK, head.id, STOP_GRACE_S)
     if left := [process.pid for process in machine.marked(MARK, head.id)]:
-        raise ValueError(f"processes {left} of the cluster in {head.home} do not end: end them yourself, then run `python -m cluster down`")
+        raise ValueError(
+            f"processes {left} of the cluster in {head.home} do not end: end them yourself, then run `python -m cluster down`"
+        )
     shutil.rmtree(head.temp_dir, ignore_errors=True)
-    for name in ("env", "token", "state.json"):  # the state last: until then a second `down` can finish the work
+    for name in (
+        "env",
+        "token",
+        "state.json",
+    ):  # the state last: until then a second `down` can finish the work
         (head.home / name).unlink(missing_ok=True)
     return ended
 
@@ -180,7 +195,9 @@ def _recorded(storage_uri: str) -> Head | None:
     try:
         head = Head(**storage.read_json(path))
     except TypeError as error:
-        raise ValueError(f"{path} was not written by this version ({error}): end process ids it names yourself, then delete it") from error
+        raise ValueError(
+            f"{path} was not written by this version ({error}): end process ids it names yourself, then delete it"
+        ) from error
     # An empty mark would be every process's, and the folder is going to be removed.
     for field, form in (("id", r"[0-9a-f]{32}"), ("temp_dir", r"/tmp/kiln-\w+")):
         if not re.fullmatch(form, str(value := getattr(head, field))):
@@ -222,7 +239,9 @@ def _launch(planned: Head, num_cpus: int | None) -> Head:
     return head
 
 
-def _start_command(port: int, dashboard_port: int, temp_dir: str, num_cpus: int | None) -> list[str]:
+def _start_command(
+    port: int, dashboard_port: int, temp_dir: str, num_cpus: int | None
+) -> list[str]:
     """`ray start --block`: it stays the parent of the whole head, and ends the rest if one part dies."""
     options = {
         "--port": port,
@@ -236,29 +255,39 @@ def _start_command(port: int, dashboard_port: int, temp_dir: str, num_cpus: int 
         options["--num-cpus"] = num_cpus
     # -P: the working directory, which workers start in, is not a place for Ray to import from.
     ray = [sys.executable, "-P", "-m", "ray.scripts.scripts"]
-    return [*ray, "start", "--head", "--block", "--disable-usage-stats", *(str(part) for option in options.items() for part in option)]
+    return [
+        *ray,
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+        *(str(part) for option in options.items() for part in option),
+    ]
 
 
 def _environment(mark: str, temp_dir: str, storage_uri: str, token: Path) -> dict[str, str]:
     """What the head passes on to every worker and every job."""
     # Those of a cluster that this shell may be joined to already.
     foreign = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"}
-    return {name: value for name, value in os.environ.items() if name not in foreign} | {
-        MARK: mark,
-        "SPT_NOENV": "1",  # Ray's processes write their titles (ray::...) over their environment otherwise, and the mark with it
-        "KILN_STORAGE": storage_uri,
-        "PATH": _path(),
-        "RAY_TMPDIR": temp_dir,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        # As cluster.connect sets them for a private cluster.
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # `ray job stop` gives a driver 3 s by default, less than a checkpoint takes to be written.
-        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S),
-        # `down` signals every process itself; a head that drains would only make it wait.
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    }
+    return (
+        {name: value for name, value in os.environ.items() if name not in foreign}
+        | {
+            MARK: mark,
+            "SPT_NOENV": "1",  # Ray's processes write their titles (ray::...) over their environment otherwise, and the mark with it
+            "KILN_STORAGE": storage_uri,
+            "PATH": _path(),
+            "RAY_TMPDIR": temp_dir,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            # As cluster.connect sets them for a private cluster.
+            "RAY_CHDIR_TO_TRIAL_DIR": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            # `ray job stop` gives a driver 3 s by default, less than a checkpoint takes to be written.
+            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S),
+            # `down` signals every process itself; a head that drains would only make it wait.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        }
+    )
 
 
 def _path() -> str:

@@ -13,7 +13,9 @@ def free_port(wanted: int | None, preferred: int, option: str = "") -> int:
         ValueError: `wanted` (given as `option`) is taken.
     """
     if wanted is not None and not _is_free(wanted):
-        raise ValueError(f"{option} {wanted} is taken by another process: name another, or leave {option} out and a free one is chosen")
+        raise ValueError(
+            f"{option} {wanted} is taken by another process: name another, or leave {option} out and a free one is chosen"
+        )
     if wanted is not None or _is_free(preferred):
         return wanted if wanted is not None else preferred
     with socket.socket() as probe:

@@ -20,12 +20,19 @@ def show(dashboard: Dashboard) -> None:
 
 
 def _nodes(dashboard: Dashboard) -> Table:
-    table = Table("node", "role", "state", "CPUs", "GPUs", "memory GiB", title="Nodes", title_justify="left")
+    table = Table(
+        "node", "role", "state", "CPUs", "GPUs", "memory GiB", title="Nodes", title_justify="left"
+    )
     for node in dashboard.nodes():
         has = node["resources_total"]
         role = "head" if node["is_head_node"] else "worker"
         table.add_row(
-            node["node_ip"], role, node["state"], f"{has.get('CPU', 0):g}", f"{has.get('GPU', 0):g}", f"{has.get('memory', 0) / GIB:.1f}"
+            node["node_ip"],
+            role,
+            node["state"],
+            f"{has.get('CPU', 0):g}",
+            f"{has.get('GPU', 0):g}",
+            f"{has.get('memory', 0) / GIB:.1f}",
         )
     return table
 
@@ -41,8 +48,22 @@ def _resources(dashboard: Dashboard) -> Table:
 
 
 def _jobs(dashboard: Dashboard) -> Table:
-    table = Table(*(Column(name, no_wrap=True) for name in ("job", "status", "started")), "command", title="Jobs", title_justify="left")
+    table = Table(
+        *(Column(name, no_wrap=True) for name in ("job", "status", "started")),
+        "command",
+        title="Jobs",
+        title_justify="left",
+    )
     for job in sorted(dashboard.jobs(), key=lambda job: job["start_time"] or 0):
-        started = time.strftime("%H:%M:%S", time.localtime(job["start_time"] / 1000)) if job["start_time"] else ""
-        table.add_row(job["submission_id"] or job["job_id"], job["status"], started, job["entrypoint"].splitlines()[0])
+        started = (
+            time.strftime("%H:%M:%S", time.localtime(job["start_time"] / 1000))
+            if job["start_time"]
+            else ""
+        )
+        table.add_row(
+            job["submission_id"] or job["job_id"],
+            job["status"],
+            started,
+            job["entrypoint"].splitlines()[0],
+        )
     return table

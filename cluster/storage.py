@@ -30,7 +30,9 @@ def locate(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
-            without_secrets(f"storage {text!r} cannot be opened: {error}. Use a folder, or a URI such as s3://bucket/path")
+            without_secrets(
+                f"storage {text!r} cannot be opened: {error}. Use a folder, or a URI such as s3://bucket/path"
+            )
         ) from error
 
 
@@ -80,14 +82,20 @@ def names(uri: str | os.PathLike[str]) -> list[str]:
 def files(uri: str | os.PathLike[str]) -> dict[str, int]:
     """Every file below `uri` as {path relative to uri: bytes}."""
     path, found = _below(uri, recursive=True)
-    return {os.path.relpath(info.path, path): info.size for info in found if info.type == fs.FileType.File}
+    return {
+        os.path.relpath(info.path, path): info.size
+        for info in found
+        if info.type == fs.FileType.File
+    }
 
 
 def _below(uri: str | os.PathLike[str], recursive: bool) -> tuple[str, list[fs.FileInfo]]:
     filesystem, path = locate(uri)
     if filesystem.get_file_info(path).type != fs.FileType.Directory:
         return path, []
-    return path, filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
+    return path, filesystem.get_file_info(
+        fs.FileSelector(path, allow_not_found=True, recursive=recursive)
+    )
 
 
 def read_bytes(uri: str | os.PathLike[str]) -> bytes:
@@ -114,7 +122,9 @@ def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
     except BaseException as problem:  # Ctrl-C too: nobody else would know what the file beside is
         Path(beside).unlink(missing_ok=True)
         if isinstance(problem, OSError):
-            problem.filename = path  # a full disk names no file, and nobody asked for the one beside
+            problem.filename = (
+                path  # a full disk names no file, and nobody asked for the one beside
+            )
         raise
 
 
@@ -127,7 +137,9 @@ def read_json(uri: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{os.fspath(uri)} is not valid JSON ({error}): it is damaged or half-written") from error
+        raise ValueError(
+            f"{os.fspath(uri)} is not valid JSON ({error}): it is damaged or half-written"
+        ) from error
 
 
 def write_json(uri: str | os.PathLike[str], value: Any) -> None:
@@ -141,7 +153,11 @@ def upload(local_folder: str | os.PathLike[str], uri: str | os.PathLike[str]) ->
     fs.copy_files(os.fspath(local_folder), path, destination_filesystem=filesystem)
 
 
-def upload_changed(local_folder: str | os.PathLike[str], uri: str | os.PathLike[str], before: dict[str, tuple[int, int]]) -> None:
+def upload_changed(
+    local_folder: str | os.PathLike[str],
+    uri: str | os.PathLike[str],
+    before: dict[str, tuple[int, int]],
+) -> None:
     """Copies those of a local folder's files to `uri` that are new or have changed.
 
     Args:
@@ -155,7 +171,9 @@ def upload_changed(local_folder: str | os.PathLike[str], uri: str | os.PathLike[
         if before.get(name) == now:
             continue
         target = join(path, name)
-        if (folder := os.path.dirname(target)) not in there:  # an object store need not be asked for it at every file
+        if (
+            folder := os.path.dirname(target)
+        ) not in there:  # an object store need not be asked for it at every file
             filesystem.create_dir(folder, recursive=True)
             there.add(folder)
         fs.copy_files(str(file), target, destination_filesystem=filesystem)

@@ -14,8 +14,25 @@ from cluster import storage
 
 MANIFEST = "manifest.json"
 KINDS = ("gpt", "gan")
-SAMPLES = {"gpt": "sample.txt", "gan": "sample.png"}  # what the model made at its export; a bundle need not have it
-REQUIRED = ("kind", "created", "files", "inputs", "outputs", "opset", "parity", "run", "dataset", "metrics", "libraries", "model", "sha256")
+SAMPLES = {
+    "gpt": "sample.txt",
+    "gan": "sample.png",
+}  # what the model made at its export; a bundle need not have it
+REQUIRED = (
+    "kind",
+    "created",
+    "files",
+    "inputs",
+    "outputs",
+    "opset",
+    "parity",
+    "run",
+    "dataset",
+    "metrics",
+    "libraries",
+    "model",
+    "sha256",
+)
 # Metrics for where there is no room for all.
 HEADLINES = ("heldout_loss", "heldout_bits_per_byte", "heldout_frechet_distance", "heldout_recall")
 
@@ -32,11 +49,33 @@ def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     Raises:
         ValueError: the manifest lacks an entry, or the folder holds no file.
     """
-    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path != Path(folder) / MANIFEST)
+    paths = sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if path.is_file() and path != Path(folder) / MANIFEST
+    )
     if not paths:
-        raise ValueError(f"{os.fspath(folder)} holds no file: a bundle is written into a folder that holds its files")
-    files = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": storage.sha256(path)} for path in paths}
-    write_manifest(folder, {"name": None, "version": None, "commit": None, "quantization": None, **manifest, "files": files})
+        raise ValueError(
+            f"{os.fspath(folder)} holds no file: a bundle is written into a folder that holds its files"
+        )
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": storage.sha256(path),
+        }
+        for path in paths
+    }
+    write_manifest(
+        folder,
+        {
+            "name": None,
+            "version": None,
+            "commit": None,
+            "quantization": None,
+            **manifest,
+            "files": files,
+        },
+    )
 
 
 def write_manifest(uri: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -64,14 +103,18 @@ def read(uri: str | os.PathLike[str]) -> Manifest:
     """
     place = storage.join(uri, MANIFEST)
     if not storage.exists(place):
-        raise ValueError(f"{os.fspath(uri)} has no {MANIFEST}: it is no bundle, or one that was never finished; export the run again")
+        raise ValueError(
+            f"{os.fspath(uri)} has no {MANIFEST}: it is no bundle, or one that was never finished; export the run again"
+        )
     try:
         manifest = storage.read_json(place)
     except ValueError as error:
         raise ValueError(f"{place} is damaged ({error}): export the run again") from error
     _check(uri, manifest)
     if manifest["sha256"] != _seal(manifest):
-        raise ValueError(f"{place} is not as it was written (its own sha256 differs): it is damaged, or was edited; export the run again")
+        raise ValueError(
+            f"{place} is not as it was written (its own sha256 differs): it is damaged, or was edited; export the run again"
+        )
     return manifest
 
 
@@ -92,7 +135,9 @@ def verify(uri: str | os.PathLike[str]) -> Manifest:
                 f"{file} has {present[path]} bytes where its bundle promises {expected['bytes']}: it is damaged; export the run again"
             )
         if _digest(file) != expected["sha256"]:
-            raise ValueError(f"{file} is not what its bundle promises (its sha256 differs): it is damaged; export the run again")
+            raise ValueError(
+                f"{file} is not what its bundle promises (its sha256 differs): it is damaged; export the run again"
+            )
     return manifest
 
 
@@ -108,7 +153,9 @@ def read_file(uri: str | os.PathLike[str], manifest: Manifest, path: str) -> byt
     except FileNotFoundError as error:
         raise ValueError(f"{file} is missing from its bundle: export the run again") from error
     if hashlib.sha256(content).hexdigest() != manifest["files"][path]["sha256"]:
-        raise ValueError(f"{file} is not what its bundle promises (its sha256 differs): it is damaged; export the run again")
+        raise ValueError(
+            f"{file} is not what its bundle promises (its sha256 differs): it is damaged; export the run again"
+        )
     return content
 
 
@@ -134,13 +181,18 @@ def _check(uri: str | os.PathLike[str], manifest: Any) -> None:
         raise ValueError(f"{place} holds no JSON object: it is damaged; export the run again")
     missing = [key for key in REQUIRED if key not in manifest]
     if missing:
-        raise ValueError(f"{place} lacks {', '.join(missing)}: it is damaged, or of another version of raykiln; export the run again")
+        raise ValueError(
+            f"{place} lacks {', '.join(missing)}: it is damaged, or of another version of raykiln; export the run again"
+        )
     if manifest["kind"] not in KINDS:
         raise ValueError(f"{place} has kind {manifest['kind']!r}: known are {' and '.join(KINDS)}")
     if not isinstance(manifest["files"], dict) or not all(
-        isinstance(entry, dict) and entry.keys() >= {"bytes", "sha256"} for entry in manifest["files"].values()
+        isinstance(entry, dict) and entry.keys() >= {"bytes", "sha256"}
+        for entry in manifest["files"].values()
     ):
-        raise ValueError(f"{place} has no list of files with their sizes and hashes: it is damaged; export the run again")
+        raise ValueError(
+            f"{place} has no list of files with their sizes and hashes: it is damaged; export the run again"
+        )
 
 
 def _digest(uri: str) -> str:

@@ -29,7 +29,9 @@ def truncated(latents: np.ndarray, threshold: float) -> np.ndarray:
     normal = NormalDist()
     below = normal.cdf(-threshold)
     quantiles = (below + (1 - 2 * below) * normal.cdf(value) for value in latents.ravel().tolist())
-    return np.array([normal.inv_cdf(quantile) for quantile in quantiles], np.float32).reshape(latents.shape)
+    return np.array([normal.inv_cdf(quantile) for quantile in quantiles], np.float32).reshape(
+        latents.shape
+    )
 
 
 def slerp(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
@@ -44,7 +46,9 @@ def slerp(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
     Returns:
         (..., Z); on the straight line where the two point the same way, or opposite ways: no circle, or every circle, is theirs.
     """
-    lengths = np.linalg.norm(first, axis=-1, keepdims=True) * np.linalg.norm(second, axis=-1, keepdims=True)
+    lengths = np.linalg.norm(first, axis=-1, keepdims=True) * np.linalg.norm(
+        second, axis=-1, keepdims=True
+    )
     angle = np.arccos(np.clip((first * second).sum(axis=-1, keepdims=True) / lengths, -1, 1))
     sine = np.sin(angle)
     straight = sine < 1e-3

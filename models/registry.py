@@ -24,7 +24,9 @@ from models import bundle
 
 PRODUCTION = "production"  # what a name alone stands for, once it is set
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-REFERENCE = re.compile(rf"(?P<name>{NAME.pattern})(/(?P<version>[1-9][0-9]*)|@(?P<alias>{NAME.pattern}))?")
+REFERENCE = re.compile(
+    rf"(?P<name>{NAME.pattern})(/(?P<version>[1-9][0-9]*)|@(?P<alias>{NAME.pattern}))?"
+)
 ABANDONED_S = 24 * 3600.0  # no bundle takes as long to copy
 
 Uri = str | os.PathLike[str]
@@ -35,7 +37,9 @@ logger = logging.getLogger(__name__)
 def check_name(what: str, name: str) -> None:
     """Raises ValueError where `name` can't be a model's or an alias'; `what` says which of them it is."""
     if not NAME.fullmatch(name):
-        raise ValueError(f"{what} {name!r} is not usable: begin with a letter or digit, then letters, digits, '.', '_' and '-'")
+        raise ValueError(
+            f"{what} {name!r} is not usable: begin with a letter or digit, then letters, digits, '.', '_' and '-'"
+        )
 
 
 # ---------------------------------------------------------------- reading
@@ -47,7 +51,9 @@ class Listed:
 
     name: str
     versions: dict[int, bundle.Manifest]  # the complete ones, oldest first
-    unfinished: list[int]  # what looks like a version and is none: never finished (perhaps not yet), or with a damaged manifest
+    unfinished: list[
+        int
+    ]  # what looks like a version and is none: never finished (perhaps not yet), or with a damaged manifest
     aliases: dict[str, int | None]  # and their versions; None where an alias is damaged
 
     def aliases_of(self, version: int) -> list[str]:
@@ -56,8 +62,15 @@ class Listed:
 
 def listed(root: Uri, name: str) -> Listed:
     manifests = {version: _manifest(_place(root, name, version)) for version in _taken(root, name)}
-    complete = {version: manifest for version, manifest in manifests.items() if manifest is not None}
-    return Listed(name, complete, [version for version in manifests if version not in complete], aliases(root, name))
+    complete = {
+        version: manifest for version, manifest in manifests.items() if manifest is not None
+    }
+    return Listed(
+        name,
+        complete,
+        [version for version in manifests if version not in complete],
+        aliases(root, name),
+    )
 
 
 def listing(root: Uri) -> list[Listed]:
@@ -76,7 +89,11 @@ def _named(root: Uri) -> list[str]:
 
 def versions(root: Uri, name: str) -> list[int]:
     """The complete versions of a model, oldest first; one without a valid manifest was never finished and is not listed."""
-    return [version for version in _taken(root, name) if _manifest(_place(root, name, version)) is not None]
+    return [
+        version
+        for version in _taken(root, name)
+        if _manifest(_place(root, name, version)) is not None
+    ]
 
 
 def aliases(root: Uri, name: str) -> dict[str, int | None]:
@@ -102,7 +119,9 @@ def _alias_place(root: Uri, name: str, alias: str) -> str:
 def _target(place: str) -> int:
     found = storage.read_json(place)
     if not isinstance(found, dict) or type(found.get("version")) is not int:
-        raise ValueError(f'{place} is damaged: expected something like {{"version": 2}}; set the alias again')
+        raise ValueError(
+            f'{place} is damaged: expected something like {{"version": 2}}; set the alias again'
+        )
     return int(found["version"])
 
 
@@ -136,8 +155,12 @@ def resolve(root: Uri, reference: str) -> tuple[str, int, str]:
 def _warn_of_newer(root: Uri, name: str, newest: int) -> None:
     """A newer version whose manifest is damaged is passed over, but not in silence; one without a manifest may be under way."""
     for version in _taken(root, name):
-        if version > newest and storage.exists(storage.join(_place(root, name, version), bundle.MANIFEST)):
-            logger.warning("%s/%s is damaged: %s/%s is the newest that is not", name, version, name, newest)
+        if version > newest and storage.exists(
+            storage.join(_place(root, name, version), bundle.MANIFEST)
+        ):
+            logger.warning(
+                "%s/%s is damaged: %s/%s is the newest that is not", name, version, name, newest
+            )
 
 
 def _aliased(root: Uri, name: str, alias: str) -> int:
@@ -153,7 +176,9 @@ def _check_version(root: Uri, name: str, version: int, known: list[int]) -> None
         return
     if version in _taken(root, name):
         bundle.read(_place(root, name, version))  # says what is wrong with it
-    raise ValueError(f"model {name!r} has no version {version}: it has {', '.join(map(str, known)) or 'none'}")
+    raise ValueError(
+        f"model {name!r} has no version {version}: it has {', '.join(map(str, known)) or 'none'}"
+    )
 
 
 def _nearest(word: str, known: list[str], none: str) -> str:
@@ -161,7 +186,11 @@ def _nearest(word: str, known: list[str], none: str) -> str:
     if not known:
         return f": {none}"
     close = difflib.get_close_matches(word, known, n=1)
-    return f": did you mean {close[0]!r}?" if close else f": there {'is' if len(known) == 1 else 'are'} {', '.join(known)}"
+    return (
+        f": did you mean {close[0]!r}?"
+        if close
+        else f": there {'is' if len(known) == 1 else 'are'} {', '.join(known)}"
+    )
 
 
 def _place(root: Uri, name: str, version: int) -> str:
@@ -170,7 +199,11 @@ def _place(root: Uri, name: str, version: int) -> str:
 
 def _taken(root: Uri, name: str) -> list[int]:
     """Version numbers in use, complete or not."""
-    return sorted(int(entry) for entry in storage.names(storage.join(root, name)) if re.fullmatch(r"[1-9][0-9]*", entry))
+    return sorted(
+        int(entry)
+        for entry in storage.names(storage.join(root, name))
+        if re.fullmatch(r"[1-9][0-9]*", entry)
+    )
 
 
 def _manifest(uri: str) -> bundle.Manifest | None:
@@ -206,8 +239,12 @@ def _publish_by_rename(root: Path, name: str, folder: Path, manifest: bundle.Man
     staged = root / name / f".{uuid.uuid4().hex}.tmp"
     try:
         shutil.copytree(folder, staged)
-        os.utime(staged)  # an old folder's own time, which copytree gives it, would make it look abandoned
-        shutil.copymode(staged.parent, staged)  # a scratch folder's own is closed to the user who will serve it
+        os.utime(
+            staged
+        )  # an old folder's own time, which copytree gives it, would make it look abandoned
+        shutil.copymode(
+            staged.parent, staged
+        )  # a scratch folder's own is closed to the user who will serve it
         while True:
             version = _next(root, name)
             bundle.write_manifest(staged, manifest | {"name": name, "version": version})
@@ -216,7 +253,10 @@ def _publish_by_rename(root: Path, name: str, folder: Path, manifest: bundle.Man
                 os.rename(staged, root / name / str(version))
                 return version
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another publisher took the number: the next one
+                if error.errno not in (
+                    errno.ENOTEMPTY,
+                    errno.EEXIST,
+                ):  # else another publisher took the number: the next one
                     raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -237,7 +277,9 @@ def _publish_manifest_last(root: Uri, name: str, folder: Path, manifest: bundle.
         filesystem, target = storage.locate(storage.join(_place(root, name, version), path))
         with open(folder / path, "rb") as source, filesystem.open_output_stream(target) as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
-    bundle.write_manifest(_place(root, name, version), manifest | {"name": name, "version": version})
+    bundle.write_manifest(
+        _place(root, name, version), manifest | {"name": name, "version": version}
+    )
     return version
 
 

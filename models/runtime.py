@@ -12,7 +12,11 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # best first
+PROVIDERS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}  # best first
 # TensorFloat-32 keeps three digits: other tokens than the golden ones, and than the same request's on a CPU.
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 FIRST_TOKENS = 128  # what a slot has room for at first
@@ -42,7 +46,9 @@ def choose_providers(wanted: Sequence[str] | None = None) -> list[str]:
     return [PROVIDERS[name] for name in (*(name for name in wanted if name != "cpu"), "cpu")]
 
 
-def open_graph(path: str | os.PathLike[str], threads: int = 1, providers: Sequence[str] | None = None) -> ort.InferenceSession:
+def open_graph(
+    path: str | os.PathLike[str], threads: int = 1, providers: Sequence[str] | None = None
+) -> ort.InferenceSession:
     """An ONNX Runtime session.
 
     Args:
@@ -61,8 +67,15 @@ def open_graph(path: str | os.PathLike[str], threads: int = 1, providers: Sequen
     with_options = [(name, PROVIDER_OPTIONS.get(name, {})) for name in chosen]
     try:
         session = ort.InferenceSession(os.fspath(path), options, providers=with_options)
-    except (errors.NoSuchFile, errors.InvalidProtobuf, errors.InvalidGraph, errors.InvalidArgument) as error:
-        raise ValueError(f"{os.fspath(path)} is not a readable ONNX graph: export the run again") from error
+    except (
+        errors.NoSuchFile,
+        errors.InvalidProtobuf,
+        errors.InvalidGraph,
+        errors.InvalidArgument,
+    ) as error:
+        raise ValueError(
+            f"{os.fspath(path)} is not a readable ONNX graph: export the run again"
+        ) from error
     if providers is not None and session.get_providers()[0] != chosen[0]:
         raise ValueError(
             f"execution provider {chosen[0]} does not start on this machine (no GPU, or no driver or library of its version): leave it out"
@@ -81,7 +94,12 @@ class TextGraph:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], context: int, slots: int, threads: int = 1, providers: Sequence[str] | None = None
+        self,
+        path: str | os.PathLike[str],
+        context: int,
+        slots: int,
+        threads: int = 1,
+        providers: Sequence[str] | None = None,
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots is {slots}: at least one sequence must find room")
@@ -93,10 +111,14 @@ class TextGraph:
         names = [name.removeprefix("past_") for name in shapes if name.startswith("past_")]
         _, self._heads, _, self._head_dim = shapes[f"past_{names[0]}"]
         self._device = "cpu" if self.providers[0] == "CPUExecutionProvider" else "cuda"
-        self.room = self._first_room = min(FIRST_TOKENS, context)  # tokens that fit into each slot: so far, and at first
+        self.room = self._first_room = min(
+            FIRST_TOKENS, context
+        )  # tokens that fit into each slot: so far, and at first
         self._caches = {name: self._cache() for name in names}
         # Whether `copy` works: ONNX Runtime shows Python no part of a GPU's memory. Of the CPU's it does, which it promises nowhere.
-        self.copies = self._device == "cpu" and all(cache.numpy().ctypes.data == cache.data_ptr() for cache in self._caches.values())
+        self.copies = self._device == "cpu" and all(
+            cache.numpy().ctypes.data == cache.data_ptr() for cache in self._caches.values()
+        )
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
 
     def reserve(self, tokens: int) -> None:
@@ -142,7 +164,14 @@ class TextGraph:
             values[:, :, : content.shape[2]] = content
         return ort.OrtValue.ortvalue_from_numpy(values, self._device, 0)
 
-    def run(self, first: int, ids: np.ndarray, positions: np.ndarray, last: np.ndarray, write: np.ndarray) -> np.ndarray:
+    def run(
+        self,
+        first: int,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        write: np.ndarray,
+    ) -> np.ndarray:
         """One step of the B slots from `first` on, with the cache updated in place; there must be room (`reserve`).
 
         Args:
@@ -155,7 +184,12 @@ class TextGraph:
             (B, V) float32 logits after each row's last real token.
         """
         binding = self._binding(first, len(ids))
-        for name, array in (("ids", ids), ("positions", positions), ("last", last), ("write", write)):
+        for name, array in (
+            ("ids", ids),
+            ("positions", positions),
+            ("last", last),
+            ("write", write),
+        ):
             binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
         logits = np.empty((len(ids), self.vocab_size), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
@@ -189,9 +223,13 @@ class TextGraph:
         self._check(slot, start, len(ids))
         self.reserve(start + len(ids))
         positions = np.arange(start, start + len(ids))[None]
-        return self.run(slot, np.asarray(ids)[None], positions, np.array([len(ids) - 1]), np.array([start]))[0]
+        return self.run(
+            slot, np.asarray(ids)[None], positions, np.array([len(ids) - 1]), np.array([start])
+        )[0]
 
-    def decode(self, slots: Sequence[int], ids: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+    def decode(
+        self, slots: Sequence[int], ids: Sequence[int], lengths: Sequence[int]
+    ) -> np.ndarray:
         """One token further in each of `slots` (distinct, in any order); other slots keep what they hold.
 
         All rows between the lowest and the highest of `slots` are computed: keep to low slots where few are in use.
@@ -207,7 +245,9 @@ class TextGraph:
             ValueError: a slot is named twice or does not exist, or is full.
         """
         if len(set(slots)) != len(slots):
-            raise ValueError(f"slots {list(slots)} name a slot twice: a step takes one token of each")
+            raise ValueError(
+                f"slots {list(slots)} name a slot twice: a step takes one token of each"
+            )
         for slot, length in zip(slots, lengths, strict=True):
             self._check(slot, length, 1)
         self.reserve(max(lengths) + 1)
@@ -234,7 +274,9 @@ class TextGraph:
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot {slot} does not exist: there are slots 0 to {self.slots - 1}")
         if start < 0 or start + count > self.context:
-            raise ValueError(f"{start} + {count} tokens do not fit into the context of {self.context}: shorten the prompt or ask for less")
+            raise ValueError(
+                f"{start} + {count} tokens do not fit into the context of {self.context}: shorten the prompt or ask for less"
+            )
 
 
 class ImageGraph:
@@ -246,7 +288,9 @@ class ImageGraph:
         providers: as for `open_graph`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], threads: int = 1, providers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], threads: int = 1, providers: Sequence[str] | None = None
+    ) -> None:
         self.session = open_graph(path, threads, providers)
         self.providers: list[str] = self.session.get_providers()
 
@@ -263,6 +307,9 @@ def signature(session: ort.InferenceSession) -> tuple[list[dict[str, Any]], list
 
     def described(values: Sequence[ort.NodeArg]) -> list[dict[str, Any]]:
         dtypes = {"tensor(int64)": "int64", "tensor(float)": "float32"}
-        return [{"name": value.name, "dtype": dtypes[value.type], "shape": value.shape} for value in values]
+        return [
+            {"name": value.name, "dtype": dtypes[value.type], "shape": value.shape}
+            for value in values
+        ]
 
     return described(session.get_inputs()), described(session.get_outputs())

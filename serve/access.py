@@ -78,7 +78,9 @@ def _line(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
         "request_id": scope["state"]["request_id"],
         "client": scope["client"][0] if scope.get("client") else None,
         "method": scope["method"],
-        "route": getattr(scope.get("route"), "path", None),  # as it is declared: an unknown path may hold anything
+        "route": getattr(
+            scope.get("route"), "path", None
+        ),  # as it is declared: an unknown path may hold anything
         "status": status,
         "seconds": round(seconds, 4),
         "tokens": scope["state"]["tokens"],

@@ -23,7 +23,10 @@ class Blocklist:
 
     def __init__(self, phrases: Sequence[str]) -> None:
         # The shortest first: of two that begin alike it is the one that is there as a whole.
-        spelled = [r"\s+".join(regex.escape(word) for word in phrase.split()) for phrase in sorted(phrases, key=len)]
+        spelled = [
+            r"\s+".join(regex.escape(word) for word in phrase.split())
+            for phrase in sorted(phrases, key=len)
+        ]
         assert all(spelled), phrases
         words, flags = rf"(?<!\w)(?:{'|'.join(spelled)})", regex.IGNORECASE | regex.FULLCASE
         self._whole = regex.compile(rf"{words}(?!\w)", flags)
@@ -52,7 +55,9 @@ class Blocklist:
         start = len(before)
         if end is None:
             found = self._followed.search(before + text, pos=since, partial=True)
-            return found and Found(max(found.start() - start, 0), found.end() - start, found.partial)
+            return found and Found(
+                max(found.start() - start, 0), found.end() - start, found.partial
+            )
         for found in self._whole.finditer(before + text[: end + 1], pos=since, overlapped=True):
             if found.end() - start <= end:
                 return Found(max(found.start() - start, 0), found.end() - start, False)
@@ -68,8 +73,12 @@ def read(path: str | os.PathLike[str]) -> list[str]:
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the blocklist {os.fspath(path)} cannot be read ({error}): give a text file in UTF-8, a phrase a line") from error
+        raise ValueError(
+            f"the blocklist {os.fspath(path)} cannot be read ({error}): give a text file in UTF-8, a phrase a line"
+        ) from error
     phrases = [line for line in lines if line and not line.startswith("#")]
     if not phrases:
-        raise ValueError(f"the blocklist {os.fspath(path)} holds no phrase: write one a line, or leave it out")
+        raise ValueError(
+            f"the blocklist {os.fspath(path)} holds no phrase: write one a line, or leave it out"
+        )
     return phrases

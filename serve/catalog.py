@@ -42,7 +42,10 @@ class Catalog:
             Unavailable: the registry's storage does not answer.
         """
         listed = await self._read(registry.listed, root, name)
-        return [_described(manifest, name, version, listed) for version, manifest in reversed(listed.versions.items())]
+        return [
+            _described(manifest, name, version, listed)
+            for version, manifest in reversed(listed.versions.items())
+        ]
 
     async def sample(self, root: str, name: str, version: int) -> tuple[str, bytes]:
         """What a version made at its export: of which kind it is, and its sample.
@@ -53,19 +56,29 @@ class Catalog:
         """
         manifest = (await self._read(registry.listed, root, name)).versions.get(version)
         if manifest is None or not _has_sample(manifest):
-            raise UnknownModel(f"there is no sample of {name}/{version}: see /v1/models/{name}/versions")
+            raise UnknownModel(
+                f"there is no sample of {name}/{version}: see /v1/models/{name}/versions"
+            )
         made = await self._read(_sample, storage.join(root, name, str(version)), manifest["sha256"])
         if made is None:
-            raise UnknownModel(f"the sample of {name}/{version} is missing or damaged: export the run again")
+            raise UnknownModel(
+                f"the sample of {name}/{version} is missing or damaged: export the run again"
+            )
         return manifest["kind"], made
 
     async def _read(self, function: Callable[..., Found], *arguments: Any) -> Found:
         key, now = (function, *arguments), time.monotonic()
-        for old in [old for old, ended in self._ended.items() if now - ended >= _age_s(self._reads[old])]:
+        for old in [
+            old for old, ended in self._ended.items() if now - ended >= _age_s(self._reads[old])
+        ]:
             del self._reads[old], self._ended[old]
         if key not in self._reads:
-            self._reads[key] = asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
-            self._reads[key].add_done_callback(lambda _: self._ended.update({key: time.monotonic()}))
+            self._reads[key] = asyncio.get_running_loop().run_in_executor(
+                self._executor, function, *arguments
+            )
+            self._reads[key].add_done_callback(
+                lambda _: self._ended.update({key: time.monotonic()})
+            )
         shared: Awaitable[Found] = asyncio.shield(self._reads[key])
         try:
             return await asyncio.wait_for(shared, self.timeout_s)
@@ -83,12 +96,18 @@ def _sample(uri: str, sha256: str) -> bytes | None:
     """The sample of the bundle at `uri` whose manifest has that hash; None where it is not as published."""
     try:
         manifest = bundle.read(uri)
-        return bundle.read_file(uri, manifest, bundle.SAMPLES[manifest["kind"]]) if manifest["sha256"] == sha256 else None
+        return (
+            bundle.read_file(uri, manifest, bundle.SAMPLES[manifest["kind"]])
+            if manifest["sha256"] == sha256
+            else None
+        )
     except ValueError:
         return None
 
 
-def _described(manifest: bundle.Manifest, name: str, version: int, listed: registry.Listed) -> ModelVersion:
+def _described(
+    manifest: bundle.Manifest, name: str, version: int, listed: registry.Listed
+) -> ModelVersion:
     return ModelVersion(
         id=name,
         version=version,

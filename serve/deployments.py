@@ -22,12 +22,20 @@ class Options(BaseModel):
     text: bool = True
     images: bool = True
     slots: int = 8  # texts that a replica writes at once
-    threads: int = 1  # of ONNX Runtime, and CPUs that a replica reserves; more than one slows tiny models down
-    providers: list[str] | None = None  # of models.runtime.PROVIDERS, best first; None: the best that a replica's machine has
+    threads: int = (
+        1  # of ONNX Runtime, and CPUs that a replica reserves; more than one slows tiny models down
+    )
+    providers: list[str] | None = (
+        None  # of models.runtime.PROVIDERS, best first; None: the best that a replica's machine has
+    )
     max_replicas: int = 4  # of each model
     timeout_s: float = 300.0  # of a text, its waiting included
-    blocklist: list[Annotated[str, Field(pattern=r"\S")]] = []  # phrases that no prompt and no text may have (`serve.blocklist`)
-    chunks_per_s: float = Field(default=100.0, gt=0)  # see `serve.engine.Engine`: each costs proxy, gateway and replica 1 to 2 ms of CPU
+    blocklist: list[
+        Annotated[str, Field(pattern=r"\S")]
+    ] = []  # phrases that no prompt and no text may have (`serve.blocklist`)
+    chunks_per_s: float = Field(
+        default=100.0, gt=0
+    )  # see `serve.engine.Engine`: each costs proxy, gateway and replica 1 to 2 ms of CPU
 
 
 def build(options: Options) -> serve.Application:
@@ -35,11 +43,22 @@ def build(options: Options) -> serve.Application:
     text = images = None
     if options.text:
         text = _model(Text, options, target_ongoing_requests=options.slots).bind(
-            options.slots, options.threads, options.timeout_s, options.providers, options.chunks_per_s, options.blocklist
+            options.slots,
+            options.threads,
+            options.timeout_s,
+            options.providers,
+            options.chunks_per_s,
+            options.blocklist,
         )
     if options.images:
-        images = _model(Pictures, options, target_ongoing_requests=4).bind(options.threads, options.providers)
-    gateway = serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, graceful_shutdown_wait_loop_s=0.5)
+        images = _model(Pictures, options, target_ongoing_requests=4).bind(
+            options.threads, options.providers
+        )
+    gateway = serve.deployment(
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=1000,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
     return gateway(Gateway).bind(text, images)
 
 
@@ -48,12 +67,19 @@ def _model(replica: type, options: Options, target_ongoing_requests: float) -> s
         # Serve's own preset: up after 30 s of load, down after 10 minutes without. Its delays are no shorter than its look-back,
         # so that the count does not swing.
         num_replicas="auto",
-        autoscaling_config={"max_replicas": options.max_replicas, "target_ongoing_requests": target_ongoing_requests},
+        autoscaling_config={
+            "max_replicas": options.max_replicas,
+            "target_ongoing_requests": target_ongoing_requests,
+        },
         ray_actor_options={"num_cpus": options.threads},
         # Twice what a replica holds: replicas queue and refuse by themselves. Were Serve's limit the lower one, its routers would
         # queue, without bound or fairness; and their default back-off of up to half a second halves the throughput at saturation.
         max_ongoing_requests=2 * (options.slots + QUEUE_LIMIT),
-        request_router_config={"initial_backoff_s": 0.005, "backoff_multiplier": 1.5, "max_backoff_s": 0.02},
+        request_router_config={
+            "initial_backoff_s": 0.005,
+            "backoff_multiplier": 1.5,
+            "max_backoff_s": 0.02,
+        },
         health_check_period_s=HEALTH_CHECK_S,
         max_constructor_retry_count=3,  # a bundle that cannot be loaded will not become loadable
         graceful_shutdown_wait_loop_s=0.5,

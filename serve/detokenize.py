@@ -20,14 +20,20 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, stop: tuple[str, ...] = (), blocklist: Blocklist | None = None, prompt: str = ""
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        stop: tuple[str, ...] = (),
+        blocklist: Blocklist | None = None,
+        prompt: str = "",
     ) -> None:
         self.ended_by: str | None = None  # "stop" or "content_filter", once it has been ended
         self._tokenizer, self._stop, self._blocklist = tokenizer, stop, blocklist
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
         self.decoded = 0  # whole characters so far, held ones and a stop string's included
-        self._before, self._since = ("", 0) if blocklist is None else blocklist.tail(prompt)  # see `Blocklist.look`
+        self._before, self._since = (
+            ("", 0) if blocklist is None else blocklist.tail(prompt)
+        )  # see `Blocklist.look`
         self._held = ""  # decoded, but possibly the beginning of a stop string or a blocked phrase
 
     @property
@@ -39,7 +45,9 @@ class TextStream:
         """Takes the next token; returns the text that can be shown now, often empty. Sets `ended_by` where that ends the text."""
         assert self.ended_by is None
         self._tokens.append(token)
-        piece = self._stream.step(self._tokenizer, token) or ""  # nothing while a character's bytes are incomplete
+        piece = (
+            self._stream.step(self._tokenizer, token) or ""
+        )  # nothing while a character's bytes are incomplete
         self.decoded += len(piece)
         self._held += piece
         return self._release(ended=False)
@@ -57,8 +65,14 @@ class TextStream:
         """What can be shown of the held text; where it has not ended, without what may be the beginning of something that ends it."""
         stops = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         end = min(stops) if stops else len(self._held) if ended else None
-        unstopped = len(self._held) - self._unsafe_suffix() if end is None else end  # no stop string has begun before
-        found = None if self._blocklist is None else self._blocklist.look(self._before, self._since, self._held, end)
+        unstopped = (
+            len(self._held) - self._unsafe_suffix() if end is None else end
+        )  # no stop string has begun before
+        found = (
+            None
+            if self._blocklist is None
+            else self._blocklist.look(self._before, self._since, self._held, end)
+        )
         if found is not None and not found.is_open and found.end <= unstopped:
             self.ended_by = "content_filter"
             split = found.start
@@ -96,6 +110,12 @@ def spelled(tokenizer: tokenizers.Tokenizer, token: int) -> str:
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`, the other way round)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + place): byte for place, byte in enumerate(others)
+    }

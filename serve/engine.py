@@ -25,7 +25,15 @@ import tokenizers
 
 from serve.blocklist import Blocklist
 from serve.detokenize import TextStream, spelled
-from serve.errors import Blocked, DeadlineExceeded, Failed, Overloaded, Rejected, TooLong, Unavailable
+from serve.errors import (
+    Blocked,
+    DeadlineExceeded,
+    Failed,
+    Overloaded,
+    Rejected,
+    TooLong,
+    Unavailable,
+)
 from serve.sampling import logprobs, penalize, sample
 from serve.scheduler import Sampling, Scheduler, Sequence
 
@@ -72,9 +80,13 @@ class Chunk:
     text: str
     prompt_tokens: int
     completion_tokens: int  # in all, so far
-    finish_reason: str | None = None  # "stop" (end of text, or a stop string), "length" or "content_filter", in the last chunk
+    finish_reason: str | None = (
+        None  # "stop" (end of text, or a stop string), "length" or "content_filter", in the last chunk
+    )
     choice: int = 0  # which of the texts
-    logprobs: tuple[TokenLogprob, ...] = ()  # where they were asked for: one of each token since the last chunk
+    logprobs: tuple[
+        TokenLogprob, ...
+    ] = ()  # where they were asked for: one of each token since the last chunk
 
     def __add__(self, later: "Chunk") -> "Chunk":
         return replace(later, text=self.text + later.text, logprobs=self.logprobs + later.logprobs)
@@ -83,7 +95,9 @@ class Chunk:
 class Stream:
     """One request under way, as its consumer on the event loop sees it. `Engine.submit` makes it."""
 
-    def __init__(self, engine: "Engine", prompt: str, sequences: list[Sequence], timeout_s: float) -> None:
+    def __init__(
+        self, engine: "Engine", prompt: str, sequences: list[Sequence], timeout_s: float
+    ) -> None:
         self.prompt, self.sequences, self.timeout_s = prompt, sequences, timeout_s
         self._engine = engine
         self._pending: dict[int, Chunk] = {}  # of each text, what has not been taken yet
@@ -154,7 +168,9 @@ class _Text:
 
     stream: Stream
     shown: TextStream
-    logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)  # not told yet, each with its token's end in the text
+    logprobs: list[tuple[int, TokenLogprob]] = field(
+        default_factory=list
+    )  # not told yet, each with its token's end in the text
 
 
 class Engine:
@@ -185,9 +201,16 @@ class Engine:
         chunks_per_s: float = math.inf,
         blocklist: Blocklist | None = None,
         idle_s: float = 10.0,
-        observe: Callable[[AsyncGenerator[Chunk, None], int], AsyncGenerator[Chunk, None]] = lambda chunks, n: chunks,
+        observe: Callable[
+            [AsyncGenerator[Chunk, None], int], AsyncGenerator[Chunk, None]
+        ] = lambda chunks, n: chunks,
     ) -> None:
-        self.session, self.timeout_s, self.idle_s, self.observe = session, timeout_s, idle_s, observe
+        self.session, self.timeout_s, self.idle_s, self.observe = (
+            session,
+            timeout_s,
+            idle_s,
+            observe,
+        )
         self.interval_s, self.chunks_per_s, self.blocklist = interval_s, chunks_per_s, blocklist
         self.generated = 0  # tokens in all
         self.streaming = 0  # texts that have begun and are read as they come
@@ -195,7 +218,9 @@ class Engine:
         self._longest_token = max(map(len, session.tokenizer.get_vocab(with_added_tokens=True)))
         self._texts: dict[Sequence, _Text] = {}  # those that the thread has taken in
         self._failed: dict[Stream, None] = {}  # in this step, in order
-        self._inbox: queue.SimpleQueue[tuple[Callable[[Stream], None], Stream] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Callable[[Stream], None], Stream] | None] = (
+            queue.SimpleQueue()
+        )
         self._outbox: list[tuple[Stream, Chunk | Rejected]] = []
         self._loop = asyncio.get_running_loop()
         self._closing = False
@@ -205,7 +230,14 @@ class Engine:
 
     # ---- called on the event loop
 
-    def submit(self, prompt: str, sampling: Sampling, client: str = "", n: int = 1, timeout_s: float | None = None) -> Stream:
+    def submit(
+        self,
+        prompt: str,
+        sampling: Sampling,
+        client: str = "",
+        n: int = 1,
+        timeout_s: float | None = None,
+    ) -> Stream:
         """Puts a request into the queue.
 
         Args:
@@ -220,13 +252,23 @@ class Engine:
             Unavailable: the engine has ended.
         """
         ids = self._encode(prompt, sampling.max_tokens)
-        if self.blocklist is not None and self.blocklist.find(prompt):  # bounded now: what is too long has gone
+        if self.blocklist is not None and self.blocklist.find(
+            prompt
+        ):  # bounded now: what is too long has gone
             raise Blocked("the prompt has words that are blocked here: leave them out")
         if not self.alive:
             raise Unavailable(GONE)
         timeout_s = self.timeout_s if timeout_s is None else min(timeout_s, self.timeout_s)
         deadline = time.monotonic() + timeout_s
-        stream = Stream(self, prompt, [Sequence(ids, replace(sampling, choice=choice), client, deadline) for choice in range(n)], timeout_s)
+        stream = Stream(
+            self,
+            prompt,
+            [
+                Sequence(ids, replace(sampling, choice=choice), client, deadline)
+                for choice in range(n)
+            ],
+            timeout_s,
+        )
         self._inbox.put((self._join, stream))
         return stream
 
@@ -248,13 +290,22 @@ class Engine:
     def status(self) -> dict[str, int]:
         """Counts: slots, requests running and waiting, tokens generated so far."""
         scheduler = self._scheduler
-        return {"slots": scheduler.slots, "running": scheduler.running, "waiting": scheduler.waiting, "generated": self.generated}
+        return {
+            "slots": scheduler.slots,
+            "running": scheduler.running,
+            "waiting": scheduler.waiting,
+            "generated": self.generated,
+        }
 
     def _encode(self, prompt: str, max_tokens: int) -> list[int]:
         context = self.session.context
         # So many characters make no fewer tokens than this: what cannot fit is not even encoded.
         at_least = len(prompt) // self._longest_token
-        ids = [] if at_least > context else self.session.tokenizer.encode(prompt).ids or [self.session.eos_token_id]
+        ids = (
+            []
+            if at_least > context
+            else self.session.tokenizer.encode(prompt).ids or [self.session.eos_token_id]
+        )
         if not ids or len(ids) + max_tokens > context:
             tokens = f"{len(ids)}" if ids else f"at least {at_least}"
             raise TooLong(
@@ -298,17 +349,32 @@ class Engine:
             if sequence in self._texts:  # not gone with another of its request
                 stream = self._texts[sequence].stream
                 self._refuse(
-                    stream, DeadlineExceeded(f"the request took longer than {stream.timeout_s:g} s: ask for fewer tokens, or later")
+                    stream,
+                    DeadlineExceeded(
+                        f"the request took longer than {stream.timeout_s:g} s: ask for fewer tokens, or later"
+                    ),
                 )
         return not (self._closing and self._scheduler.idle)
 
     def _join(self, stream: Stream) -> None:
         for sequence in stream.sequences:
-            self._texts[sequence] = _Text(stream, TextStream(self.session.tokenizer, sequence.sampling.stop, self.blocklist, stream.prompt))
+            self._texts[sequence] = _Text(
+                stream,
+                TextStream(
+                    self.session.tokenizer, sequence.sampling.stop, self.blocklist, stream.prompt
+                ),
+            )
         slots, waiting = self._scheduler.slots, self._scheduler.queue_limit
-        leaving = {self._texts[sequence].stream: None for sequence in self._scheduler.add(stream.sequences)}
+        leaving = {
+            self._texts[sequence].stream: None for sequence in self._scheduler.add(stream.sequences)
+        }
         for refused in leaving:
-            self._refuse(refused, Overloaded(f"the {slots} slots are taken and {waiting} more requests wait: try again in a moment"))
+            self._refuse(
+                refused,
+                Overloaded(
+                    f"the {slots} slots are taken and {waiting} more requests wait: try again in a moment"
+                ),
+            )
 
     def _refuse(self, stream: Stream, error: Rejected) -> None:
         self._drop(stream)
@@ -332,7 +398,11 @@ class Engine:
         batch = self._scheduler.decodes()
         if batch:
             slots = [sequence.slot for sequence in batch if sequence.slot is not None]
-            rows = self.session.decode(slots, [sequence.tokens[-1] for sequence in batch], [sequence.cached for sequence in batch])
+            rows = self.session.decode(
+                slots,
+                [sequence.tokens[-1] for sequence in batch],
+                [sequence.cached for sequence in batch],
+            )
             for sequence, logits in zip(batch, rows, strict=True):
                 sequence.cached += 1
                 self._accept(sequence, logits)
@@ -355,7 +425,9 @@ class Engine:
         self.generated += 1
         piece = "" if token == self.session.eos_token_id else text.shown.push(token)
         if how.logprobs is not None:
-            text.logprobs.append((text.shown.decoded, self._logprob(logits, token, how.logprobs, offset)))
+            text.logprobs.append(
+                (text.shown.decoded, self._logprob(logits, token, how.logprobs, offset))
+            )
         if token == self.session.eos_token_id or text.shown.ended_by is not None:
             reason = "stop"
         elif len(sequence.tokens) == how.max_tokens:
@@ -374,7 +446,12 @@ class Engine:
         """At a step's end: until then its prefills copy from slots, a failed request's among them."""
         for stream in self._failed:
             slots = [sequence.slot for sequence in stream.sequences if sequence.slot is not None]
-            self._refuse(stream, Failed("this request could not be continued, and the server's log says why: try another prompt or seed"))
+            self._refuse(
+                stream,
+                Failed(
+                    "this request could not be continued, and the server's log says why: try another prompt or seed"
+                ),
+            )
             for slot in slots:  # where the model's numbers have gone wrong, they lie there too
                 self.session.clear(slot)
                 self._scheduler.forget(slot)
@@ -383,15 +460,29 @@ class Engine:
     def _logprob(self, logits: np.ndarray, token: int, count: int, offset: int) -> TokenLogprob:
         tokenizer = self.session.tokenizer
         logprob, top = logprobs(logits, token, count)
-        return TokenLogprob(spelled(tokenizer, token), logprob, {spelled(tokenizer, one): value for one, value in top.items()}, offset)
+        return TokenLogprob(
+            spelled(tokenizer, token),
+            logprob,
+            {spelled(tokenizer, one): value for one, value in top.items()},
+            offset,
+        )
 
     def _tell(self, sequence: Sequence, piece: str, reason: str | None = None) -> None:
         text = self._texts[sequence]
         # Of what a blocklist holds back nothing is told; at the end the rest is, but for what was blocked.
-        shown = math.inf if self.blocklist is None or reason in ("stop", "length") else text.shown.shown
+        shown = (
+            math.inf if self.blocklist is None or reason in ("stop", "length") else text.shown.shown
+        )
         told = tuple(one for end, one in text.logprobs if end <= shown)
         text.logprobs = text.logprobs[len(told) :]
-        chunk = Chunk(piece, len(sequence.prompt), len(sequence.tokens), reason, sequence.sampling.choice, told)
+        chunk = Chunk(
+            piece,
+            len(sequence.prompt),
+            len(sequence.tokens),
+            reason,
+            sequence.sampling.choice,
+            told,
+        )
         self._outbox.append((text.stream, chunk))
 
     def _hand_out(self) -> None:

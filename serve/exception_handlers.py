@@ -26,8 +26,16 @@ def refusal(error: Rejected) -> dict[str, Any]:
     return _error(error.status, str(error), error.param, error.code)
 
 
-def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+def _error(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    kind = (
+        "rate_limit_error"
+        if status == 429
+        else "invalid_request_error"
+        if status < 500
+        else "server_error"
+    )
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -43,12 +51,22 @@ async def _rejected(http: Request, error: Exception) -> Response:
 
 async def _http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{http.method} {http.url.path} does not exist: see /docs" if error.status_code in (404, 405) else str(error.detail)
+    message = (
+        f"{http.method} {http.url.path} does not exist: see /docs"
+        if error.status_code in (404, 405)
+        else str(error.detail)
+    )
     return JSONResponse(_error(error.status_code, message), error.status_code, error.headers)
 
 
 async def _crashed(http: Request, error: Exception) -> Response:
-    logger.error("%s %s crashed (request %s)", http.method, http.url.path, http.state.request_id, exc_info=error)
+    logger.error(
+        "%s %s crashed (request %s)",
+        http.method,
+        http.url.path,
+        http.state.request_id,
+        exc_info=error,
+    )
     return JSONResponse(CRASH, 500)
 
 
@@ -57,20 +75,41 @@ async def _invalid(http: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return JSONResponse(_error(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"), 400)
+        return JSONResponse(
+            _error(
+                400,
+                f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}",
+            ),
+            400,
+        )
     place, *loc = first["loc"]
-    field, siblings = (str(loc[0]), []) if place == "path" else _field(loc, http.scope["endpoint"].__annotations__["body"])
+    field, siblings = (
+        (str(loc[0]), [])
+        if place == "path"
+        else _field(loc, http.scope["endpoint"].__annotations__["body"])
+    )
     reason = first["msg"].removeprefix("Value error, ")
     if field is None:
-        is_object = first["type"] not in ("missing", "dict_type", "model_type", "model_attributes_type")
-        message = reason if is_object else "the body must be a JSON object, sent with the header Content-Type: application/json"
+        is_object = first["type"] not in (
+            "missing",
+            "dict_type",
+            "model_type",
+            "model_attributes_type",
+        )
+        message = (
+            reason
+            if is_object
+            else "the body must be a JSON object, sent with the header Content-Type: application/json"
+        )
     elif first["type"] == "missing":
         message = f"the field {field} is missing: see /docs"
     elif first["type"] == "extra_forbidden":
         message = f"the field {_shown(field)} is unknown{_nearest(str(first['loc'][-1]), siblings)}"
     else:
         message = f"{field} is {_shown(first['input'])}: {reason[0].lower()}{reason[1:]}"
-    return JSONResponse(_error(422, message, field and field.encode("ascii", "backslashreplace").decode()), 422)
+    return JSONResponse(
+        _error(422, message, field and field.encode("ascii", "backslashreplace").decode()), 422
+    )
 
 
 def _shown(value: Any) -> str:

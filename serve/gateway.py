@@ -10,7 +10,9 @@ import ray.exceptions
 import ray.serve.exceptions
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.context import _get_global_client  # `serve.status()` doesn't tell the number of replicas that is aimed at
+from ray.serve.context import (
+    _get_global_client,
+)  # `serve.status()` doesn't tell the number of replicas that is aimed at
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve import access
@@ -18,12 +20,22 @@ from serve.catalog import Catalog
 from serve.engine import Chunk
 from serve.errors import Overloaded, Unavailable, kept
 from serve.ingress import Drawing, build_app
-from serve.schemas import CompletionRequest, DeploymentStatus, ImagesRequest, InterpolationsRequest, Model
+from serve.schemas import (
+    CompletionRequest,
+    DeploymentStatus,
+    ImagesRequest,
+    InterpolationsRequest,
+    Model,
+)
 
 DESCRIBE_TIMEOUT_S = 10.0
 STATUS_TIMEOUT_S = 2.0
 STATUS_AGE_S = 1.0  # every open page asks for it
-UNREACHABLE = (TimeoutError, ray.exceptions.RayError, ray.serve.exceptions.RayServeException)  # a deployment, or a replica of it
+UNREACHABLE = (
+    TimeoutError,
+    ray.exceptions.RayError,
+    ray.serve.exceptions.RayServeException,
+)  # a deployment, or a replica of it
 
 
 @contextlib.contextmanager
@@ -31,10 +43,18 @@ def _reaching(model: str) -> Iterator[None]:
     """Turns what Ray raises where a deployment cannot be reached into an answer for the client."""
     try:
         yield
-    except (ray.exceptions.RayActorError, ray.serve.exceptions.DeploymentUnavailableError, TimeoutError) as error:
-        raise Unavailable(f"the {model} model does not answer just now: try again in a moment") from error
+    except (
+        ray.exceptions.RayActorError,
+        ray.serve.exceptions.DeploymentUnavailableError,
+        TimeoutError,
+    ) as error:
+        raise Unavailable(
+            f"the {model} model does not answer just now: try again in a moment"
+        ) from error
     except ray.serve.exceptions.BackPressureError as error:
-        raise Overloaded(f"too many requests wait for the {model} model: try again in a moment") from error
+        raise Overloaded(
+            f"too many requests wait for the {model} model: try again in a moment"
+        ) from error
 
 
 class Remote:
@@ -73,7 +93,9 @@ class RemoteText(Remote):
         with _reaching(self.name):
             return kept(await self.handle.complete.remote(request, client))
 
-    async def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]:
+    async def stream(
+        self, request: CompletionRequest, client: str
+    ) -> AsyncGenerator[tuple[str, Chunk], None]:
         answers = self.streaming.stream.remote(request, client)
         assert isinstance(answers, DeploymentResponseGenerator)
         unfinished = request.n
@@ -111,7 +133,11 @@ class ServeCluster:
 
     def __init__(self, handles: dict[str, DeploymentHandle]) -> None:
         self.handles = handles
-        self.lock, self.seen, self.seen_at = asyncio.Lock(), dict[str, DeploymentStatus](), -STATUS_AGE_S
+        self.lock, self.seen, self.seen_at = (
+            asyncio.Lock(),
+            dict[str, DeploymentStatus](),
+            -STATUS_AGE_S,
+        )
 
     async def deployments(self) -> dict[str, DeploymentStatus]:
         """At most `STATUS_AGE_S` old."""
@@ -127,10 +153,15 @@ class ServeCluster:
         try:
             details = await asyncio.to_thread(client.get_serve_details)
         except ray.exceptions.RayError as error:
-            raise Unavailable("Serve's controller does not answer just now: try again in a moment") from error
+            raise Unavailable(
+                "Serve's controller does not answer just now: try again in a moment"
+            ) from error
         deployments = details["applications"][application]["deployments"]
         loads = await asyncio.gather(*(self._load(name) for name in deployments))
-        return {name: _deployment_status(found, load) for (name, found), load in zip(deployments.items(), loads, strict=True)}
+        return {
+            name: _deployment_status(found, load)
+            for (name, found), load in zip(deployments.items(), loads, strict=True)
+        }
 
     async def _load(self, name: str) -> dict[str, int | None]:
         """Summed over the replicas that answer; nothing where none does, or where one keeps the others waiting."""
@@ -138,9 +169,14 @@ class ServeCluster:
         if name in self.handles:
             with contextlib.suppress(*UNREACHABLE):
                 broadcast = self.handles[name].broadcast("load")
-                loads = await broadcast.results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
+                loads = await broadcast.results_async(
+                    timeout_s=STATUS_TIMEOUT_S, return_exceptions=True
+                )
         answers = [load for load in loads if isinstance(load, dict)]
-        return {key: sum(answer[key] for answer in answers) if answers else None for key in ("slots", "running", "waiting")}
+        return {
+            key: sum(answer[key] for answer in answers) if answers else None
+            for key in ("slots", "running", "waiting")
+        }
 
 
 def _deployment_status(details: dict[str, Any], load: dict[str, int | None]) -> DeploymentStatus:
@@ -163,8 +199,12 @@ class Gateway:
     def __init__(self, text: DeploymentHandle | None, images: DeploymentHandle | None) -> None:
         self.text = None if text is None else RemoteText(text)
         self.images = None if images is None else RemotePictures(images)
-        self.cluster = ServeCluster({handle.deployment_name: handle for handle in (text, images) if handle is not None})
+        self.cluster = ServeCluster(
+            {handle.deployment_name: handle for handle in (text, images) if handle is not None}
+        )
         access.to_stdout()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self.text, self.images, self.cluster, Catalog(), gives_request_id_back=False)  # Serve's proxy does
+        return build_app(
+            self.text, self.images, self.cluster, Catalog(), gives_request_id_back=False
+        )  # Serve's proxy does

@@ -58,10 +58,15 @@ PAGE_HEADERS = {
 }
 
 PNG: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}, "description": "As JSON, or as one PNG file."}
+    200: {
+        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+        "description": "As JSON, or as one PNG file.",
+    }
 }
 SAMPLE_TYPES = {"gpt": "text/plain", "gan": "image/png"}
-SAMPLE: dict[int | str, dict[str, Any]] = {200: {"content": {media_type: {} for media_type in SAMPLE_TYPES.values()}}}
+SAMPLE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {media_type: {} for media_type in SAMPLE_TYPES.values()}}
+}
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +92,13 @@ class TextModel(Protocol):
 
     async def registry(self) -> tuple[str, str | None]: ...
 
-    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]: ...
+    async def complete(
+        self, request: CompletionRequest, client: str
+    ) -> tuple[str, list[Chunk]]: ...
 
-    def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]: ...
+    def stream(
+        self, request: CompletionRequest, client: str
+    ) -> AsyncGenerator[tuple[str, Chunk], None]: ...
 
 
 class ImageModel(Protocol):
@@ -123,15 +132,28 @@ class Catalog(Protocol):
 MESSAGE = {
     "type": "string",
     "contentMediaType": "application/json",
-    "contentSchema": {"anyOf": [{"$ref": "#/components/schemas/Completion"}, {"$ref": "#/components/schemas/Error"}]},
+    "contentSchema": {
+        "anyOf": [
+            {"$ref": "#/components/schemas/Completion"},
+            {"$ref": "#/components/schemas/Error"},
+        ]
+    },
 }
-EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, MESSAGE]}}}
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"anyOf": [{"const": "[DONE]"}, MESSAGE]}},
+}
 EVENT_STREAM: dict[str, Any] = {  # as FastAPI describes its own
     "description": "The whole text, or with `stream` server-sent events.",
-    "content": {"text/event-stream": {"itemSchema": EVENT, "example": "data: {...}\n\ndata: [DONE]\n\n"}},
+    "content": {
+        "text/event-stream": {"itemSchema": EVENT, "example": "data: {...}\n\ndata: [DONE]\n\n"}
+    },
 }
 router = APIRouter(
-    responses={status: {"model": Error} for status in (400, 404, 422, 429, 503)}  # 422: in place of FastAPI's own shape
+    responses={
+        status: {"model": Error} for status in (400, 404, 422, 429, 503)
+    }  # 422: in place of FastAPI's own shape
 )
 
 
@@ -157,7 +179,12 @@ def build_app(
         gives_request_id_back: see `serve.access.AccessLog`.
     """
     app = App(title="raykiln", summary="Text and pictures, in OpenAI's shapes.", redoc_url=None)
-    app.state.text, app.state.images, app.state.cluster, app.state.catalog = text, images, cluster, catalog
+    app.state.text, app.state.images, app.state.cluster, app.state.catalog = (
+        text,
+        images,
+        cluster,
+        catalog,
+    )
     app.state.latency = {"text_first_token": Latency(), "picture": Latency()}
     app.state.gives_request_id_back = gives_request_id_back
     app.include_router(router)
@@ -184,7 +211,9 @@ async def _image_model(http: Request) -> ImageModel:
 
 async def _catalog(http: Request) -> Catalog:
     if http.app.state.catalog is None:
-        raise UnknownModel("this server knows of no registry: it tells of what it serves alone, at /v1/models")
+        raise UnknownModel(
+            "this server knows of no registry: it tells of what it serves alone, at /v1/models"
+        )
     return http.app.state.catalog
 
 
@@ -220,20 +249,30 @@ async def model(name: Name, http: Request) -> Model:
 async def sample(name: Name, http: Request) -> Response:
     """What the version that is served made at its export: a text, or a PNG of pictures."""
     served = await _served(http, name)
-    made = await {"gpt": http.app.state.text, "gan": http.app.state.images}[served.kind].sample() if served.sample else None
+    made = (
+        await {"gpt": http.app.state.text, "gan": http.app.state.images}[served.kind].sample()
+        if served.sample
+        else None
+    )
     if made is None:
         raise UnknownModel(f"there is no sample of {served.id}/{served.version}")
     return Response(made, media_type=SAMPLE_TYPES[served.kind])
 
 
 @router.get("/v1/models/{name}/versions")
-async def versions(name: Name, http: Request, catalog: Annotated[Catalog, Depends(_catalog)]) -> ModelVersions:
+async def versions(
+    name: Name, http: Request, catalog: Annotated[Catalog, Depends(_catalog)]
+) -> ModelVersions:
     """All versions in the registry of a model that is served, with lineage and metrics."""
     return ModelVersions(data=await catalog.versions(await _registry(http, name), name))
 
 
-@router.get("/v1/models/{name}/versions/{version}/sample", response_class=Response, responses=SAMPLE)
-async def version_sample(name: Name, version: int, http: Request, catalog: Annotated[Catalog, Depends(_catalog)]) -> Response:
+@router.get(
+    "/v1/models/{name}/versions/{version}/sample", response_class=Response, responses=SAMPLE
+)
+async def version_sample(
+    name: Name, version: int, http: Request, catalog: Annotated[Catalog, Depends(_catalog)]
+) -> Response:
     """What a version made at its export: a text, or a PNG of pictures."""
     kind, made = await catalog.sample(await _registry(http, name), name, version)
     return Response(made, media_type=SAMPLE_TYPES[kind])
@@ -245,12 +284,18 @@ async def status(http: Request) -> Status:
     cluster: Cluster | None = http.app.state.cluster
     return Status(
         deployments={} if cluster is None else await cluster.deployments(),
-        latency_ms={kind: latency.percentiles_ms() for kind, latency in http.app.state.latency.items()},
+        latency_ms={
+            kind: latency.percentiles_ms() for kind, latency in http.app.state.latency.items()
+        },
     )
 
 
-@router.post("/v1/completions", responses={200: EVENT_STREAM, 413: {"model": Error}, 504: {"model": Error}})
-async def completions(body: CompletionRequest, http: Request, model: Annotated[TextModel, Depends(_text_model)]) -> Completion:
+@router.post(
+    "/v1/completions", responses={200: EVENT_STREAM, 413: {"model": Error}, 504: {"model": Error}}
+)
+async def completions(
+    body: CompletionRequest, http: Request, model: Annotated[TextModel, Depends(_text_model)]
+) -> Completion:
     """Continues a text. With `stream`, server-sent events: messages of this same shape, then `[DONE]`."""
     client = http.client.host if http.client else ""
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
@@ -260,7 +305,9 @@ async def completions(body: CompletionRequest, http: Request, model: Annotated[T
         first = await anext(chunks)  # a refusal must come before the status line has gone
         http.app.state.latency["text_first_token"].add(time.perf_counter() - started)
         events = _events(body, http, head, first, chunks)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})  # type: ignore[return-value]
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )  # type: ignore[return-value]
     reference, texts = await model.complete(body, client)
     usage = _usage(texts)
     http.state.tokens = usage.completion_tokens
@@ -268,7 +315,9 @@ async def completions(body: CompletionRequest, http: Request, model: Annotated[T
 
 
 @router.post("/v1/images/generations", response_model=Images, responses=PNG)
-async def images(body: ImagesRequest, http: Request, model: Annotated[ImageModel, Depends(_image_model)]) -> Images | Response:
+async def images(
+    body: ImagesRequest, http: Request, model: Annotated[ImageModel, Depends(_image_model)]
+) -> Images | Response:
     """Draws pictures, the same for the same seed."""
     return _drawn(body, *await _timed(http, model.draw(body)))
 
@@ -282,16 +331,32 @@ async def interpolations(
 
 
 @router.post("/generate")
-async def generate(body: GenerateRequest, http: Request, model: Annotated[ImageModel, Depends(_image_model)]) -> Generated:
+async def generate(
+    body: GenerateRequest, http: Request, model: Annotated[ImageModel, Depends(_image_model)]
+) -> Generated:
     """Draws one picture."""
-    reference, drawing = await _timed(http, model.draw(ImagesRequest(seed=body.seed, label=body.label)))
-    return Generated(image_base64=base64.b64encode(drawing.pngs[0]).decode(), seed=drawing.seed, label=drawing.labels[0], model=reference)
+    reference, drawing = await _timed(
+        http, model.draw(ImagesRequest(seed=body.seed, label=body.label))
+    )
+    return Generated(
+        image_base64=base64.b64encode(drawing.pngs[0]).decode(),
+        seed=drawing.seed,
+        label=drawing.labels[0],
+        model=reference,
+    )
 
 
 def _drawn(body: PictureRequest, reference: str, drawing: Drawing) -> Images | Response:
     if body.response_format == "png":
-        return Response(drawing.pngs[0], media_type="image/png", headers={"Raykiln-Seed": str(drawing.seed), "Raykiln-Model": reference})
-    data = [Picture(b64_json=base64.b64encode(png).decode(), label=label) for png, label in zip(drawing.pngs, drawing.labels, strict=True)]
+        return Response(
+            drawing.pngs[0],
+            media_type="image/png",
+            headers={"Raykiln-Seed": str(drawing.seed), "Raykiln-Model": reference},
+        )
+    data = [
+        Picture(b64_json=base64.b64encode(png).decode(), label=label)
+        for png, label in zip(drawing.pngs, drawing.labels, strict=True)
+    ]
     return Images(created=int(time.time()), data=data, seed=drawing.seed, model=reference)
 
 
@@ -331,13 +396,19 @@ async def _registry(http: Request, name: str) -> str:
         if known == name and root is not None:
             return root
         if known == name:
-            raise UnknownModel(f"{name} is served from a folder that is in no registry: /v1/models/{name} tells all there is")
+            raise UnknownModel(
+                f"{name} is served from a folder that is in no registry: /v1/models/{name} tells all there is"
+            )
     raise _unknown(name, [known for known, _ in found], failures)
 
 
 def _unknown(name: str, known: list[str], failures: list[BaseException]) -> BaseException:
     """Of a name that none of those who answered has; it may be that of one that did not."""
-    return failures[0] if failures else UnknownModel(f"model {name!r} is not served here: use {' or '.join(known)}")
+    return (
+        failures[0]
+        if failures
+        else UnknownModel(f"model {name!r} is not served here: use {' or '.join(known)}")
+    )
 
 
 async def _asked(
@@ -353,7 +424,13 @@ async def _asked(
 # ---- completions on the wire
 
 
-def _completion(body: CompletionRequest, head: dict[str, Any], reference: str, chunks: list[Chunk], usage: Usage | None) -> Completion:
+def _completion(
+    body: CompletionRequest,
+    head: dict[str, Any],
+    reference: str,
+    chunks: list[Chunk],
+    usage: Usage | None,
+) -> Completion:
     choices = [
         CompletionChoice(
             index=chunk.choice,
@@ -363,7 +440,13 @@ def _completion(body: CompletionRequest, head: dict[str, Any], reference: str, c
         )
         for chunk in chunks
     ]
-    return Completion(**head, model=reference.rpartition("/")[0], system_fingerprint=reference, choices=choices, usage=usage)
+    return Completion(
+        **head,
+        model=reference.rpartition("/")[0],
+        system_fingerprint=reference,
+        choices=choices,
+        usage=usage,
+    )
 
 
 def _logprobs(chunk: Chunk) -> CompletionLogprobs:
@@ -377,8 +460,13 @@ def _logprobs(chunk: Chunk) -> CompletionLogprobs:
 
 def _usage(latest: Collection[Chunk]) -> Usage:
     """A request's, from each text's latest chunk; the prompt counts once."""
-    prompt, completion = max(chunk.prompt_tokens for chunk in latest), sum(chunk.completion_tokens for chunk in latest)
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+    prompt, completion = (
+        max(chunk.prompt_tokens for chunk in latest),
+        sum(chunk.completion_tokens for chunk in latest),
+    )
+    return Usage(
+        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+    )
 
 
 async def _events(
@@ -443,7 +531,9 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes: send less")
+                raise HTTPException(
+                    413, f"the body is larger than {MAX_BODY_BYTES} bytes: send less"
+                )
             return message
 
         await self.app(scope, counted, send)

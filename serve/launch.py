@@ -17,7 +17,9 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.context import _get_global_client  # the only way to deploy a config without the dashboard's REST API
+from ray.serve.context import (
+    _get_global_client,
+)  # the only way to deploy a config without the dashboard's REST API
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from cluster import storage
@@ -61,7 +63,12 @@ class Address:
 # ---- which bundles
 
 
-def choose(root: str, text: str | None = None, images: str | None = None, providers: list[str] | None = None) -> dict[str, Chosen]:
+def choose(
+    root: str,
+    text: str | None = None,
+    images: str | None = None,
+    providers: list[str] | None = None,
+) -> dict[str, Chosen]:
     """The bundles to serve, by kind ("gpt", "gan"); a kind that the registry has no model of is left out.
 
     Args:
@@ -75,12 +82,20 @@ def choose(root: str, text: str | None = None, images: str | None = None, provid
             answer as recorded, or a provider that this machine does not have.
     """
     root = storage.absolute(root)  # replicas run in other folders
-    references = {kind: reference for kind, reference in (("gpt", text), ("gan", images)) if reference is not None}
+    references = {
+        kind: reference
+        for kind, reference in (("gpt", text), ("gan", images))
+        if reference is not None
+    }
     if len(references) < len(DEPLOYMENTS):
         references = _defaults(root) | references
     if not references:
-        raise ValueError(f"{root} holds no model to serve: train one and export it with `python -m train export RUN`")
-    return {kind: _verified(root, kind, reference, providers) for kind, reference in references.items()}
+        raise ValueError(
+            f"{root} holds no model to serve: train one and export it with `python -m train export RUN`"
+        )
+    return {
+        kind: _verified(root, kind, reference, providers) for kind, reference in references.items()
+    }
 
 
 def _defaults(root: str) -> dict[str, str]:
@@ -103,7 +118,9 @@ def _verified(root: str, kind: str, reference: str, providers: list[str] | None)
     manifest = bundle.read(uri)
     if manifest["kind"] != kind:
         option = {"gpt": "--text", "gan": "--images"}[kind]
-        raise ValueError(f"{option} {reference} is a bundle of kind {manifest['kind']}: give it one of kind {kind}")
+        raise ValueError(
+            f"{option} {reference} is a bundle of kind {manifest['kind']}: give it one of kind {kind}"
+        )
     try:
         if kind == "gpt":
             open_bundle(TextSession, uri, slots=1, providers=providers)
@@ -128,7 +145,10 @@ def deploy(chosen: dict[str, Chosen], address: Address, options: Options) -> Non
     running = running_address()
     if running is None:
         check_port(address)
-        serve.start(http_options={"host": address.host, "port": address.port}, logging_config={"log_level": "WARNING"})
+        serve.start(
+            http_options={"host": address.host, "port": address.port},
+            logging_config={"log_level": "WARNING"},
+        )
     elif running != address:
         raise ValueError(
             f"Serve runs on this cluster at {running.url} already: use its --host and --port, or end it with `python -m serve down`"
@@ -152,13 +172,17 @@ def options_in_force() -> Options | None:
 def running_on(chosen: dict[str, Chosen]) -> dict[str, list[str] | None]:
     """The execution providers of each bundle that is served, as a replica of it says; None where none answers."""
 
-    async def ask() -> dict[str, list[str] | None]:  # on an event loop, without which handles can't be made in the fast mode
+    async def ask() -> dict[
+        str, list[str] | None
+    ]:  # on an event loop, without which handles can't be made in the fast mode
         found: dict[str, list[str] | None] = {}
         for kind, served in chosen.items():
             found[served.reference] = None
             with contextlib.suppress(*UNREACHABLE):
                 async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                    model = await serve.get_deployment_handle(DEPLOYMENTS[kind], APPLICATION).describe.remote()
+                    model = await serve.get_deployment_handle(
+                        DEPLOYMENTS[kind], APPLICATION
+                    ).describe.remote()
                 found[served.reference] = model.providers
         return found
 
@@ -186,13 +210,19 @@ def _deployed() -> dict[str, Any] | None:
 def config(chosen: dict[str, Chosen], options: Options) -> dict[str, Any]:
     """The Serve config of the application; `serve deploy` takes it as well."""
     args = options.model_copy(update={"text": "gpt" in chosen, "images": "gan" in chosen})
-    deployments = [{"name": DEPLOYMENTS[kind], "user_config": {"uri": served.uri}} for kind, served in chosen.items()]
+    deployments = [
+        {"name": DEPLOYMENTS[kind], "user_config": {"uri": served.uri}}
+        for kind, served in chosen.items()
+    ]
     application = {
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": "serve.deployments:build",
         "args": args.model_dump(),
-        "logging_config": {"log_level": "WARNING", "enable_access_log": False},  # the gateway has its own (`serve.access`)
+        "logging_config": {
+            "log_level": "WARNING",
+            "enable_access_log": False,
+        },  # the gateway has its own (`serve.access`)
         "deployments": deployments,
     }
     return {"applications": [application]}
@@ -201,7 +231,9 @@ def config(chosen: dict[str, Chosen], options: Options) -> dict[str, Any]:
 def check_port(address: Address) -> None:
     """Raises ValueError where something else listens at the address."""
     with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does: a port in TIME_WAIT is free
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as uvicorn does: a port in TIME_WAIT is free
         try:
             probe.bind((address.host, address.port))
         except OSError as error:
@@ -228,7 +260,9 @@ def _wait_until_running() -> None:
     while True:
         application = serve.status().applications.get(APPLICATION)
         if application is None:
-            raise ValueError("the models were taken off the cluster while they started: somebody ran `python -m serve down`")
+            raise ValueError(
+                "the models were taken off the cluster while they started: somebody ran `python -m serve down`"
+            )
         if application.status == ApplicationStatus.RUNNING:
             return
         if application.status == ApplicationStatus.DEPLOY_FAILED:

@@ -28,10 +28,19 @@ class TextMetrics:
             "Requests for text that ended, by outcome: stop, length, content_filter, cancelled (the client went), or the code of an error.",
             tag_keys=("model", "outcome"),  # type: ignore[arg-type]  # annotated as a tuple of one
         )
-        self.prompt_tokens = Counter("raykiln_prompt_tokens", "Tokens of the prompts whose first token was sent.", tag_keys=MODEL)
-        self.generation_tokens = Counter("raykiln_generation_tokens", "Tokens generated and sent.", tag_keys=MODEL)
+        self.prompt_tokens = Counter(
+            "raykiln_prompt_tokens",
+            "Tokens of the prompts whose first token was sent.",
+            tag_keys=MODEL,
+        )
+        self.generation_tokens = Counter(
+            "raykiln_generation_tokens", "Tokens generated and sent.", tag_keys=MODEL
+        )
         self.time_to_first_token = Histogram(
-            "raykiln_time_to_first_token_seconds", "From a request's arrival at the replica, its waiting included.", REQUEST_S, MODEL
+            "raykiln_time_to_first_token_seconds",
+            "From a request's arrival at the replica, its waiting included.",
+            REQUEST_S,
+            MODEL,
         )
         self.inter_token_latency = Histogram(
             "raykiln_inter_token_latency_seconds",
@@ -51,7 +60,9 @@ class TextMetrics:
             "waiting": Gauge("raykiln_requests_waiting", "Texts that wait for a slot."),
         }
 
-    async def observe(self, chunks: AsyncGenerator[Chunk, None], n: int, model: str) -> AsyncGenerator[Chunk, None]:
+    async def observe(
+        self, chunks: AsyncGenerator[Chunk, None], n: int, model: str
+    ) -> AsyncGenerator[Chunk, None]:
         """The same chunks, those of a request for `n` texts, counted on their way."""
         tags, started = {"model": model}, time.monotonic()
         latest: dict[int, tuple[float, Chunk]] = {}  # of each of the request's texts
@@ -72,7 +83,9 @@ class TextMetrics:
                     latest[chunk.choice] = now, chunk
                     if chunk.finish_reason == "content_filter":
                         self.filter_hits.inc(1, {**tags, "where": "text"})
-                    ended = len(latest) == n and all(text.finish_reason for _, text in latest.values())
+                    ended = len(latest) == n and all(
+                        text.finish_reason for _, text in latest.values()
+                    )
                     outcome = (ended and chunk.finish_reason) or "cancelled"
                     yield chunk
         except Rejected as error:
@@ -94,7 +107,12 @@ class PictureMetrics:
 
     def __init__(self) -> None:
         self.pictures = Counter("raykiln_pictures", "Pictures drawn.", tag_keys=MODEL)
-        self.seconds = Histogram("raykiln_picture_request_seconds", "A request for pictures, its waiting included.", REQUEST_S, MODEL)
+        self.seconds = Histogram(
+            "raykiln_picture_request_seconds",
+            "A request for pictures, its waiting included.",
+            REQUEST_S,
+            MODEL,
+        )
         self.rollouts = _rollouts()
 
     def drawn(self, count: int, seconds: float, model: str) -> None:
@@ -104,4 +122,8 @@ class PictureMetrics:
 
 
 def _rollouts() -> Counter:
-    return Counter("raykiln_rollouts", "Versions that took another's place in a running replica.", tag_keys=MODEL)
+    return Counter(
+        "raykiln_rollouts",
+        "Versions that took another's place in a running replica.",
+        tag_keys=MODEL,
+    )

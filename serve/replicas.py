@@ -25,7 +25,13 @@ from serve.errors import Blocked, Overloaded, Rejected, UnknownModel, WrongValue
 from serve.ingress import Drawing
 from serve.prometheus import PictureMetrics, TextMetrics
 from serve.scheduler import Sampling
-from serve.schemas import CompletionRequest, ImagesRequest, InterpolationsRequest, Model, PictureRequest
+from serve.schemas import (
+    CompletionRequest,
+    ImagesRequest,
+    InterpolationsRequest,
+    Model,
+    PictureRequest,
+)
 from serve.session import ImageSession, TextSession, open_bundle
 
 QUEUE_LIMIT = 64  # requests that may wait at a replica; one more is refused with 429
@@ -37,16 +43,30 @@ def _reference(session: TextSession | ImageSession) -> str:
 
 def _check_model(requested: str | None, served: str) -> None:
     if requested not in (None, served, served.rpartition("/")[0]):
-        raise UnknownModel(f"model {requested!r} is not served here: leave it out, or use {served.rpartition('/')[0]}")
+        raise UnknownModel(
+            f"model {requested!r} is not served here: leave it out, or use {served.rpartition('/')[0]}"
+        )
 
 
 def _describe(session: TextSession | ImageSession, **more: Any) -> Model:
     manifest = session.manifest
-    facts = {key: manifest[key] for key in ("version", "kind", "metrics", "model", "quantization", "dataset", "commit")}
-    facts["run"] = {key: manifest["run"][key] for key in ("name", "step")}  # where its storage is, is nobody's business
+    facts = {
+        key: manifest[key]
+        for key in ("version", "kind", "metrics", "model", "quantization", "dataset", "commit")
+    }
+    facts["run"] = {
+        key: manifest["run"][key] for key in ("name", "step")
+    }  # where its storage is, is nobody's business
     created = int(datetime.fromisoformat(manifest["created"]).timestamp())
     return Model.model_validate(
-        {"id": manifest["name"], "created": created, **facts, "providers": session.providers, "sample": session.sample is not None, **more}
+        {
+            "id": manifest["name"],
+            "created": created,
+            **facts,
+            "providers": session.providers,
+            "sample": session.sample is not None,
+            **more,
+        }
     )
 
 
@@ -77,7 +97,9 @@ class Replica:
     async def registry(self) -> tuple[str, str | None]:
         """The model's name, and the registry that the bundle lies in; None where it lies elsewhere."""
         place = f"/{_reference(self.session)}"
-        return self.session.manifest["name"], self.uri.removesuffix(place) if self.uri.endswith(place) else None
+        return self.session.manifest["name"], self.uri.removesuffix(place) if self.uri.endswith(
+            place
+        ) else None
 
 
 class Text(Replica):
@@ -95,8 +117,16 @@ class Text(Replica):
         blocklist: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.slots, self.threads, self.timeout_s, self.providers = slots, threads, timeout_s, providers
-        self.chunks_per_s, self.blocklist = chunks_per_s, Blocklist(blocklist) if blocklist else None
+        self.slots, self.threads, self.timeout_s, self.providers = (
+            slots,
+            threads,
+            timeout_s,
+            providers,
+        )
+        self.chunks_per_s, self.blocklist = (
+            chunks_per_s,
+            Blocklist(blocklist) if blocklist else None,
+        )
         self.engine: Engine | None = None
         self.metrics = TextMetrics()
 
@@ -104,7 +134,14 @@ class Text(Replica):
         return self.engine is not None and self.engine.alive
 
     async def _swap(self, uri: str) -> None:
-        session = await asyncio.to_thread(open_bundle, TextSession, uri, slots=self.slots, threads=self.threads, providers=self.providers)
+        session = await asyncio.to_thread(
+            open_bundle,
+            TextSession,
+            uri,
+            slots=self.slots,
+            threads=self.threads,
+            providers=self.providers,
+        )
         before = self.engine
         self.uri, self.session, self.reference = uri, session, _reference(session)
         observe = functools.partial(self.metrics.observe, model=self.reference)
@@ -134,14 +171,18 @@ class Text(Replica):
         assert self.engine is not None
         return _describe(self.session, engine=self.engine.status())
 
-    async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]] | Rejected:
+    async def complete(
+        self, request: CompletionRequest, client: str
+    ) -> tuple[str, list[Chunk]] | Rejected:
         try:
             reference = self.reference
             return reference, await self._submit(request, client).results()
         except Rejected as error:
             return error
 
-    async def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk] | Rejected, None]:
+    async def stream(
+        self, request: CompletionRequest, client: str
+    ) -> AsyncGenerator[tuple[str, Chunk] | Rejected, None]:
         try:
             reference = self.reference
             async with contextlib.aclosing(self._submit(request, client).chunks()) as chunks:
@@ -156,7 +197,8 @@ class Text(Replica):
         _check_model(request.model, self.reference)
         if request.timeout_s is not None and request.timeout_s > self.timeout_s:
             raise WrongValue(
-                f"timeout_s is {request.timeout_s:g}, and a request may take {self.timeout_s:g} s here: ask for no more", "timeout_s"
+                f"timeout_s is {request.timeout_s:g}, and a request may take {self.timeout_s:g} s here: ask for no more",
+                "timeout_s",
             )
         sampling = Sampling(
             max_tokens=request.max_tokens,
@@ -171,7 +213,9 @@ class Text(Replica):
             logprobs=request.logprobs,
         )
         try:
-            return self.engine.submit(request.prompt, sampling, client, n=request.n, timeout_s=request.timeout_s)
+            return self.engine.submit(
+                request.prompt, sampling, client, n=request.n, timeout_s=request.timeout_s
+            )
         except Blocked:
             self.metrics.prompt_blocked(self.reference)
             raise
@@ -190,7 +234,9 @@ class Pictures(Replica):
         self.metrics = PictureMetrics()
 
     async def _swap(self, uri: str) -> None:
-        session = await asyncio.to_thread(open_bundle, ImageSession, uri, threads=self.threads, providers=self.providers)
+        session = await asyncio.to_thread(
+            open_bundle, ImageSession, uri, threads=self.threads, providers=self.providers
+        )
         rollout = self.uri != ""
         self.uri, self.session = uri, session
         if rollout:
@@ -221,7 +267,11 @@ class Pictures(Replica):
             return error
 
     async def _in_turn(
-        self, make: Callable[[ImageSession, Any, int | None], Drawing], session: ImageSession, request: PictureRequest, label: int | None
+        self,
+        make: Callable[[ImageSession, Any, int | None], Drawing],
+        session: ImageSession,
+        request: PictureRequest,
+        label: int | None,
     ) -> tuple[str, Drawing]:
         if self.waiting >= QUEUE_LIMIT:
             raise Overloaded(f"{self.waiting} requests for pictures wait: try again in a moment")
@@ -239,22 +289,49 @@ class Pictures(Replica):
 def _draw(session: ImageSession, request: ImagesRequest, label: int | None) -> Drawing:
     seed = random.randrange(2**31) if request.seed is None else request.seed
     images = session.pictures(seed, request.n, label, request.truncation)
-    return _drawing(session, request, images, session.labels(seed, request.n, label), seed, columns=math.ceil(math.sqrt(request.n)))
+    return _drawing(
+        session,
+        request,
+        images,
+        session.labels(seed, request.n, label),
+        seed,
+        columns=math.ceil(math.sqrt(request.n)),
+    )
 
 
-def _interpolate(session: ImageSession, request: InterpolationsRequest, label: int | None) -> Drawing:
-    images = session.interpolation(request.seed, request.to_seed, request.steps, label, request.truncation)
+def _interpolate(
+    session: ImageSession, request: InterpolationsRequest, label: int | None
+) -> Drawing:
+    images = session.interpolation(
+        request.seed, request.to_seed, request.steps, label, request.truncation
+    )
     labels = session.labels(request.seed, 1, label)
-    return _drawing(session, request, images, labels and labels * request.steps, request.seed, columns=request.steps)
+    return _drawing(
+        session,
+        request,
+        images,
+        labels and labels * request.steps,
+        request.seed,
+        columns=request.steps,
+    )
 
 
 def _drawing(
-    session: ImageSession, request: PictureRequest, images: np.ndarray, labels: list[int] | None, seed: int, columns: int
+    session: ImageSession,
+    request: PictureRequest,
+    images: np.ndarray,
+    labels: list[int] | None,
+    seed: int,
+    columns: int,
 ) -> Drawing:
     """Pictures (N, H, W, C) as PNG files, or as one of `columns` pictures a row, with the name of each one's class."""
     names = session.manifest["model"]["class_names"]
     shown = images if request.response_format == "b64_json" else [_sheet(images, columns)]
-    return Drawing([_png(image) for image in shown], [None] * len(images) if labels is None else [names[label] for label in labels], seed)
+    return Drawing(
+        [_png(image) for image in shown],
+        [None] * len(images) if labels is None else [names[label] for label in labels],
+        seed,
+    )
 
 
 def _sheet(images: np.ndarray, columns: int) -> np.ndarray:
@@ -263,7 +340,11 @@ def _sheet(images: np.ndarray, columns: int) -> np.ndarray:
     rows = math.ceil(count / columns)
     cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
     cells[:count] = images
-    return cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+    return (
+        cells.reshape(rows, columns, height, width, channels)
+        .swapaxes(1, 2)
+        .reshape(rows * height, columns * width, channels)
+    )
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -276,7 +357,9 @@ def _png(image: np.ndarray) -> bytes:
 def _check_size(session: ImageSession, size: str | None) -> None:
     side = session.manifest["model"]["image_size"]
     if size not in (None, "auto", f"{side}x{side}"):
-        raise WrongValue(f"size is {size!r}, and this model draws {side}x{side}: leave it out", "size")
+        raise WrongValue(
+            f"size is {size!r}, and this model draws {side}x{side}: leave it out", "size"
+        )
 
 
 def _label(session: ImageSession, request: PictureRequest) -> int | None:
@@ -285,12 +368,16 @@ def _label(session: ImageSession, request: PictureRequest) -> int | None:
     Raises:
         WrongValue: the model has no such class, or none at all.
     """
-    wanted, param = (request.prompt.strip(), "prompt") if request.label is None else (request.label, "label")
+    wanted, param = (
+        (request.prompt.strip(), "prompt") if request.label is None else (request.label, "label")
+    )
     if wanted == "":
         return None
     names: list[str] = session.manifest["model"]["class_names"] or []
     if not names:
-        raise WrongValue(f"{param} is {wanted!r}, and this model has no classes: leave it out", param)
+        raise WrongValue(
+            f"{param} is {wanted!r}, and this model has no classes: leave it out", param
+        )
     if isinstance(wanted, int) and 0 <= wanted < len(names):
         return wanted
     if wanted in names:  # before any that differs in case alone
@@ -298,4 +385,7 @@ def _label(session: ImageSession, request: PictureRequest) -> int | None:
     folded = [name.casefold() for name in names]
     if isinstance(wanted, str) and wanted.casefold() in folded:
         return folded.index(wanted.casefold())
-    raise WrongValue(f"{param} is {wanted!r}, which is no class of this model: use one of {', '.join(names)}", param)
+    raise WrongValue(
+        f"{param} is {wanted!r}, which is no class of this model: use one of {', '.join(names)}",
+        param,
+    )

@@ -29,7 +29,9 @@ def penalize(
         ValueError: a repetition penalty out of its range.
     """
     if not 0.01 <= repetition <= 100:  # far beyond, logits overflow
-        raise ValueError(f"repetition is {repetition}: use 1 (no penalty), or a number from 0.01 to 100")
+        raise ValueError(
+            f"repetition is {repetition}: use 1 (no penalty), or a number from 0.01 to 100"
+        )
     if (repetition, presence, frequency) == (1, 0, 0):
         return logits
     logits = logits.astype(np.float64)
@@ -49,7 +51,9 @@ def logprobs(logits: np.ndarray, token: int, count: int) -> tuple[float, dict[in
     everything = shifted - np.log(np.exp(shifted).sum())
     likeliest = np.argpartition(everything, -count)[-count:] if count else np.empty(0, np.int64)
     likeliest = likeliest[np.argsort(-everything[likeliest], kind="stable")]
-    return float(everything[token]), {one: float(everything[one]) for one in dict.fromkeys([*likeliest.tolist(), token])}
+    return float(everything[token]), {
+        one: float(everything[one]) for one in dict.fromkeys([*likeliest.tolist(), token])
+    }
 
 
 def sample(
@@ -85,7 +89,9 @@ def sample(
         raise ValueError(f"the highest logit is {highest}: no token can be drawn")
     if temperature == 0:
         return int(logits.argmax())
-    with np.errstate(over="ignore"):  # the maximum is taken off first: a tiny temperature gives -inf, never NaN
+    with np.errstate(
+        over="ignore"
+    ):  # the maximum is taken off first: a tiny temperature gives -inf, never NaN
         scaled = (logits.astype(np.float64) - highest) / temperature
     if 0 < top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
@@ -96,7 +102,9 @@ def sample(
         before = np.cumsum(probabilities[order]) - probabilities[order]
         probabilities[order[before >= top_p]] = 0
     cumulative = np.cumsum(probabilities)
-    key = np.array([seed, position], np.uint64)  # a list with a seed from 2**63 on would become floats
+    key = np.array(
+        [seed, position], np.uint64
+    )  # a list with a seed from 2**63 on would become floats
     counter = np.array([0, 0, 0, choice], np.uint64)
     draw = np.random.Generator(np.random.Philox(key=key, counter=counter)).random() * cumulative[-1]
     return int(np.searchsorted(cumulative, draw, side="right"))

@@ -24,7 +24,9 @@ class Sampling:
     seed: int = 0
     choice: int = 0  # which of its request's texts: each is another of the same seed
     stop: tuple[str, ...] = ()
-    logprobs: int | None = None  # so many of the likeliest tokens are told with each token; None: nothing is told
+    logprobs: int | None = (
+        None  # so many of the likeliest tokens are told with each token; None: nothing is told
+    )
 
 
 @dataclass(eq=False)
@@ -38,7 +40,9 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)  # generated so far
     slot: int | None = None
     cached: int = 0  # tokens whose keys and values lie in the slot
-    request: list["Sequence"] = field(default_factory=list, repr=False)  # all of its request, itself included: `Scheduler.add` sets it
+    request: list["Sequence"] = field(
+        default_factory=list, repr=False
+    )  # all of its request, itself included: `Scheduler.add` sets it
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class Prefill:
     sequence: Sequence
     ids: list[int]
     start: int
-    source: int | None = None  # a slot that holds the prompt up to `start`, to be copied first; None: its own slot does
+    source: int | None = (
+        None  # a slot that holds the prompt up to `start`, to be copied first; None: its own slot does
+    )
 
 
 class Scheduler:
@@ -64,11 +70,22 @@ class Scheduler:
     """
 
     def __init__(self, slots: int, queue_limit: int, chunk_size: int, copies: bool = True) -> None:
-        self.slots, self.queue_limit, self.chunk_size, self.copies = slots, queue_limit, chunk_size, copies
-        self._queues: OrderedDict[str, deque[Sequence]] = OrderedDict()  # per client; the next to be served first
-        self._free = list(range(slots))  # a heap: the lowest slots are taken first, so that a batch lies close together
+        self.slots, self.queue_limit, self.chunk_size, self.copies = (
+            slots,
+            queue_limit,
+            chunk_size,
+            copies,
+        )
+        self._queues: OrderedDict[str, deque[Sequence]] = (
+            OrderedDict()
+        )  # per client; the next to be served first
+        self._free = list(
+            range(slots)
+        )  # a heap: the lowest slots are taken first, so that a batch lies close together
         self._running: list[Sequence] = []
-        self._tenants: list[Sequence | None] = [None] * slots  # each slot's latest, whose keys and values it holds
+        self._tenants: list[Sequence | None] = [
+            None
+        ] * slots  # each slot's latest, whose keys and values it holds
 
     @property
     def waiting(self) -> int:
@@ -157,7 +174,11 @@ class Scheduler:
         untouched = {client: _untouched(self._queues[client]) for client in waiting}
         leaving: list[Sequence] = []
         while len(leaving) < excess:
-            longest = max((client for client in waiting if untouched[client]), key=lambda client: waiting[client], default=None)
+            longest = max(
+                (client for client in waiting if untouched[client]),
+                key=lambda client: waiting[client],
+                default=None,
+            )
             if longest is None or waiting[longest] <= own:
                 return request
             newest = untouched[longest].pop()
@@ -168,7 +189,9 @@ class Scheduler:
     def _longest_shared(self, sequence: Sequence) -> tuple[int | None, int]:
         """The slot that holds the most of what is still missing of a prompt, and how far; None where its own holds as much."""
         found: tuple[int | None, int] = None, sequence.cached
-        for slot, tenant in enumerate(self._tenants if self.copies and sequence.cached < len(sequence.prompt) else []):
+        for slot, tenant in enumerate(
+            self._tenants if self.copies and sequence.cached < len(sequence.prompt) else []
+        ):
             if tenant is not None and (held := self._shared(tenant, sequence)) > found[1]:
                 found = slot, held
         return found
@@ -182,7 +205,14 @@ class Scheduler:
         size = self.chunk_size
         end = min(tenant.cached, len(tenant.prompt), len(sequence.prompt) - 1) // size * size
         starts = range(0, end, size)
-        return next((start for start in starts if tenant.prompt[start : start + size] != sequence.prompt[start : start + size]), end)
+        return next(
+            (
+                start
+                for start in starts
+                if tenant.prompt[start : start + size] != sequence.prompt[start : start + size]
+            ),
+            end,
+        )
 
     def _admit(self) -> None:
         client, queue = self._queues.popitem(last=False)
@@ -199,4 +229,8 @@ class Scheduler:
 def _untouched(queue: deque[Sequence]) -> list[list[Sequence]]:
     """A client's waiting sequences by request, the newest last, without the request of which some run or have run."""
     requests = itertools.groupby(queue, key=lambda sequence: sequence.request)
-    return [list(waiting) for request, waiting in requests if not any(one.slot is not None or one.tokens for one in request)]
+    return [
+        list(waiting)
+        for request, waiting in requests
+        if not any(one.slot is not None or one.tokens for one in request)
+    ]

@@ -30,13 +30,21 @@ class TextSession(TextGraph):
         ValueError: the folder is no GPT bundle, or a file of it is damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], slots: int = 8, threads: int = 1, providers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        slots: int = 8,
+        threads: int = 1,
+        providers: Sequence[str] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.manifest = _verified(self.folder, "gpt")
         self.tokenizer: Tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.eos_token_id: int = self.manifest["model"]["eos_token_id"]
         self.sample = _sample(self.folder, self.manifest)
-        super().__init__(self.folder / "model.onnx", self.manifest["model"]["context"], slots, threads, providers)
+        super().__init__(
+            self.folder / "model.onnx", self.manifest["model"]["context"], slots, threads, providers
+        )
 
     def replay_golden(self) -> None:
         """Answers the prompt recorded at export again, in slot 0.
@@ -53,13 +61,19 @@ class TextSession(TextGraph):
         self._compare("text", golden["text"], self.tokenizer.decode(tokens))
         expected = tokens if len(tokens) == golden["max_tokens"] else [*tokens, self.eos_token_id]
         for place, token in enumerate(expected):
-            logits = self.decode([0], [expected[place - 1]], [len(ids) + place - 1])[0] if place else self.prefill(0, ids)
+            logits = (
+                self.decode([0], [expected[place - 1]], [len(ids) + place - 1])[0]
+                if place
+                else self.prefill(0, ids)
+            )
             if not logits.max() - logits[token] <= 2 * self.manifest["parity"]["tolerance"]:
                 self._compare("tokens", tokens, [*tokens[:place], int(logits.argmax())])
 
     def _compare(self, part: str, recorded: object, answer: object) -> None:
         if answer != recorded:
-            raise ValueError(f"{self.folder} gives other {part} than golden.json recorded at its export ({answer!r}): export the run again")
+            raise ValueError(
+                f"{self.folder} gives other {part} than golden.json recorded at its export ({answer!r}): export the run again"
+            )
 
 
 class ImageSession(ImageGraph):
@@ -74,7 +88,12 @@ class ImageSession(ImageGraph):
         ValueError: the folder is no GAN bundle, or a file of it is damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], threads: int = 1, providers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        threads: int = 1,
+        providers: Sequence[str] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.manifest = _verified(self.folder, "gan")
         self.latent_dim: int = self.manifest["model"]["latent_dim"]
@@ -82,20 +101,28 @@ class ImageSession(ImageGraph):
         self.sample = _sample(self.folder, self.manifest)
         super().__init__(self.folder / "model.onnx", threads, providers)
 
-    def generate(self, latents: np.ndarray, labels: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    def generate(
+        self, latents: np.ndarray, labels: Sequence[int] | np.ndarray | None = None
+    ) -> np.ndarray:
         """Pictures (B, H, W, C) uint8 of latents (B, Z) and, exactly where the generator is conditional, labels (B).
 
         Raises:
             ValueError: labels are missing, superfluous, or no class of the model.
         """
         if (labels is not None) != (self.num_classes > 0):
-            raise ValueError(f"labels must {'be given' if self.num_classes else 'be left out'}: the model has {self.num_classes} classes")
+            raise ValueError(
+                f"labels must {'be given' if self.num_classes else 'be left out'}: the model has {self.num_classes} classes"
+            )
         if labels is not None and not all(0 <= label < self.num_classes for label in labels):
-            raise ValueError(f"labels are {list(labels)}: the model has the classes 0 to {self.num_classes - 1}")
+            raise ValueError(
+                f"labels are {list(labels)}: the model has the classes 0 to {self.num_classes - 1}"
+            )
         images = self.run(latents, None if labels is None else np.asarray(labels))
         return np.rint((images + 1) * 127.5).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
-    def pictures(self, seed: int, count: int, label: int | None = None, truncation: float | None = None) -> np.ndarray:
+    def pictures(
+        self, seed: int, count: int, label: int | None = None, truncation: float | None = None
+    ) -> np.ndarray:
         """The first `count` pictures of a seed, (count, H, W, C) uint8: each the same alone or in company.
 
         Args:
@@ -108,9 +135,18 @@ class ImageSession(ImageGraph):
         """
         if count < 1:
             raise ValueError(f"count is {count}: ask for one picture or more")
-        return self.generate(self._latents(seed, count, truncation), self.labels(seed, count, label))
+        return self.generate(
+            self._latents(seed, count, truncation), self.labels(seed, count, label)
+        )
 
-    def interpolation(self, seed: int, to_seed: int, steps: int, label: int | None = None, truncation: float | None = None) -> np.ndarray:
+    def interpolation(
+        self,
+        seed: int,
+        to_seed: int,
+        steps: int,
+        label: int | None = None,
+        truncation: float | None = None,
+    ) -> np.ndarray:
         """The way from the first picture of `seed` to that of `to_seed`, both included, (steps, H, W, C) uint8.
 
         Args:
@@ -137,7 +173,11 @@ class ImageSession(ImageGraph):
         """The class of each of the pictures that `pictures` draws, None where the model has no classes."""
         if label is not None:
             return [label] * count
-        return [(seed + index) % self.num_classes for index in range(count)] if self.num_classes else None
+        return (
+            [(seed + index) % self.num_classes for index in range(count)]
+            if self.num_classes
+            else None
+        )
 
     def replay_golden(self) -> None:
         """Draws the pictures recorded at export again.

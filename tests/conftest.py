@@ -43,7 +43,9 @@ def ray_address() -> Iterator[str]:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small text file, in a folder of its own."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text("".join(f"{number}: Shall I compare thee to a summer's day?\n" for number in range(200)))
+    path.write_text(
+        "".join(f"{number}: Shall I compare thee to a summer's day?\n" for number in range(200))
+    )
     return str(path)
 
 
@@ -76,7 +78,13 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", *args], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout, check=False
+            [sys.executable, "-m", *args],
+            cwd=ROOT,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
 
     return run

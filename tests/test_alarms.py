@@ -29,10 +29,16 @@ def scores(gap: float, loss: float | None = None, penalty: float | None = 0.01) 
     return {**known, "critic_loss": 10 * (penalty or 0) - gap if loss is None else loss}
 
 
-def measured(figures: Iterable[Figures], objective: str = "wgan-gp", alarms: Alarms | None = None) -> list[tuple[int, str]]:
+def measured(
+    figures: Iterable[Figures], objective: str = "wgan-gp", alarms: Alarms | None = None
+) -> list[tuple[int, str]]:
     """(step, kind) of each alarm of a run that measures every ten steps."""
     watch = alarms or Alarms(objective)
-    return [(alarm.step, alarm.kind) for step, values in enumerate(figures, 1) for alarm in watch.measured(10 * step, values)]
+    return [
+        (alarm.step, alarm.kind)
+        for step, values in enumerate(figures, 1)
+        for alarm in watch.measured(10 * step, values)
+    ]
 
 
 def kinds(figures: Iterable[Figures], objective: str = "wgan-gp") -> list[str]:
@@ -41,7 +47,10 @@ def kinds(figures: Iterable[Figures], objective: str = "wgan-gp") -> list[str]:
 
 def sound(count: int = 100) -> list[Figures]:
     """As gan-demo measures: the distance falls from its first peak, with noise; a penalty of a tenth of it at most."""
-    return [scores((16 / step + 1) * (1 + 0.4 * math.sin(7 * step)), penalty=0.02 / step) for step in range(1, count + 1)]
+    return [
+        scores((16 / step + 1) * (1 + 0.4 * math.sin(7 * step)), penalty=0.02 / step)
+        for step in range(1, count + 1)
+    ]
 
 
 # ---------------------------------------------------------------- measured: WGAN-GP
@@ -60,7 +69,9 @@ def test_a_critic_that_comes_slowly_is_no_alarm() -> None:
 def test_a_penalty_that_outweighs_its_distance_is_divergence(penalty: float, alarm: bool) -> None:
     """At its best a critic pays less than half of its distance, 50, whatever the weight: 30 is much, and 80 is out of bounds."""
     found = measured([*[scores(50.0)] * BEGINNING, *[scores(50.0, penalty=penalty)] * WINDOW])
-    assert found == ([(10 * (BEGINNING + 5), "divergence")] if alarm else []), "once more than half of the window shows it"
+    assert found == ([(10 * (BEGINNING + 5), "divergence")] if alarm else []), (
+        "once more than half of the window shows it"
+    )
 
 
 def test_one_wild_batch_is_noise() -> None:
@@ -72,8 +83,12 @@ def test_one_wild_batch_is_noise() -> None:
 
 def test_without_a_penalty_scores_that_grow_are_divergence() -> None:
     steady = [scores((-1) ** step * 10, penalty=None) for step in range(BEGINNING)]
-    assert kinds([*steady, *[scores((-1) ** step * 40, penalty=None) for step in range(50)]]) == ["critic has given up"]
-    assert "divergence" in kinds([*steady, *[scores((-1) ** step * 60, penalty=None) for step in range(50)]])
+    assert kinds([*steady, *[scores((-1) ** step * 40, penalty=None) for step in range(50)]]) == [
+        "critic has given up"
+    ]
+    assert "divergence" in kinds(
+        [*steady, *[scores((-1) ** step * 60, penalty=None) for step in range(50)]]
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -89,7 +104,9 @@ def test_what_is_no_number_is_divergence_at_once(value: float) -> None:
 def test_a_critic_that_takes_generated_for_real_has_given_up() -> None:
     (step, kind), *rest = measured([*sound(50), *[scores(-0.5)] * 20])
     assert (step, kind, rest) == (550, "critic has given up", [])
-    assert kinds([*sound(50), *[scores(0.5)] * 50]) == [], "a distance that has become small is what one trains for"
+    assert kinds([*sound(50), *[scores(0.5)] * 50]) == [], (
+        "a distance that has become small is what one trains for"
+    )
 
 
 def test_a_flat_critic_has_given_up() -> None:
@@ -105,7 +122,11 @@ def test_a_distance_that_never_falls_is_won_by_the_critic() -> None:
 
 def test_a_critic_that_never_saw_a_difference_has_given_up() -> None:
     alarms = Alarms("hinge")
-    said = [alarm for step in range(50) for alarm in alarms.measured(step, scores(-0.1 - step / 100, 2.1 + step / 100))]
+    said = [
+        alarm
+        for step in range(50)
+        for alarm in alarms.measured(step, scores(-0.1 - step / 100, 2.1 + step / 100))
+    ]
     assert [(alarm.kind, alarm.step) for alarm in said] == [("critic has given up", BEGINNING - 1)]
     assert "below fake_score and never was above it" in said[0].sentence
 
@@ -127,7 +148,14 @@ def test_a_distance_that_rises_past_its_peak_after_it_fell_is_won_by_the_critic(
 @pytest.mark.parametrize("objective", BLIND)
 def test_the_others_are_judged_by_the_loss_of_a_critic_that_knows_nothing(objective: str) -> None:
     blind = BLIND[objective]
-    cases = {0.5: [], 0.9: [], 0.08: [], 0.02: ["critic has won"], 1.0: ["critic has given up"], 6.0: ["divergence"]}
+    cases = {
+        0.5: [],
+        0.9: [],
+        0.08: [],
+        0.02: ["critic has won"],
+        1.0: ["critic has given up"],
+        6.0: ["divergence"],
+    }
     for share, expected in cases.items():
         gap = 1.0 if share != 1.0 else 0.0
         assert kinds([scores(gap, share * blind)] * 60, objective) == expected, share
@@ -140,7 +168,13 @@ def test_a_generator_that_knows_nothing_yet_is_easily_seen_through() -> None:
 # ---------------------------------------------------------------- judged
 
 
-def judgement(recall: float = 0.6, coverage: float = 0.7, modes: float = 10, distance: float = 1.0, samples: float = 1000) -> Figures:
+def judgement(
+    recall: float = 0.6,
+    coverage: float = 0.7,
+    modes: float = 10,
+    distance: float = 1.0,
+    samples: float = 1000,
+) -> Figures:
     return {
         "heldout_recall": recall,
         "heldout_recall_floor": 0.96,
@@ -156,17 +190,27 @@ def judgement(recall: float = 0.6, coverage: float = 0.7, modes: float = 10, dis
 
 def judged(*figures: Figures) -> list[Alarm]:
     alarms = Alarms("wgan-gp")
-    return [alarm for step, values in enumerate(figures, 1) for alarm in alarms.judged(100 * step, values)]
+    return [
+        alarm
+        for step, values in enumerate(figures, 1)
+        for alarm in alarms.judged(100 * step, values)
+    ]
 
 
 def test_a_start_from_nothing_is_no_collapse() -> None:
-    rising = [judgement(step / 20, step / 15, min(10, step + 1), 20 / (step + 1)) for step in range(10)]
+    rising = [
+        judgement(step / 20, step / 15, min(10, step + 1), 20 / (step + 1)) for step in range(10)
+    ]
     assert judged(*rising) == []
 
 
 @pytest.mark.parametrize(
     ("fallen", "tag", "was"),
-    [({"recall": 0.2}, "heldout_recall", "0.6"), ({"coverage": 0.1}, "heldout_coverage", "0.7"), ({"modes": 6}, "heldout_modes", "10")],
+    [
+        ({"recall": 0.2}, "heldout_recall", "0.6"),
+        ({"coverage": 0.1}, "heldout_coverage", "0.7"),
+        ({"modes": 6}, "heldout_modes", "10"),
+    ],
 )
 def test_what_had_been_there_and_falls_is_a_collapse(fallen: Figures, tag: str, was: str) -> None:
     (alarm,) = judged(judgement(0.3, 0.4, 8), judgement(), judgement(0.5, 0.6), judgement(**fallen))
@@ -183,12 +227,22 @@ def test_of_several_figures_the_worst_is_named_once() -> None:
 def test_a_fall_within_chance_is_none() -> None:
     """A quarter of 40 pictures is 10, give or take 3; of 1,000 it is 250, give or take 14."""
     for samples, expected in ((40, 0), (1000, 1)):
-        assert len(judged(judgement(recall=0.25, samples=samples), judgement(recall=0.1, samples=samples))) == expected
+        assert (
+            len(
+                judged(
+                    judgement(recall=0.25, samples=samples), judgement(recall=0.1, samples=samples)
+                )
+            )
+            == expected
+        )
 
 
 @pytest.mark.parametrize("little", [{"recall": 0.05}, {"coverage": 0.05}, {"modes": 2}])
 def test_what_had_hardly_been_there_is_no_loss(little: Figures) -> None:
-    assert judged(judgement(**little), judgement(**dict.fromkeys(little, 0.5 * min(little.values())))) == []
+    assert (
+        judged(judgement(**little), judgement(**dict.fromkeys(little, 0.5 * min(little.values()))))
+        == []
+    )
 
 
 def test_pictures_that_get_far_worse_are_divergence() -> None:
@@ -196,11 +250,22 @@ def test_pictures_that_get_far_worse_are_divergence() -> None:
     (alarm,) = judged(judgement(distance=20), judgement(distance=2), judgement(distance=7))
     assert (alarm.step, alarm.kind) == (300, "divergence")
     assert alarm.sentence.startswith("heldout_frechet_distance rose from 2 at step 200 to 7")
-    assert judged(judgement(distance=0.02), judgement(distance=0.09)) == [], "at the floor, that is noise"
+    assert judged(judgement(distance=0.02), judgement(distance=0.09)) == [], (
+        "at the floor, that is noise"
+    )
 
 
 def test_without_an_extractor_there_is_nothing_to_judge() -> None:
-    assert judged({"heldout_sliced_wasserstein": 0.1, "heldout_sliced_wasserstein_floor": 0.03, "heldout_samples": 1000.0}) == []
+    assert (
+        judged(
+            {
+                "heldout_sliced_wasserstein": 0.1,
+                "heldout_sliced_wasserstein_floor": 0.03,
+                "heldout_samples": 1000.0,
+            }
+        )
+        == []
+    )
 
 
 # ---------------------------------------------------------------- said once, and over a resume
@@ -208,20 +273,30 @@ def test_without_an_extractor_there_is_nothing_to_judge() -> None:
 
 def test_an_alarm_is_said_once_until_it_has_ended() -> None:
     fallen, half, well = judgement(recall=0.2), judgement(recall=0.35), judgement(recall=0.5)
-    assert [alarm.step for alarm in judged(well, fallen, fallen, half, fallen)] == [200], "halfway back it goes on"
+    assert [alarm.step for alarm in judged(well, fallen, fallen, half, fallen)] == [200], (
+        "halfway back it goes on"
+    )
     assert [alarm.step for alarm in judged(well, fallen, well, fallen)] == [200, 400]
     wild, calm = [scores(50, penalty=80)] * 30, sound(5)
-    assert [kind for _, kind in measured([*wild, *calm, *wild])] == ["divergence"], "a short calm is none"
+    assert [kind for _, kind in measured([*wild, *calm, *wild])] == ["divergence"], (
+        "a short calm is none"
+    )
     assert [kind for _, kind in measured([*wild, *sound(60), *wild])] == ["divergence"] * 2
 
 
 def test_what_a_critic_that_has_diverged_says_besides_means_nothing() -> None:
-    assert kinds([*sound(), *[scores((-1) ** step * 50, penalty=80) for step in range(100)]]) == ["divergence"]
+    assert kinds([*sound(), *[scores((-1) ** step * 50, penalty=80) for step in range(100)]]) == [
+        "divergence"
+    ]
 
 
 REAL = st.floats(-1e3, 1e3)
 MEASUREMENTS = st.lists(st.builds(scores, REAL, REAL, st.floats(0, 100)), min_size=1, max_size=60)
-JUDGEMENTS = st.lists(st.builds(judgement, *[st.floats(0, 1)] * 2, st.floats(0, 10), st.floats(0, 30)), min_size=1, max_size=12)
+JUDGEMENTS = st.lists(
+    st.builds(judgement, *[st.floats(0, 1)] * 2, st.floats(0, 10), st.floats(0, 30)),
+    min_size=1,
+    max_size=12,
+)
 
 
 @settings(deadline=None, max_examples=50)
@@ -229,7 +304,12 @@ JUDGEMENTS = st.lists(st.builds(judgement, *[st.floats(0, 1)] * 2, st.floats(0, 
 def test_a_resumed_run_alarms_as_an_uninterrupted_one(
     objective: str, measurements: list[Figures], judgements: list[Figures], data: st.DataObject
 ) -> None:
-    def run(alarms: Alarms, look: Callable[[Alarms], Callable[[int, Figures], list[Alarm]]], rows: list[Figures], cut: int) -> list[Alarm]:
+    def run(
+        alarms: Alarms,
+        look: Callable[[Alarms], Callable[[int, Figures], list[Alarm]]],
+        rows: list[Figures],
+        cut: int,
+    ) -> list[Alarm]:
         said = []
         for step, figures in enumerate(rows, 1):
             said += look(alarms)(step, figures)
@@ -265,7 +345,10 @@ RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "sound hinge": ({"gan.objective": "hinge"}, set()),
     "thirty times the learning rate": ({"optim.lr": 0.03}, {"divergence"}),
     "a critic that does not learn": ({"optim.critic_lr": 1e-7}, {"critic has given up"}),
-    "a critic that nothing holds back": ({"gan.objective": "hinge", **NO_PENALTY}, {"critic has won"}),
+    "a critic that nothing holds back": (
+        {"gan.objective": "hinge", **NO_PENALTY},
+        {"critic has won"},
+    ),
 }
 
 
@@ -273,7 +356,11 @@ RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
 def garments(tmp_path_factory: pytest.TempPathFactory) -> images.Pictures:
     config = load("gan", "gan-tiny")
     assert isinstance(config, GanConfig)
-    return images.Pictures(Path(images.prepare(config.data, str(tmp_path_factory.mktemp("kiln")))), "train", config.data.size)
+    return images.Pictures(
+        Path(images.prepare(config.data, str(tmp_path_factory.mktemp("kiln")))),
+        "train",
+        config.data.size,
+    )
 
 
 def trained(config: GanConfig, pictures: images.Pictures, steps: int) -> Iterator[Figures]:

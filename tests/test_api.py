@@ -84,7 +84,9 @@ CHECKS = {
     "not_a_server_error": {"expected-statuses": ["2xx", "4xx", "504"]},
 }
 CONFIG = {"seed": 7, "checks": CHECKS}
-schema = schemathesis.openapi.from_dict(build_app(None, None).openapi(), config=SchemathesisConfig.from_dict(CONFIG))
+schema = schemathesis.openapi.from_dict(
+    build_app(None, None).openapi(), config=SchemathesisConfig.from_dict(CONFIG)
+)
 
 
 @schema.parametrize()
@@ -102,14 +104,21 @@ def client(server: str) -> openai.OpenAI:
 
 
 def test_openais_client_completes_a_text(client: openai.OpenAI, golden: dict[str, Any]) -> None:
-    answer = client.completions.create(model="gpt", prompt=golden["prompt"], max_tokens=golden["max_tokens"], temperature=0)
+    answer = client.completions.create(
+        model="gpt", prompt=golden["prompt"], max_tokens=golden["max_tokens"], temperature=0
+    )
     assert (answer.model, answer.system_fingerprint) == ("gpt", "gpt/1")
     assert answer.choices[0].text == golden["text"]
     assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(golden["ids"]), golden["max_tokens"])
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (
+        len(golden["ids"]),
+        golden["max_tokens"],
+    )
 
 
-def test_openais_client_streams_it_with_its_usage(client: openai.OpenAI, golden: dict[str, Any]) -> None:
+def test_openais_client_streams_it_with_its_usage(
+    client: openai.OpenAI, golden: dict[str, Any]
+) -> None:
     *messages, usage = client.completions.create(
         model="gpt",
         prompt=golden["prompt"],
@@ -130,7 +139,9 @@ def test_openais_client_draws_pictures(client: openai.OpenAI) -> None:
     drawn = client.images.generate(model="dcgan", prompt="class 2", n=2, extra_body={"seed": 7})
     assert drawn.data is not None
     pngs = [base64.b64decode(picture.b64_json or "") for picture in drawn.data]
-    assert [(Image.open(io.BytesIO(png)).format, Image.open(io.BytesIO(png)).size) for png in pngs] == [("PNG", (28, 28))] * 2
+    assert [
+        (Image.open(io.BytesIO(png)).format, Image.open(io.BytesIO(png)).size) for png in pngs
+    ] == [("PNG", (28, 28))] * 2
     alone = client.images.generate(prompt="Class 2", extra_body={"seed": 7})
     assert alone.data is not None
     assert alone.data[0].b64_json == drawn.data[0].b64_json
@@ -139,7 +150,9 @@ def test_openais_client_draws_pictures(client: openai.OpenAI) -> None:
 def test_openais_client_lists_the_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["gpt", "dcgan"]
     assert client.models.retrieve("dcgan").object == "model"
-    with pytest.raises(openai.NotFoundError, match="model 'gtp' is not served here: use gpt or dcgan") as raised:
+    with pytest.raises(
+        openai.NotFoundError, match="model 'gtp' is not served here: use gpt or dcgan"
+    ) as raised:
         client.models.retrieve("gtp")
     assert raised.value.code == "model_not_found"
 
@@ -155,11 +168,22 @@ def test_openais_client_lists_the_models(client: openai.OpenAI) -> None:
     ],
 )
 def test_openais_client_raises_its_own_exceptions(
-    client: openai.OpenAI, request_: dict[str, Any], error: type[openai.APIStatusError], param: str | None, code: str | None, stream: bool
+    client: openai.OpenAI,
+    request_: dict[str, Any],
+    error: type[openai.APIStatusError],
+    param: str | None,
+    code: str | None,
+    stream: bool,
 ) -> None:
     with pytest.raises(error) as raised:
-        client.completions.create(**{"model": "gpt", "prompt": "To be", "stream": stream, **request_})
-    assert (raised.value.param, raised.value.code, raised.value.type) == (param, code, "invalid_request_error")
+        client.completions.create(
+            **{"model": "gpt", "prompt": "To be", "stream": stream, **request_}
+        )
+    assert (raised.value.param, raised.value.code, raised.value.type) == (
+        param,
+        code,
+        "invalid_request_error",
+    )
 
 
 def test_openais_client_raises_them_for_pictures(client: openai.OpenAI) -> None:
@@ -169,8 +193,12 @@ def test_openais_client_raises_them_for_pictures(client: openai.OpenAI) -> None:
 
 
 def in_memory(error: Exception) -> openai.AsyncOpenAI:
-    http = openai.DefaultAsyncHttpxClient(transport=httpx2.ASGITransport(build_app(Failing(error), None), raise_app_exceptions=False))
-    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0)
+    http = openai.DefaultAsyncHttpxClient(
+        transport=httpx2.ASGITransport(build_app(Failing(error), None), raise_app_exceptions=False)
+    )
+    return openai.AsyncOpenAI(
+        base_url="http://test/v1", api_key="none", http_client=http, max_retries=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,18 +209,24 @@ def in_memory(error: Exception) -> openai.AsyncOpenAI:
         (RuntimeError("secret"), openai.InternalServerError),
     ],
 )
-def test_openais_client_knows_when_to_try_again(failure: Exception, error: type[openai.APIStatusError]) -> None:
+def test_openais_client_knows_when_to_try_again(
+    failure: Exception, error: type[openai.APIStatusError]
+) -> None:
     async def go() -> None:
         with pytest.raises(error) as raised:
             await in_memory(failure).completions.create(model="gpt", prompt="")
-        assert ("retry-after" in raised.value.response.headers) == (not isinstance(failure, RuntimeError))
+        assert ("retry-after" in raised.value.response.headers) == (
+            not isinstance(failure, RuntimeError)
+        )
 
     asyncio.run(go())
 
 
 def test_openais_client_raises_where_a_stream_breaks_off() -> None:
     async def go() -> None:
-        messages = await in_memory(Unavailable("away: try again")).completions.create(model="gpt", prompt="", stream=True)
+        messages = await in_memory(Unavailable("away: try again")).completions.create(
+            model="gpt", prompt="", stream=True
+        )
         assert (await anext(messages)).choices[0].text == "To be"
         with pytest.raises(openai.APIError, match="away: try again"):
             await anext(messages)
@@ -204,25 +238,40 @@ def test_openais_client_raises_where_a_stream_breaks_off() -> None:
 
 
 def logged(records: list[logging.LogRecord]) -> list[dict[str, Any]]:
-    return [json.loads(record.getMessage()) for record in records if record.name == access.logger.name]
+    return [
+        json.loads(record.getMessage()) for record in records if record.name == access.logger.name
+    ]
 
 
-def ask(server: str, caplog: pytest.LogCaptureFixture, method: str, path: str, **options: Any) -> tuple[httpx.Response, dict[str, Any]]:
+def ask(
+    server: str, caplog: pytest.LogCaptureFixture, method: str, path: str, **options: Any
+) -> tuple[httpx.Response, dict[str, Any]]:
     """The response, and the one line that the access log has about it."""
     caplog.clear()
     with caplog.at_level(logging.INFO, access.logger.name):
         response = httpx.request(method, f"{server}{path}", **options)
         until = time.monotonic() + 10
-        while not logged(caplog.records) and time.monotonic() < until:  # it is written once the response has gone
+        while (
+            not logged(caplog.records) and time.monotonic() < until
+        ):  # it is written once the response has gone
             time.sleep(0.01)
         (line,) = logged(caplog.records)
     return response, line
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_access_log_has_a_line_a_request_without_its_prompt(server: str, caplog: pytest.LogCaptureFixture, stream: bool) -> None:
+def test_the_access_log_has_a_line_a_request_without_its_prompt(
+    server: str, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
     body = {"prompt": "SECRET", "max_tokens": 5, "stream": stream}
-    response, line = ask(server, caplog, "POST", "/v1/completions?also=SECRET", json=body, headers={"X-Request-ID": "mine/1=2"})
+    response, line = ask(
+        server,
+        caplog,
+        "POST",
+        "/v1/completions?also=SECRET",
+        json=body,
+        headers={"X-Request-ID": "mine/1=2"},
+    )
     assert response.headers.get_list("x-request-id") == ["mine/1=2"]
     seconds, when = line.pop("seconds"), datetime.fromisoformat(line.pop("time"))
     assert 0 < seconds < 60
@@ -239,8 +288,12 @@ def test_the_access_log_has_a_line_a_request_without_its_prompt(server: str, cap
 
 
 @pytest.mark.parametrize("given", ["", "two words", "x" * 129, "caf\xe9"])
-def test_a_request_id_that_is_not_well_formed_is_replaced(server: str, caplog: pytest.LogCaptureFixture, given: str) -> None:
-    response, line = ask(server, caplog, "GET", "/health", headers={"X-Request-ID": given.encode("latin-1")})
+def test_a_request_id_that_is_not_well_formed_is_replaced(
+    server: str, caplog: pytest.LogCaptureFixture, given: str
+) -> None:
+    response, line = ask(
+        server, caplog, "GET", "/health", headers={"X-Request-ID": given.encode("latin-1")}
+    )
     assert response.headers["x-request-id"] == line["request_id"]
     assert re.fullmatch("[0-9a-f]{32}", line["request_id"])
 
@@ -254,7 +307,9 @@ def test_a_request_that_fails_is_logged_too(server: str, caplog: pytest.LogCaptu
 
 def test_a_crash_is_logged_and_has_its_id(caplog: pytest.LogCaptureFixture) -> None:
     async def go() -> httpx.Response:
-        transport = httpx.ASGITransport(build_app(Failing(RuntimeError("secret")), None), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(
+            build_app(Failing(RuntimeError("secret")), None), raise_app_exceptions=False
+        )
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             return await http.get("/health", headers={"X-Request-ID": "mine"})
 
@@ -266,7 +321,9 @@ def test_a_crash_is_logged_and_has_its_id(caplog: pytest.LogCaptureFixture) -> N
     assert "GET /health crashed (request mine)" in caplog.text
 
 
-def test_a_client_that_goes_before_its_answer_is_logged_as_gone(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_goes_before_its_answer_is_logged_as_gone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def forever(*_: Any) -> None:
         await asyncio.sleep(600)
 

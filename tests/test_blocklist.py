@@ -17,7 +17,12 @@ from serve.schemas import CompletionRequest
 from tests.support import bundles
 from tests.test_engine import byte_tokenizer
 
-PHRASES = st.lists(st.sampled_from(["a", "ab", "b a", "ba b", "a-b", "ABBA", "b", "a bb", "b ab"]), min_size=1, max_size=3, unique=True)
+PHRASES = st.lists(
+    st.sampled_from(["a", "ab", "b a", "ba b", "a-b", "ABBA", "b", "a bb", "b ab"]),
+    min_size=1,
+    max_size=3,
+    unique=True,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,12 +44,19 @@ def test_phrases_are_found_as_whole_words_in_any_case(text: str, found: str | No
 
 @settings(max_examples=400, deadline=None)
 @given(
-    st.text("abAB -\n", max_size=16), PHRASES, st.lists(st.text("ab- ", min_size=1, max_size=4), max_size=1), st.text("abA -", max_size=4)
+    st.text("abAB -\n", max_size=16),
+    PHRASES,
+    st.lists(st.text("ab- ", min_size=1, max_size=4), max_size=1),
+    st.text("abA -", max_size=4),
 )
-def test_no_blocked_phrase_is_shown_and_nothing_else_is_lost(text: str, phrases: list[str], stops: list[str], prompt: str) -> None:
+def test_no_blocked_phrase_is_shown_and_nothing_else_is_lost(
+    text: str, phrases: list[str], stops: list[str], prompt: str
+) -> None:
     assume(Blocklist(phrases).find(prompt) is None)  # which would be refused
     stream, shown = TextStream(byte_tokenizer(), tuple(stops), Blocklist(phrases), prompt), ""
-    spelled = [r"(?<!\w)" + r"\s+".join(map(re.escape, phrase.split())) + r"(?!\w)" for phrase in phrases]
+    spelled = [
+        r"(?<!\w)" + r"\s+".join(map(re.escape, phrase.split())) + r"(?!\w)" for phrase in phrases
+    ]
     for token in byte_tokenizer().encode(text).ids:
         shown += stream.push(token)
         assert len(shown) == stream.shown
@@ -84,7 +96,10 @@ def test_a_text_ends_before_what_is_blocked_and_a_prompt_with_it_is_refused(tmp_
     whole = asyncio.run(ask(request, []))
     word = re.findall(r"(?<!\w)\w+(?!\w)", whole.text)[1]
     cut = asyncio.run(ask(request, [word.swapcase()]))
-    assert (cut.text, cut.finish_reason) == (whole.text[: re.search(rf"\b{word}\b", whole.text, re.IGNORECASE).start()], "content_filter")  # type: ignore[union-attr]
+    assert (cut.text, cut.finish_reason) == (
+        whole.text[: re.search(rf"\b{word}\b", whole.text, re.IGNORECASE).start()],
+        "content_filter",
+    )  # type: ignore[union-attr]
     assert cut.completion_tokens < whole.completion_tokens, "and its slot is free"
     with pytest.raises(Blocked, match="the prompt has words that are blocked here"):
         asyncio.run(ask(request, ["is"]))
@@ -96,8 +111,14 @@ def test_logprobs_tell_nothing_of_what_is_blocked(tmp_path: Path) -> None:
     async def ask(blocklist: list[str]) -> list[Chunk]:
         replica = Text(slots=1, threads=1, timeout_s=60, blocklist=blocklist)
         await replica.reconfigure({"uri": str(folder)})
-        request = CompletionRequest(prompt="Now is", max_tokens=40, seed=3, temperature=1.0, logprobs=0, stream=True)
-        return [answer[1] async for answer in replica.stream(request, "") if not isinstance(answer, Exception)]
+        request = CompletionRequest(
+            prompt="Now is", max_tokens=40, seed=3, temperature=1.0, logprobs=0, stream=True
+        )
+        return [
+            answer[1]
+            async for answer in replica.stream(request, "")
+            if not isinstance(answer, Exception)
+        ]
 
     whole = [one for chunk in asyncio.run(ask([])) for one in chunk.logprobs]
     text = "".join(one.token for one in whole)
@@ -107,7 +128,9 @@ def test_logprobs_tell_nothing_of_what_is_blocked(tmp_path: Path) -> None:
         before += chunk.text
         told += chunk.logprobs
         assert text.startswith(before)
-        assert len("".join(one.token for one in told)) <= len(before), "no token is told before its text is shown"
+        assert len("".join(one.token for one in told)) <= len(before), (
+            "no token is told before its text is shown"
+        )
     assert told == whole[: len(told)]
     assert word not in before
     assert told[-1].offset < len(before), "and all before it are"
@@ -115,7 +138,9 @@ def test_logprobs_tell_nothing_of_what_is_blocked(tmp_path: Path) -> None:
 
 def test_a_blocklist_is_a_file_with_a_phrase_a_line(tmp_path: Path) -> None:
     file = tmp_path / "blocked.txt"
-    file.write_text("# ours\n\n bad word \n  # and\nstraße\n", encoding="utf-8-sig")  # as Windows' Notepad does
+    file.write_text(
+        "# ours\n\n bad word \n  # and\nstraße\n", encoding="utf-8-sig"
+    )  # as Windows' Notepad does
     assert read(file) == ["bad word", "straße"]
     file.write_text("# ours\n\n")
     with pytest.raises(ValueError, match=r"blocked\.txt holds no phrase"):

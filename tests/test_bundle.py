@@ -35,8 +35,14 @@ def folder(tmp_path: Path) -> Path:
 def test_every_file_is_in_the_manifest(folder: Path) -> None:
     manifest = bundle.verify(folder)
     assert manifest["files"] == {
-        "model.onnx": {"bytes": 5000, "sha256": "8c0cdcc073c4e57115e9968a329b0e8a2b7a2a29852ac0dbe8e4dc445ab3ed92"},
-        "transformers/config.json": {"bytes": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"},
+        "model.onnx": {
+            "bytes": 5000,
+            "sha256": "8c0cdcc073c4e57115e9968a329b0e8a2b7a2a29852ac0dbe8e4dc445ab3ed92",
+        },
+        "transformers/config.json": {
+            "bytes": 2,
+            "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+        },
     }
     assert manifest["commit"] is None
     assert bundle.size(manifest) == 5002
@@ -50,17 +56,38 @@ def test_writing_again_does_not_count_the_manifest(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda folder: (folder / "model.onnx").write_bytes(b"Graph" * 1000), r"model\.onnx is not what its bundle promises"),
-        (lambda folder: (folder / "model.onnx").write_bytes(b"graph"), r"model\.onnx has 5 bytes where its bundle promises 5000"),
-        (lambda folder: shutil.rmtree(folder / "transformers"), r"transformers/config\.json is missing"),
+        (
+            lambda folder: (folder / "model.onnx").write_bytes(b"Graph" * 1000),
+            r"model\.onnx is not what its bundle promises",
+        ),
+        (
+            lambda folder: (folder / "model.onnx").write_bytes(b"graph"),
+            r"model\.onnx has 5 bytes where its bundle promises 5000",
+        ),
+        (
+            lambda folder: shutil.rmtree(folder / "transformers"),
+            r"transformers/config\.json is missing",
+        ),
         (lambda folder: (folder / "manifest.json").unlink(), "never finished"),
-        (lambda folder: (folder / "manifest.json").write_text('{"kind": "gp'), "manifest.json is damaged"),
-        (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"), "manifest.json is damaged"),
+        (
+            lambda folder: (folder / "manifest.json").write_text('{"kind": "gp'),
+            "manifest.json is damaged",
+        ),
+        (
+            lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"),
+            "manifest.json is damaged",
+        ),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "no JSON object"),
-        (lambda folder: (folder / "manifest.json").write_text('{"kind": "gpt"}'), "lacks created, files"),
+        (
+            lambda folder: (folder / "manifest.json").write_text('{"kind": "gpt"}'),
+            "lacks created, files",
+        ),
         (lambda folder: _edit(folder, kind="vae"), "kind 'vae'"),
         (lambda folder: _edit(folder, files={"model.onnx": 5}), "no list of files"),
-        (lambda folder: _edit(folder, model={"context": 257}), r"manifest\.json is not as it was written"),
+        (
+            lambda folder: _edit(folder, model={"context": 257}),
+            r"manifest\.json is not as it was written",
+        ),
         (lambda folder: _edit(folder, sha256="0" * 64), r"manifest\.json is not as it was written"),
     ],
 )
@@ -79,9 +106,13 @@ def test_no_flipped_bit_of_a_manifest_goes_unseen(folder: Path) -> None:
     place, manifest = folder / "manifest.json", bundle.read(folder)
     content = place.read_bytes()
     for number, byte in enumerate(content):
-        place.write_bytes(content[:number] + bytes([byte ^ 1 << number % 7]) + content[number + 1 :])
+        place.write_bytes(
+            content[:number] + bytes([byte ^ 1 << number % 7]) + content[number + 1 :]
+        )
         with contextlib.suppress(ValueError):
-            assert bundle.read(folder) == manifest, f"byte {number} is {bytes([byte])!r}"  # blank space, at most
+            assert bundle.read(folder) == manifest, (
+                f"byte {number} is {bytes([byte])!r}"
+            )  # blank space, at most
 
 
 def test_an_incomplete_manifest_is_not_written(folder: Path) -> None:

@@ -27,10 +27,19 @@ def root(tmp_path: Path) -> str:
 
 def test_versions_are_told_with_aliases_and_lineage_newest_first(root: str) -> None:
     told = asyncio.run(Catalog().versions(root, "gpt"))
-    assert [(one.id, one.version, one.kind, one.aliases) for one in told] == [("gpt", 2, "gpt", []), ("gpt", 1, "gpt", ["production"])]
+    assert [(one.id, one.version, one.kind, one.aliases) for one in told] == [
+        ("gpt", 2, "gpt", []),
+        ("gpt", 1, "gpt", ["production"]),
+    ]
     manifest = registry.listed(root, "gpt").versions[1]
-    assert (told[1].metrics, told[1].dataset, told[1].commit) == (manifest["metrics"], manifest["dataset"], manifest["commit"])
-    assert told[1].run == {"name": "tiny", "step": 0}, "where the run's storage is, is nobody's business"
+    assert (told[1].metrics, told[1].dataset, told[1].commit) == (
+        manifest["metrics"],
+        manifest["dataset"],
+        manifest["commit"],
+    )
+    assert told[1].run == {"name": "tiny", "step": 0}, (
+        "where the run's storage is, is nobody's business"
+    )
 
 
 def test_a_version_that_is_damaged_is_not_told(root: str) -> None:
@@ -38,7 +47,9 @@ def test_a_version_that_is_damaged_is_not_told(root: str) -> None:
     assert [one.version for one in asyncio.run(Catalog().versions(root, "gpt"))] == [1]
 
 
-@pytest.mark.parametrize("damage", [lambda sample: sample.write_text("something else"), Path.unlink])
+@pytest.mark.parametrize(
+    "damage", [lambda sample: sample.write_text("something else"), Path.unlink]
+)
 def test_a_sample_is_the_version_s_own_as_published_or_none(root: str, damage: Any) -> None:
     sample = Path(root, "gpt/2/sample.txt")
     assert asyncio.run(Catalog().sample(root, "gpt", 2)) == ("gpt", sample.read_bytes())
@@ -49,7 +60,9 @@ def test_a_sample_is_the_version_s_own_as_published_or_none(root: str, damage: A
         asyncio.run(Catalog().sample(root, "gpt", 2))
 
 
-def test_what_was_read_serves_all_who_ask(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_read_serves_all_who_ask(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[str] = []
     listed = registry.listed
 
@@ -70,7 +83,9 @@ def test_what_was_read_serves_all_who_ask(root: str, tmp_path: Path, monkeypatch
     asyncio.run(ask())
 
 
-def test_storage_that_is_away_is_said_and_asked_again(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_is_away_is_said_and_asked_again(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def away(*_: Any) -> Any:
@@ -152,7 +167,9 @@ def test_what_took_long_to_read_is_kept_as_long(root: str, monkeypatch: pytest.M
     asyncio.run(ask())
 
 
-def test_a_storage_that_cannot_be_opened_damages_nothing(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_that_cannot_be_opened_damages_nothing(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It once made every version of a registry an unfinished one, and every alias a damaged one."""
     read_json = storage.read_json
 

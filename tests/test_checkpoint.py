@@ -94,9 +94,19 @@ def damage_old_format(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_missing_manifest, damage_truncated, damage_flipped_byte, damage_missing_file, damage_half_manifest, damage_old_format]
+    "damage",
+    [
+        damage_missing_manifest,
+        damage_truncated,
+        damage_flipped_byte,
+        damage_missing_file,
+        damage_half_manifest,
+        damage_old_format,
+    ],
 )
-def test_a_damaged_checkpoint_is_skipped_aloud_for_the_next_older(tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_skipped_aloud_for_the_next_older(
+    tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoints = saved(tmp_path, 1, 2)
     damage(tmp_path / "checkpoints" / "step_000002")
     with caplog.at_level(logging.WARNING):
@@ -106,11 +116,22 @@ def test_a_damaged_checkpoint_is_skipped_aloud_for_the_next_older(tmp_path: Path
     assert "step_000002 is skipped" in caplog.text
 
 
-@pytest.mark.parametrize("damage", [damage_truncated, damage_flipped_byte, damage_missing_file, damage_half_manifest, damage_old_format])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_truncated,
+        damage_flipped_byte,
+        damage_missing_file,
+        damage_half_manifest,
+        damage_old_format,
+    ],
+)
 def test_with_every_checkpoint_damaged_nothing_starts_over(tmp_path: Path, damage: Any) -> None:
     checkpoints = saved(tmp_path, 1)
     damage(tmp_path / "checkpoints" / "step_000001")
-    with pytest.raises(ValueError, match=r"every checkpoint .* is damaged \(step_000001: .*\): restore one, or"):
+    with pytest.raises(
+        ValueError, match=r"every checkpoint .* is damaged \(step_000001: .*\): restore one, or"
+    ):
         checkpoints.load()
 
 
@@ -129,7 +150,9 @@ def test_the_best_are_kept_beside_the_last(tmp_path: Path) -> None:
     assert [one.step for one in checkpoint.best(checkpoint.complete(str(tmp_path)))] == [6, 2]
 
 
-def test_an_unwritable_store_is_one_sentence_and_older_checkpoints_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_store_is_one_sentence_and_older_checkpoints_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = saved(tmp_path, 1)
 
     def full(*_: object) -> None:
@@ -137,7 +160,10 @@ def test_an_unwritable_store_is_one_sentence_and_older_checkpoints_stay(tmp_path
 
     monkeypatch.setattr(storage, "upload", full)
     checkpoints.save(2, state(2))
-    with pytest.raises(ValueError, match=r"could not be written .*No space left on device.* older ones are untouched"):
+    with pytest.raises(
+        ValueError,
+        match=r"could not be written .*No space left on device.* older ones are untouched",
+    ):
         checkpoints.join()
     step, _ = checkpoints.load() or pytest.fail("nothing was loaded")
     assert step == 1
@@ -167,14 +193,18 @@ def test_a_run_that_went_back_keeps_what_it_writes(tmp_path: Path) -> None:
     assert step == 2
 
 
-def test_a_store_that_can_not_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_can_not_be_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = saved(tmp_path, 1, 2)
 
     def unreachable(*_: object) -> None:
         raise TimeoutError("the store does not answer")
 
     monkeypatch.setattr(checkpoint, "read", unreachable)
-    with pytest.raises(OSError, match=r"checkpoint step_000002 of .* could not be read: the store does not answer"):
+    with pytest.raises(
+        OSError, match=r"checkpoint step_000002 of .* could not be read: the store does not answer"
+    ):
         checkpoints.load()
 
 
@@ -197,7 +227,10 @@ def spread_state(rank: int, world_size: int) -> dict[str, Any]:
     line = torch.arange(15.0)
     share = -(-15 // world_size)
     mine = line[rank * share : (rank + 1) * share]
-    return {"model": {"w": line.view(SHAPE)}, "model_optimizer": {"exp_avg/w": Fragment(mine, rank * share, SHAPE)}}
+    return {
+        "model": {"w": line.view(SHAPE)},
+        "model_optimizer": {"exp_avg/w": Fragment(mine, rank * share, SHAPE)},
+    }
 
 
 def save_together(rank: int, world_size: int, root: str) -> None:
@@ -223,11 +256,17 @@ def full(*_: object) -> None:
 def test_shares_are_put_together_and_all_workers_hear_of_ones_full_disk(tmp_path: Path) -> None:
     workers.spawn(3, save_together, 3, str(tmp_path))
     for rank in range(3):
-        assert "worker 1: [Errno 28] No space left on device" in (tmp_path / f"said-{rank}").read_text()
+        assert (
+            "worker 1: [Errno 28] No space left on device"
+            in (tmp_path / f"said-{rank}").read_text()
+        )
     step, found = Checkpointer(str(tmp_path), {}).load() or pytest.fail("nothing was loaded")
     assert step == 1
     assert torch.equal(found["model_optimizer"]["exp_avg/w"], found["model"]["w"])
     share = next((tmp_path / "checkpoints" / "step_000001").glob("*-00002-of-00003.safetensors"))
     share.unlink()
-    with pytest.raises(ValueError, match=r"model_optimizer-00002-of-00003.safetensors should have \d+ bytes and has none"):
+    with pytest.raises(
+        ValueError,
+        match=r"model_optimizer-00002-of-00003.safetensors should have \d+ bytes and has none",
+    ):
         checkpoint.newest(str(tmp_path))

@@ -11,9 +11,14 @@ def fails(argv: list[str]) -> int:
     raise ValueError(f"the sentence, after {argv}")
 
 
-def test_debug_is_the_command_s_own_before_two_dashes_and_not_after(capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_is_the_command_s_own_before_two_dashes_and_not_after(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.run(fails, ["submit", "--", "train", "--debug"]) == 2
-    assert capsys.readouterr().err == "error: the sentence, after ['submit', '--', 'train', '--debug']\n"
+    assert (
+        capsys.readouterr().err
+        == "error: the sentence, after ['submit', '--', 'train', '--debug']\n"
+    )
     assert cli.run(fails, ["--debug", "submit", "--", "train", "--debug"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("Traceback")

@@ -27,10 +27,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def shell(script: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """A user's terminal at the repository's root: bash, without what other tests' clusters export."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "KILN_"))}
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "KILN_"))
+    }
     path = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env=env | {"PATH": path}, capture_output=True, text=True, timeout=timeout, check=False
+        ["bash", "-c", script],
+        cwd=ROOT,
+        env=env | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
@@ -98,11 +106,17 @@ def test_the_dashboard_answers_this_machine_alone_and_only_with_the_token(up: Pa
     assert httpx.get(f"{dashboard.url}/api/jobs/", timeout=30).status_code == 401
     with pytest.raises(ValueError, match="refuses the token"):
         replace(dashboard, token="wrong").jobs()
-    bound = {item.laddr.ip for item in psutil.net_connections("tcp") if item.status == "LISTEN" and f":{item.laddr.port}" in dashboard.url}
+    bound = {
+        item.laddr.ip
+        for item in psutil.net_connections("tcp")
+        if item.status == "LISTEN" and f":{item.laddr.port}" in dashboard.url
+    }
     assert bound == {"127.0.0.1"}
 
 
-def test_a_port_that_is_taken_is_refused_when_asked_for_and_avoided_when_not(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_refused_when_asked_for_and_avoided_when_not(
+    tmp_path: Path,
+) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -117,22 +131,34 @@ def test_a_port_that_is_taken_is_refused_when_asked_for_and_avoided_when_not(tmp
     assert machine.free_port(None, port) == port
 
 
-def test_a_head_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "_start_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no such luck')"])
+def test_a_head_that_cannot_start_says_why_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        local,
+        "_start_command",
+        lambda *_: [sys.executable, "-c", "raise SystemExit('no such luck')"],
+    )
     with pytest.raises(ValueError, match=r"ended at its start.*no such luck"):
         local.up(str(tmp_path))
     assert kept(tmp_path) == {"head.log"}
 
 
-def test_a_start_that_is_interrupted_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_is_interrupted_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launch, begun = local._launch, []
 
     def interrupted(planned: local.Head, num_cpus: int | None) -> local.Head:
         begun.append(launch(planned, num_cpus))
-        storage.write_json(planned.home / "state.json", planned.__dict__)  # as before its process id was known
+        storage.write_json(
+            planned.home / "state.json", planned.__dict__
+        )  # as before its process id was known
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(local, "_start_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(
+        local, "_start_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(600)"]
+    )
     monkeypatch.setattr(local, "_launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         local.up(str(tmp_path))
@@ -145,11 +171,17 @@ def test_two_ups_at_once_start_one_head(tmp_path: Path) -> None:
     up = f"python -m cluster up --storage {tmp_path} --num-cpus 1"
     both = shell(f"{up} & {up}; wait")
     try:
-        assert both.stdout.count("Ray is up at") == both.stdout.count("Ray runs already at") == 1, both.stderr
+        assert both.stdout.count("Ray is up at") == both.stdout.count("Ray runs already at") == 1, (
+            both.stderr
+        )
     finally:
         ended = shell(f"python -m cluster down --storage {tmp_path}").stdout
     assert "Ray is down" in ended
-    assert not [process for process in psutil.process_iter() if str(tmp_path) in " ".join(environment(process).values())]
+    assert not [
+        process
+        for process in psutil.process_iter()
+        if str(tmp_path) in " ".join(environment(process).values())
+    ]
 
 
 def environment(process: psutil.Process) -> dict[str, str]:
@@ -162,7 +194,9 @@ def environment(process: psutil.Process) -> dict[str, str]:
 def test_a_port_that_is_none_is_one_sentence(tmp_path: Path) -> None:
     answer = shell(f"python -m cluster up --storage {tmp_path} --port 70000")
     assert answer.returncode == 2
-    assert answer.stderr.endswith("error: argument --port: '70000' is not a port: use a number from 1 to 65535\n")
+    assert answer.stderr.endswith(
+        "error: argument --port: '70000' is not a port: use a number from 1 to 65535\n"
+    )
 
 
 def test_a_private_cluster_needs_nothing_that_an_earlier_one_left() -> None:
@@ -175,9 +209,13 @@ def test_a_private_cluster_needs_nothing_that_an_earlier_one_left() -> None:
 # Jobs
 
 
-def test_the_readmes_submission_trains_and_keeps_its_files_in_the_cluster_s_storage(up: Path) -> None:
+def test_the_readmes_submission_trains_and_keeps_its_files_in_the_cluster_s_storage(
+    up: Path,
+) -> None:
     submission = "ray job submit --working-dir . -- python -m train gpt --config gpt-tiny"
-    answer = shell(f"source {up}/cluster/env && {submission} --run.name submitted --parallel.workers 2")
+    answer = shell(
+        f"source {up}/cluster/env && {submission} --run.name submitted --parallel.workers 2"
+    )
     assert answer.returncode == 0, answer.stdout[-3000:]
     assert "succeeded" in answer.stdout
     summary = json.loads((up / "runs" / "submitted" / "summary.json").read_text())
@@ -185,7 +223,9 @@ def test_the_readmes_submission_trains_and_keeps_its_files_in_the_cluster_s_stor
     assert head_of(up).dashboard.jobs()[-1]["status"] == "SUCCEEDED"
 
 
-def test_submit_runs_the_same_python_in_a_copy_of_the_working_directory_and_exits_as_the_job_did(up: Path) -> None:
+def test_submit_runs_the_same_python_in_a_copy_of_the_working_directory_and_exits_as_the_job_did(
+    up: Path,
+) -> None:
     script = "import os, sys; print([sys.executable, os.path.exists('cluster.yaml'), os.path.exists('.venv'), *sys.argv[1:]]); sys.exit(3)"
     answer = shell(f'python -m cluster submit --storage {up} -- python -c "{script}" --debug')
     assert answer.returncode == 1
@@ -194,9 +234,7 @@ def test_submit_runs_the_same_python_in_a_copy_of_the_working_directory_and_exit
 
 
 def test_a_job_that_was_stopped_is_not_a_success(up: Path) -> None:
-    following = (
-        f"source {up}/cluster/env; python -m cluster submit -- python -c 'import time; print(\"here\", flush=True); time.sleep(300)'"
-    )
+    following = f"source {up}/cluster/env; python -m cluster submit -- python -c 'import time; print(\"here\", flush=True); time.sleep(300)'"
     stop = """while read -r line; do echo "$line"; case "$line" in job*) id=$(echo "$line" | cut -d' ' -f2);; here) ray job stop $id > /dev/null;; esac; done"""
     answer = shell(f"set -o pipefail; source {up}/cluster/env; ( {following} ) | ( {stop} )")
     assert answer.returncode == 1
@@ -210,13 +248,17 @@ def test_a_log_that_breaks_off_is_not_the_job_s_end(
         yield "begun\n"
         raise RuntimeError("WebSocket connection closed")
 
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")  # of another cluster that this process has joined
+    monkeypatch.setenv(
+        "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1"
+    )  # of another cluster that this process has joined
     monkeypatch.setattr(JobSubmissionClient, "tail_job_logs", broken)
     assert jobs.submit(head_of(up).dashboard, ["sleep", "1"], str(tmp_path)) == 0
     assert "broke off (WebSocket connection closed)" in capsys.readouterr().out
 
 
-def test_a_storage_that_is_named_wins_over_the_cluster_that_was_joined(up: Path, tmp_path: Path) -> None:
+def test_a_storage_that_is_named_wins_over_the_cluster_that_was_joined(
+    up: Path, tmp_path: Path
+) -> None:
     answer = shell(f"source {up}/cluster/env; python -m cluster status --storage {tmp_path}")
     assert answer.returncode == 2
     assert f"no cluster is up for storage {tmp_path}" in answer.stderr
@@ -276,14 +318,17 @@ def test_down_ends_a_running_job_and_its_children_and_nobody_else(
     import ray
 
     child = "import time; time.sleep(600)"  # in a session of its own, as a stray server would be
-    parent = (
-        f"import subprocess, sys; print('begun', subprocess.Popen([sys.executable, '-c', '{child}'], start_new_session=True).pid); {child}"
+    parent = f"import subprocess, sys; print('begun', subprocess.Popen([sys.executable, '-c', '{child}'], start_new_session=True).pid); {child}"
+    submitted = shell(
+        f'source {fresh}/cluster/env; ray job submit --no-wait --submission-id long -- python -c "{parent}"'
     )
-    submitted = shell(f'source {fresh}/cluster/env; ray job submit --no-wait --submission-id long -- python -c "{parent}"')
     assert submitted.returncode == 0, submitted.stdout
     head = head_of(fresh)
     deadline = time.monotonic() + 60
-    while "begun" not in (logs := shell(f"source {fresh}/cluster/env; ray job logs long").stdout) and time.monotonic() < deadline:
+    while (
+        "begun" not in (logs := shell(f"source {fresh}/cluster/env; ray job logs long").stdout)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.5)
     grandchild = psutil.Process(int(logs.split("begun ")[1].split()[0]))
     children = psutil.Process(head.pid).children(recursive=True)
@@ -303,7 +348,9 @@ def test_down_ends_a_running_job_and_its_children_and_nobody_else(
     assert "nothing to end" in shell(f"python -m cluster down --storage {fresh}").stdout
 
 
-def test_a_head_is_not_up_before_its_agent_which_starts_jobs(up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_is_not_up_before_its_agent_which_starts_jobs(
+    up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head = local.find(str(up))
     assert head is not None
     monkeypatch.setattr(local, "START_TIMEOUT_S", 1)
@@ -325,15 +372,21 @@ def test_up_after_a_crash_clears_what_is_left_and_starts_anew(fresh: Path) -> No
 
 
 def record(storage: Path, **fields: Any) -> local.Head:
-    head = local.Head("0" * 32, socket.gethostname(), 1, 0.0, 6379, 8265, "/tmp/kiln-gone", str(storage))
+    head = local.Head(
+        "0" * 32, socket.gethostname(), 1, 0.0, 6379, 8265, "/tmp/kiln-gone", str(storage)
+    )
     head = replace(head, **fields)
     (storage / "cluster").mkdir()
     (storage / "cluster" / "state.json").write_text(json.dumps(head.__dict__))
     return head
 
 
-@pytest.mark.parametrize("recycled", [True, False], ids=["recycled id", "same id and start, not our mark"])
-def test_a_recorded_process_id_is_never_enough_to_end_a_process(tmp_path: Path, bystander: subprocess.Popen[bytes], recycled: bool) -> None:
+@pytest.mark.parametrize(
+    "recycled", [True, False], ids=["recycled id", "same id and start, not our mark"]
+)
+def test_a_recorded_process_id_is_never_enough_to_end_a_process(
+    tmp_path: Path, bystander: subprocess.Popen[bytes], recycled: bool
+) -> None:
     started = psutil.Process(bystander.pid).create_time()
     head = record(tmp_path, pid=bystander.pid, started=started - 3600 if recycled else started)
     assert head.alive() is not recycled
@@ -347,14 +400,23 @@ def test_a_head_on_another_machine_is_left_alone(tmp_path: Path) -> None:
         local.down(str(tmp_path))
 
 
-@pytest.mark.parametrize("fields", [{"temp_dir": "/tmp/kiln-x/../../home"}, {"temp_dir": "/home"}, {"id": None}, {"id": ""}])
-def test_a_state_file_that_up_never_wrote_harms_nothing(tmp_path: Path, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{"temp_dir": "/tmp/kiln-x/../../home"}, {"temp_dir": "/home"}, {"id": None}, {"id": ""}],
+)
+def test_a_state_file_that_up_never_wrote_harms_nothing(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
     record(tmp_path, **fields)
-    with pytest.raises(ValueError, match=rf"state\.json: {next(iter(fields))} is .*delete the file"):
+    with pytest.raises(
+        ValueError, match=rf"state\.json: {next(iter(fields))} is .*delete the file"
+    ):
         local.down(str(tmp_path))
 
 
-def test_down_forgets_nothing_while_a_process_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_down_forgets_nothing_while_a_process_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head = record(tmp_path)
     survivor = subprocess.Popen(["sleep", "600"], env={local.MARK: head.id, "PATH": os.defpath})
     monkeypatch.setattr(machine, "end", lambda *_: 0)
@@ -392,7 +454,9 @@ def cloud(request: pytest.FixtureRequest) -> dict[str, Any]:
     return config
 
 
-def test_a_cloud_cluster_has_the_promised_nodes_and_trains_on_workers_only(cloud: dict[str, Any]) -> None:
+def test_a_cloud_cluster_has_the_promised_nodes_and_trains_on_workers_only(
+    cloud: dict[str, Any],
+) -> None:
     types = validated(cloud)["available_node_types"]
     assert set(types) == {"head", "gpu_spot", "gpu_on_demand", "cpu"}
     assert types["head"]["resources"]["CPU"] == 0
@@ -400,9 +464,14 @@ def test_a_cloud_cluster_has_the_promised_nodes_and_trains_on_workers_only(cloud
     assert types["gpu_spot"]["priority"] > types["gpu_on_demand"].get("priority", 0)
 
 
-def test_a_cloud_cluster_s_nodes_require_the_token_and_hide_the_dashboard(cloud: dict[str, Any]) -> None:
+def test_a_cloud_cluster_s_nodes_require_the_token_and_hide_the_dashboard(
+    cloud: dict[str, Any],
+) -> None:
     prepared = validated(cloud)
-    head, worker = prepared["head_start_ray_commands"][-1], prepared["worker_start_ray_commands"][-1]
+    head, worker = (
+        prepared["head_start_ray_commands"][-1],
+        prepared["worker_start_ray_commands"][-1],
+    )
     assert "--dashboard-host=127.0.0.1" in head
     assert all(command.startswith(". ~/kiln.env; ulimit") for command in (head, worker))
     settings = next(command for command in prepared["setup_commands"] if "kiln.env" in command)
@@ -414,8 +483,16 @@ def test_a_cloud_cluster_s_nodes_require_the_token_and_hide_the_dashboard(cloud:
 def test_a_cloud_cluster_installs_the_locked_versions_only(cloud: dict[str, Any]) -> None:
     prepared = validated(cloud)
     assert prepared["file_mounts"]["~/requirements.lock"] == "requirements.lock"
-    locked = {line.split("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line}
-    installs = [command.split("pip install --quiet ")[1] for command in every_setup(prepared) if "pip install" in command]
+    locked = {
+        line.split("==")[0]
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if "==" in line
+    }
+    installs = [
+        command.split("pip install --quiet ")[1]
+        for command in every_setup(prepared)
+        if "pip install" in command
+    ]
     assert installs
     for install in installs:
         source, lock, *packages = install.split()
@@ -424,11 +501,19 @@ def test_a_cloud_cluster_installs_the_locked_versions_only(cloud: dict[str, Any]
 
 
 def every_setup(prepared: dict[str, Any]) -> list[str]:
-    parts = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
+    parts = (
+        "initialization_commands",
+        "setup_commands",
+        "head_setup_commands",
+        "worker_setup_commands",
+    )
     return [command for part in parts for command in prepared[part]]
 
 
-@pytest.mark.parametrize("typo", [("max_worker",), ("available_node_types", "gpu_spot", "min_worker"), ("idle_timeout_minute",)])
+@pytest.mark.parametrize(
+    "typo",
+    [("max_worker",), ("available_node_types", "gpu_spot", "min_worker"), ("idle_timeout_minute",)],
+)
 def test_a_typo_is_refused_by_ray_s_validator(typo: tuple[str, ...]) -> None:
     import jsonschema
 

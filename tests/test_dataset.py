@@ -54,6 +54,9 @@ def test_names_folders_and_globs(tree: Path, pattern: str, fixed: str, expected:
 
 def test_another_kind_of_file_is_named(tree: Path) -> None:
     (tree / "x" / "z.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"x/z\.png is not one of the files expected here \(\.txt, \.md\): .* such as 'folder/\*\.txt'"):
+    with pytest.raises(
+        ValueError,
+        match=r"x/z\.png is not one of the files expected here \(\.txt, \.md\): .* such as 'folder/\*\.txt'",
+    ):
         find_files("x", SUFFIXES)
     assert list(find_files("x/*.txt", SUFFIXES)) == [str(tree / "x" / "c.txt")]

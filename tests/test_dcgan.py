@@ -21,7 +21,9 @@ def labels_for(config: DcganConfig, count: int) -> Tensor | None:
     return torch.arange(count) % config.num_classes if config.num_classes else None
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.image_size}x{c.channels}c{c.num_classes}")
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda c: f"{c.image_size}x{c.channels}c{c.num_classes}"
+)
 def test_shapes_and_range(config: DcganConfig) -> None:
     torch.manual_seed(0)
     labels = labels_for(config, 3)
@@ -38,10 +40,17 @@ def test_a_picture_does_not_depend_on_its_company(net: str, num_classes: int) ->
     torch.manual_seed(0)
     config = DcganConfig(latent_dim=16, width=4, num_classes=num_classes)
     module = (Generator if net == "generator" else Critic)(config).double()
-    inputs = torch.randn(4, 16).double() if net == "generator" else torch.randn(4, 1, 32, 32).double()
+    inputs = (
+        torch.randn(4, 16).double() if net == "generator" else torch.randn(4, 1, 32, 32).double()
+    )
     labels = labels_for(config, 4)
     together = module(inputs, labels)
-    alone = torch.cat([module(inputs[i : i + 1], labels[i : i + 1] if labels is not None else None) for i in range(4)])
+    alone = torch.cat(
+        [
+            module(inputs[i : i + 1], labels[i : i + 1] if labels is not None else None)
+            for i in range(4)
+        ]
+    )
     assert torch.allclose(together, alone, atol=1e-12)
     assert torch.equal(module.eval()(inputs, labels), together)
 
@@ -71,7 +80,9 @@ def test_norms_are_where_they_are_asked_for() -> None:
     served = Generator(config).eval()
     latents = torch.randn(4, 16)
     alone = torch.cat([served(latents[i : i + 1]) for i in range(4)])
-    assert torch.allclose(served(latents), alone, atol=1e-6), "served, a picture does not depend on its company"
+    assert torch.allclose(served(latents), alone, atol=1e-6), (
+        "served, a picture does not depend on its company"
+    )
     with pytest.raises(ValueError, match=r"norm is group or batch and critic_norm none or layer"):
         DcganConfig(critic_norm="batch")
 
@@ -82,17 +93,27 @@ def test_the_critic_has_no_sigmoid_and_no_batch_norm() -> None:
         assert not [module for module in Critic(config).modules() if isinstance(module, forbidden)]
     torch.manual_seed(0)
     critic = Critic(DcganConfig(width=4))
-    for bias in (module.bias for module in critic.modules() if isinstance(module, nn.Conv2d | nn.Linear)):
+    for bias in (
+        module.bias for module in critic.modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    ):
         nn.init.zeros_(bias)  # type: ignore[arg-type]
     images = torch.randn(2, 1, 32, 32)
-    assert torch.allclose(critic(1000 * images), 1000 * critic(images), rtol=1e-4), "a score must not saturate"
+    assert torch.allclose(critic(1000 * images), 1000 * critic(images), rtol=1e-4), (
+        "a score must not saturate"
+    )
 
 
 def test_the_class_changes_picture_and_score() -> None:
     torch.manual_seed(0)
     config = DcganConfig(latent_dim=16, width=4, num_classes=5)
-    latent, image = torch.randn(1, 16).expand(5, -1), torch.randn(1, 1, 32, 32).expand(5, -1, -1, -1)
-    assert len(Generator(config)(latent, torch.arange(5)).detach().round(decimals=4).unique(dim=0)) == 5
+    latent, image = (
+        torch.randn(1, 16).expand(5, -1),
+        torch.randn(1, 1, 32, 32).expand(5, -1, -1, -1),
+    )
+    assert (
+        len(Generator(config)(latent, torch.arange(5)).detach().round(decimals=4).unique(dim=0))
+        == 5
+    )
     assert len(Critic(config)(image, torch.arange(5)).detach().unique()) == 5
 
 
@@ -115,7 +136,15 @@ def test_a_generator_is_rebuilt_from_its_arguments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("image_size", 48), ("image_size", 0), ("channels", 4), ("latent_dim", 0), ("width", 0), ("num_classes", -1)]
+    ("field", "value"),
+    [
+        ("image_size", 48),
+        ("image_size", 0),
+        ("channels", 4),
+        ("latent_dim", 0),
+        ("width", 0),
+        ("num_classes", -1),
+    ],
 )
 def test_a_shape_that_cannot_be_is_refused(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):

@@ -23,9 +23,21 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     # Not on the session's cluster: the demo brings its own. A session of its own, as a terminal gives, so that Ctrl-C can reach all of it.
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Of a user's own, and neither of them the way to what the demo starts.
-    env |= {"RAY_AUTH_TOKEN": "another cluster's", "HTTP_PROXY": "http://127.0.0.1:1", "http_proxy": "http://127.0.0.1:1"}
+    env |= {
+        "RAY_AUTH_TOKEN": "another cluster's",
+        "HTTP_PROXY": "http://127.0.0.1:1",
+        "http_proxy": "http://127.0.0.1:1",
+    }
     command = [sys.executable, "-m", "cluster", "demo", "--storage", str(folder), *options]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def left_of(folder: Path) -> list[str]:
@@ -33,7 +45,10 @@ def left_of(folder: Path) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            if str(folder) in " ".join([*process.cmdline(), *process.environ().values()]) and process.pid != os.getpid():
+            if (
+                str(folder) in " ".join([*process.cmdline(), *process.environ().values()])
+                and process.pid != os.getpid()
+            ):
                 found.append(" ".join(process.cmdline())[:80])
         except psutil.Error:
             continue
@@ -61,8 +76,12 @@ def test_the_whole_road_at_tiny_size(tmp_path: Path) -> None:
     assert left_of(tmp_path) == []
 
 
-@pytest.mark.parametrize(("stop", "during"), [(signal.SIGINT, "run demo-gpt"), (signal.SIGHUP, "   its dashboard:")])
-def test_ctrl_c_and_a_closed_terminal_leave_no_process(tmp_path: Path, stop: signal.Signals, during: str) -> None:
+@pytest.mark.parametrize(
+    ("stop", "during"), [(signal.SIGINT, "run demo-gpt"), (signal.SIGHUP, "   its dashboard:")]
+)
+def test_ctrl_c_and_a_closed_terminal_leave_no_process(
+    tmp_path: Path, stop: signal.Signals, during: str
+) -> None:
     demo = start(tmp_path, "--preset", "tiny")
     assert demo.stdout is not None
     for line in demo.stdout:
@@ -78,12 +97,17 @@ def test_ctrl_c_and_a_closed_terminal_leave_no_process(tmp_path: Path, stop: sig
 
 def test_a_text_that_breaks_off_is_one_sentence(tmp_path: Path) -> None:
     stream = 'data: {"choices": [{"text": "To"}]}\n\ndata: {"error": {"message": "the engine is gone"}}\n\n'
-    answering = httpx.Client(base_url="http://demo", transport=httpx.MockTransport(lambda request: httpx.Response(200, text=stream)))
+    answering = httpx.Client(
+        base_url="http://demo",
+        transport=httpx.MockTransport(lambda request: httpx.Response(200, text=stream)),
+    )
     with pytest.raises(ValueError, match=r"the endpoint broke off its text \(the engine is gone\)"):
         Demo(tmp_path, "tiny")._stream_text(answering, 8)
 
 
-def test_the_demo_s_folder_is_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_s_folder_is_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     bucket = "s3://bucket/kiln?region=us-east-1"  # named, so that nobody asks the network for it
     monkeypatch.setenv("KILN_STORAGE", bucket)

@@ -31,7 +31,9 @@ VOCAB = 257
 def byte_tokenizer() -> Tokenizer:
     """A byte-level BPE without merges: one token a byte, and the end of text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
@@ -125,7 +127,10 @@ def reference_tokens(prompt: str, sampling: Sampling) -> list[int]:
             presence=sampling.presence_penalty,
             frequency=sampling.frequency_penalty,
         )
-        how = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "seed", "choice")}
+        how = {
+            name: getattr(sampling, name)
+            for name in ("temperature", "top_k", "top_p", "seed", "choice")
+        }
         tokens.append(sample(logits, position=len(tokens), **how))
     return tokens
 
@@ -133,7 +138,9 @@ def reference_tokens(prompt: str, sampling: Sampling) -> list[int]:
 def reference(prompt: str, sampling: Sampling) -> str:
     """The text of a request."""
     text = byte_tokenizer().decode(reference_tokens(prompt, sampling))
-    return text[: min((text.find(stop) for stop in sampling.stop if stop in text), default=len(text))]
+    return text[
+        : min((text.find(stop) for stop in sampling.stop if stop in text), default=len(text))
+    ]
 
 
 # ---- the scheduler
@@ -166,7 +173,11 @@ def test_nobody_can_fill_the_queue_for_the_others() -> None:
     assert [scheduler.add([sequence]) for sequence in greedy] == [[]] * 5 + [[greedy[5]]]
     scheduler.prefills()
     modest = [Sequence([1], client="modest") for _ in range(3)]
-    assert [scheduler.add([sequence]) for sequence in modest] == [[greedy[4]], [greedy[3]], [modest[2]]]
+    assert [scheduler.add([sequence]) for sequence in modest] == [
+        [greedy[4]],
+        [greedy[3]],
+        [modest[2]],
+    ]
     assert scheduler.add([greedy[5]]) == [greedy[5]]
     assert scheduler.waiting == 4
 
@@ -177,7 +188,12 @@ def request_of(client: str, n: int = 1) -> list[Sequence]:
 
 def test_a_request_that_has_begun_goes_on_whoever_comes() -> None:
     scheduler = Scheduler(slots=2, queue_limit=4, chunk_size=8)
-    begun, later, modest, other = request_of("greedy", 4), request_of("greedy", 2), request_of("modest"), request_of("other")
+    begun, later, modest, other = (
+        request_of("greedy", 4),
+        request_of("greedy", 2),
+        request_of("modest"),
+        request_of("other"),
+    )
     assert scheduler.add(begun) == []
     scheduler.prefills()  # two of its texts run, two wait
     assert scheduler.add(later) == []
@@ -188,7 +204,9 @@ def test_a_request_that_has_begun_goes_on_whoever_comes() -> None:
         sequence.tokens.append(0)
         scheduler.remove(sequence)  # finished
     assert scheduler.add(request_of("third")) == scheduler.add(request_of("fourth")) == []
-    assert scheduler.add(other) == other, "its finished texts were sent: the others still belong to what has begun"
+    assert scheduler.add(other) == other, (
+        "its finished texts were sent: the others still belong to what has begun"
+    )
     assert [chunk.sequence for chunk in scheduler.prefills()] == [begun[2], *modest]
 
 
@@ -242,13 +260,23 @@ def test_prompts_are_cut_at_the_same_places_whatever_else_runs() -> None:
         for chunk in chunks:
             seen.append((chunk.sequence is long, chunk.start, chunk.ids))
             chunk.sequence.cached += len(chunk.ids)
-    assert seen == [(False, 0, [1, 2]), (True, 0, [0, 1, 2, 3]), (True, 4, [4, 5, 6, 7]), (True, 8, [8, 9])]
+    assert seen == [
+        (False, 0, [1, 2]),
+        (True, 0, [0, 1, 2, 3]),
+        (True, 4, [4, 5, 6, 7]),
+        (True, 8, [8, 9]),
+    ]
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["add", "add", "step", "leave"]), st.integers(0, 30), st.sampled_from([1, 4]), st.sampled_from("abc")),
+        st.tuples(
+            st.sampled_from(["add", "add", "step", "leave"]),
+            st.integers(0, 30),
+            st.sampled_from([1, 4]),
+            st.sampled_from("abc"),
+        ),
         max_size=60,
     )
 )
@@ -259,7 +287,9 @@ def test_no_slot_leaks_and_no_sequence_is_lost(events: list[tuple[str, int, int,
     for what, number, n, client in events:
         if what == "add":
             prompt = list(range(number % 13 + 1)) if number < 20 else [7] * (number % 13 + 1)
-            request = [Sequence(prompt, Sampling(max_tokens=number % 8 + 1), client) for _ in range(n)]
+            request = [
+                Sequence(prompt, Sampling(max_tokens=number % 8 + 1), client) for _ in range(n)
+            ]
             refused = added(scheduler, request, alive)
             alive = [sequence for sequence in alive + request if sequence not in refused]
         elif what == "leave" and alive:
@@ -276,7 +306,10 @@ def test_no_slot_leaks_and_no_sequence_is_lost(events: list[tuple[str, int, int,
     while alive:
         before = sum(len(sequence.tokens) + sequence.cached for sequence in alive), len(alive)
         step(scheduler, alive, held)
-        assert (sum(len(sequence.tokens) + sequence.cached for sequence in alive), len(alive)) != before
+        assert (
+            sum(len(sequence.tokens) + sequence.cached for sequence in alive),
+            len(alive),
+        ) != before
     assert scheduler.idle
     scheduler.add([Sequence([99]), Sequence([99])])
     assert {chunk.sequence.slot for chunk in scheduler.prefills()} == {0, 1}
@@ -293,9 +326,13 @@ def added(scheduler: Scheduler, request: list[Sequence], alive: list[Sequence]) 
         return leaving
     assert (room >= len(request)) == (not leaving)
     for sequence in leaving:
-        assert not any(one.slot is not None or one.tokens for one in sequence.request), "what has begun goes on"
+        assert not any(one.slot is not None or one.tokens for one in sequence.request), (
+            "what has begun goes on"
+        )
         assert set(sequence.request) <= set(leaving), "as a whole"
-        assert waited[sequence.client] > waited[request[0].client] + len(request), "the newcomer's client had less"
+        assert waited[sequence.client] > waited[request[0].client] + len(request), (
+            "the newcomer's client had less"
+        )
     return leaving
 
 
@@ -332,22 +369,36 @@ def test_chunks_that_prompts_begin_with_alike_are_computed_once(copies: bool) ->
         for chunk in scheduler.prefills():
             computed[chunk.sequence.slot].append((chunk.start, chunk.source))
             chunk.sequence.cached = chunk.start + len(chunk.ids)
-    assert computed == {0: [(0, None), (4, None), (8, None)], 1: [(8, 0)] if copies else [(0, None), (4, None), (8, None)]}
+    assert computed == {
+        0: [(0, None), (4, None), (8, None)],
+        1: [(8, 0)] if copies else [(0, None), (4, None), (8, None)],
+    }
     scheduler.remove(first)
-    scheduler.add([again := Sequence(list(range(8)))])  # in the first's slot, which holds its first chunk: the last is for the logits
+    scheduler.add(
+        [again := Sequence(list(range(8)))]
+    )  # in the first's slot, which holds its first chunk: the last is for the logits
     assert [(chunk.start, chunk.source) for chunk in scheduler.prefills()] == [(4, None)]
     scheduler.remove(again)
     scheduler.remove(second)
     scheduler.forget(0)
     scheduler.add([Sequence(list(range(8)))])
-    assert scheduler.prefills()[0] == Prefill(ANY, [4, 5, 6, 7], 4, 1) if copies else Prefill(ANY, [0, 1, 2, 3], 0)
+    assert (
+        scheduler.prefills()[0] == Prefill(ANY, [4, 5, 6, 7], 4, 1)
+        if copies
+        else Prefill(ANY, [0, 1, 2, 3], 0)
+    )
 
 
 # ---- text
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.one_of(st.lists(st.integers(0, 255), max_size=30), st.text(max_size=12).map(lambda text: byte_tokenizer().encode(text).ids)))
+@given(
+    st.one_of(
+        st.lists(st.integers(0, 255), max_size=30),
+        st.text(max_size=12).map(lambda text: byte_tokenizer().encode(text).ids),
+    )
+)
 def test_pieces_join_to_the_decoded_text(ids: list[int]) -> None:
     stream = TextStream(byte_tokenizer())
     assert "".join(map(stream.push, ids)) + stream.flush() == byte_tokenizer().decode(ids)
@@ -361,7 +412,13 @@ def test_no_half_character_is_shown() -> None:
 
 def test_a_token_that_is_no_whole_character_is_spelled_by_its_bytes() -> None:
     tokenizer = byte_tokenizer()
-    assert [spelled(tokenizer, token) for token in tokenizer.encode("A €").ids] == ["A", " ", r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac"]
+    assert [spelled(tokenizer, token) for token in tokenizer.encode("A €").ids] == [
+        "A",
+        " ",
+        r"bytes:\xe2",
+        r"bytes:\x82",
+        r"bytes:\xac",
+    ]
     assert spelled(tokenizer, EOS) == "<|endoftext|>"
     # Every byte beyond ASCII, as UTF-8 may have it: "ÿ" and the like are two bytes each.
     encoded = "".join(map(chr, range(128, 0x800))).encode()
@@ -410,7 +467,9 @@ def test_the_same_text_alone_and_in_company() -> None:
             alone = [(await whole(engine.submit(*request))).text for request in REQUESTS]
             assert session.largest_batch == 1
             assert alone == expected
-            results = await asyncio.gather(*(whole(engine.submit(*request)) for request in REQUESTS))
+            results = await asyncio.gather(
+                *(whole(engine.submit(*request)) for request in REQUESTS)
+            )
             assert [result.text for result in results] == expected
             assert session.largest_batch == 3
             assert max(session.prefill_sizes) == 8
@@ -434,11 +493,16 @@ class Visit:
             async for chunk in chunks:
                 before = self.heard.get(chunk.choice)
                 self.heard[chunk.choice] = chunk if before is None else before + chunk
-                if self.leaves is not None and sum(one.completion_tokens for one in self.heard.values()) >= self.leaves:
+                if (
+                    self.leaves is not None
+                    and sum(one.completion_tokens for one in self.heard.values()) >= self.leaves
+                ):
                     return
 
     async def run(self, engine: Engine) -> None:
-        listening = asyncio.create_task(self.listen(engine.submit(self.prompt, self.sampling, n=self.n)))
+        listening = asyncio.create_task(
+            self.listen(engine.submit(self.prompt, self.sampling, n=self.n))
+        )
         if self.leaves == 0:
             await asyncio.sleep(0)
             listening.cancel()
@@ -460,7 +524,9 @@ class Visit:
                 assert (chunk.text, chunk.completion_tokens) == (text, len(spelling))
             if chunk is not None:
                 assert text.startswith(chunk.text)
-                assert [told.token for told in chunk.logprobs] == spelling[: chunk.completion_tokens]
+                assert [told.token for told in chunk.logprobs] == spelling[
+                    : chunk.completion_tokens
+                ]
 
 
 STEM = "O Romeo, Romeo! wherefore"
@@ -507,7 +573,10 @@ def test_a_stream_adds_up_to_the_whole_and_counts_its_tokens() -> None:
         async with engine_of(HashSession(step_s=0.001), interval_s=0.005) as engine:
             prompt, sampling = REQUESTS[0]
             chunks = [chunk async for chunk in engine.submit(prompt, sampling).chunks()]
-            assert "".join(chunk.text for chunk in chunks) == (await whole(engine.submit(prompt, sampling))).text
+            assert (
+                "".join(chunk.text for chunk in chunks)
+                == (await whole(engine.submit(prompt, sampling))).text
+            )
             assert 1 < len(chunks) < 30, "tokens that are ready together go together"
             assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
             assert chunks[-1] == Chunk(chunks[-1].text, 5, 30, "length")
@@ -517,14 +586,20 @@ def test_a_stream_adds_up_to_the_whole_and_counts_its_tokens() -> None:
 
 def test_the_more_texts_are_streamed_the_rarer_are_the_chunks_of_each() -> None:
     async def scenario() -> None:
-        async with engine_of(HashSession(slots=5, context=4000, step_s=0.002), interval_s=0.01, chunks_per_s=20) as engine:
-            nobody_waits_for_it = asyncio.create_task(engine.submit("To be", Sampling(max_tokens=3000, temperature=0)).results())
+        async with engine_of(
+            HashSession(slots=5, context=4000, step_s=0.002), interval_s=0.01, chunks_per_s=20
+        ) as engine:
+            nobody_waits_for_it = asyncio.create_task(
+                engine.submit("To be", Sampling(max_tokens=3000, temperature=0)).results()
+            )
             async with contextlib.AsyncExitStack() as stack:
                 for begun, pause_s in enumerate((0.05, 0.1, 0.15, 0.2)):
                     stream = engine.submit("To be", Sampling(max_tokens=3000, temperature=0))
                     chunks = await stack.enter_async_context(contextlib.aclosing(stream.chunks()))
                     assert engine.streaming == begun
-                    assert (await anext(chunks)).completion_tokens >= 1, "the first comes at once all the same"
+                    assert (await anext(chunks)).completion_tokens >= 1, (
+                        "the first comes at once all the same"
+                    )
                     assert (await anext(chunks)).completion_tokens >= 2
                     assert engine.pause_s() == pause_s
                 engine.streaming += 400
@@ -546,7 +621,9 @@ def test_the_more_texts_are_streamed_the_rarer_are_the_chunks_of_each() -> None:
 
 def test_a_client_that_goes_frees_its_slot_within_a_token() -> None:
     async def scenario() -> None:
-        async with engine_of(HashSession(slots=1, context=4000, step_s=0.002), interval_s=0) as engine:
+        async with engine_of(
+            HashSession(slots=1, context=4000, step_s=0.002), interval_s=0
+        ) as engine:
             stream = engine.submit("To be", Sampling(max_tokens=3000, temperature=0))
             async with contextlib.aclosing(stream.chunks()) as chunks:
                 async for chunk in chunks:
@@ -563,10 +640,17 @@ def test_a_client_that_goes_frees_its_slot_within_a_token() -> None:
 def test_a_prompt_that_many_ask_with_is_computed_once_and_gives_the_same_texts() -> None:
     async def scenario() -> None:
         session, stem = HashSession(slots=3), "O " * 20
-        requests = [(stem + end, Sampling(max_tokens=5, seed=seed)) for seed, end in enumerate(["", "x", "yz"])]
+        requests = [
+            (stem + end, Sampling(max_tokens=5, seed=seed))
+            for seed, end in enumerate(["", "x", "yz"])
+        ]
         async with engine_of(session, chunk_size=8) as engine:
-            answers = await asyncio.gather(*(whole(engine.submit(*request)) for request in requests))
-            assert [answer.text for answer in answers] == [reference(*request) for request in requests]
+            answers = await asyncio.gather(
+                *(whole(engine.submit(*request)) for request in requests)
+            )
+            assert [answer.text for answer in answers] == [
+                reference(*request) for request in requests
+            ]
             assert sum(session.prefill_sizes) == 40 + 1 + 2
 
     run(scenario)
@@ -603,7 +687,9 @@ def test_a_requests_own_deadline_is_the_shorter_one() -> None:
     async def scenario() -> None:
         async with engine_of(HashSession(context=4000, step_s=0.002), timeout_s=1e6) as engine:
             with pytest.raises(DeadlineExceeded, match=r"longer than 0\.05 s"):
-                await engine.submit("x", Sampling(max_tokens=3000, temperature=0), n=2, timeout_s=0.05).results()
+                await engine.submit(
+                    "x", Sampling(max_tokens=3000, temperature=0), n=2, timeout_s=0.05
+                ).results()
             assert engine.submit("x", Sampling(max_tokens=1), timeout_s=2e6).timeout_s == 1e6
 
     run(scenario)
@@ -611,11 +697,22 @@ def test_a_requests_own_deadline_is_the_shorter_one() -> None:
 
 def test_the_queue_is_bounded_and_a_deadline_holds_for_those_who_wait() -> None:
     async def scenario() -> None:
-        async with engine_of(HashSession(slots=1, context=4000, step_s=0.002), queue_limit=1, timeout_s=0.2) as engine:
-            results = [asyncio.create_task(whole(engine.submit("x", Sampling(max_tokens=3000, temperature=0)))) for _ in range(3)]
+        async with engine_of(
+            HashSession(slots=1, context=4000, step_s=0.002), queue_limit=1, timeout_s=0.2
+        ) as engine:
+            results = [
+                asyncio.create_task(
+                    whole(engine.submit("x", Sampling(max_tokens=3000, temperature=0)))
+                )
+                for _ in range(3)
+            ]
             await asyncio.wait(results)
             errors = [result.exception() for result in results]
-            assert [type(error) for error in errors] == [DeadlineExceeded, DeadlineExceeded, Overloaded]
+            assert [type(error) for error in errors] == [
+                DeadlineExceeded,
+                DeadlineExceeded,
+                Overloaded,
+            ]
             assert "0.2 s" in str(errors[0])
 
     run(scenario)
@@ -625,12 +722,19 @@ def test_a_client_with_few_requests_is_let_in_where_another_fills_the_queue() ->
     async def scenario() -> None:
         async with engine_of(HashSession(slots=1, step_s=0.002), queue_limit=2) as engine:
             sampling = Sampling(max_tokens=20, temperature=0)
-            streams = [engine.submit("To be", sampling, client) for client in ("greedy", "greedy", "greedy", "modest")]
-            answers = await asyncio.gather(*(whole(stream) for stream in streams), return_exceptions=True)
+            streams = [
+                engine.submit("To be", sampling, client)
+                for client in ("greedy", "greedy", "greedy", "modest")
+            ]
+            answers = await asyncio.gather(
+                *(whole(stream) for stream in streams), return_exceptions=True
+            )
             refused = answers.pop(2)
             assert isinstance(refused, Overloaded)
             assert "the 1 slots are taken and 2 more requests wait" in str(refused)
-            assert {answer.text for answer in answers if isinstance(answer, Chunk)} == {reference("To be", sampling)}
+            assert {answer.text for answer in answers if isinstance(answer, Chunk)} == {
+                reference("To be", sampling)
+            }
             assert all(isinstance(answer, Chunk) for answer in answers)
 
     run(scenario)
@@ -638,7 +742,9 @@ def test_a_client_with_few_requests_is_let_in_where_another_fills_the_queue() ->
 
 def test_a_stream_that_has_begun_is_not_cut_off_by_who_comes_later() -> None:
     async def scenario() -> None:
-        async with engine_of(HashSession(slots=2, context=4000, step_s=0.002), queue_limit=2) as engine:
+        async with engine_of(
+            HashSession(slots=2, context=4000, step_s=0.002), queue_limit=2
+        ) as engine:
             sampling = Sampling(max_tokens=60, temperature=1.0, seed=3)
             begun = asyncio.create_task(engine.submit("To be", sampling, "greedy", n=4).results())
             await until(lambda: engine.status()["running"] == engine.status()["waiting"] == 2)
@@ -668,7 +774,12 @@ def test_a_request_that_cannot_be_continued_ends_alone(caplog: pytest.LogCapture
             return self._seen(slot, super().prefill(slot, ids, start))
 
         def decode(self, slots: list[int], ids: list[int], lengths: list[int]) -> np.ndarray:
-            return np.stack([self._seen(slot, row) for slot, row in zip(slots, super().decode(slots, ids, lengths), strict=True)])
+            return np.stack(
+                [
+                    self._seen(slot, row)
+                    for slot, row in zip(slots, super().decode(slots, ids, lengths), strict=True)
+                ]
+            )
 
         def clear(self, slot: int) -> None:
             super().clear(slot)
@@ -679,15 +790,24 @@ def test_a_request_that_cannot_be_continued_ends_alone(caplog: pytest.LogCapture
         stem, sampling = "O " * 10, Sampling(max_tokens=20, temperature=0.0, stop=("!",))
         async with engine_of(session, chunk_size=8) as engine:
             for how in (sampling, replace(sampling, temperature=0.7)):
-                streams = [engine.submit(stem + "!", how, n=2), *(engine.submit(stem + end, how) for end in ("x", "y"))]
-                failed, *answers = await asyncio.gather(*(stream.results() for stream in streams), return_exceptions=True)
+                streams = [
+                    engine.submit(stem + "!", how, n=2),
+                    *(engine.submit(stem + end, how) for end in ("x", "y")),
+                ]
+                failed, *answers = await asyncio.gather(
+                    *(stream.results() for stream in streams), return_exceptions=True
+                )
                 assert isinstance(failed, Failed)
                 assert (failed.status, failed.code) == (500, "internal_error")
                 assert [answer[0].text for answer in answers if isinstance(answer, list)] == [
                     reference(stem + end, how) for end in ("x", "y")
                 ]
-            again = await asyncio.gather(*(whole(engine.submit(stem + "x", sampling)) for _ in range(4)))
-            assert {text.text for text in again} == {reference(stem + "x", sampling)}, "no slot is left spoiled"
+            again = await asyncio.gather(
+                *(whole(engine.submit(stem + "x", sampling)) for _ in range(4))
+            )
+            assert {text.text for text in again} == {reference(stem + "x", sampling)}, (
+                "no slot is left spoiled"
+            )
 
     run(scenario)
     assert "the highest logit is nan" in caplog.text
@@ -704,7 +824,9 @@ def test_an_idle_engine_keeps_its_prompts_where_there_is_no_room_to_give_back() 
         async with engine_of(session, idle_s=0.01, chunk_size=8) as engine:
             prompt, sampling = REQUESTS[2]
             for _ in range(2):
-                assert (await whole(engine.submit(prompt, sampling))).text == reference(prompt, sampling)
+                assert (await whole(engine.submit(prompt, sampling))).text == reference(
+                    prompt, sampling
+                )
                 before = session.released
                 await until(lambda: session.released > before)  # noqa: B023
             assert sum(session.prefill_sizes) == len(prompt) + 8
@@ -719,7 +841,9 @@ def test_an_idle_engine_gives_back_the_room_of_its_cache() -> None:
             await until(lambda: session.released >= 1)
             prompt, sampling = REQUESTS[2]
             for _ in range(2):  # the second must not use what was given back
-                assert (await whole(engine.submit(prompt, sampling))).text == reference(prompt, sampling)
+                assert (await whole(engine.submit(prompt, sampling))).text == reference(
+                    prompt, sampling
+                )
                 before = session.released
                 await until(lambda: session.released > before and session.cache == [[]])  # noqa: B023
 
@@ -730,9 +854,13 @@ def test_lengths_are_checked_before_anything_is_computed() -> None:
     async def scenario() -> None:
         session = HashSession(context=96)
         async with engine_of(session) as engine:
-            assert (await whole(engine.submit("x" * 80, Sampling(max_tokens=16)))).prompt_tokens == 80
+            assert (
+                await whole(engine.submit("x" * 80, Sampling(max_tokens=16)))
+            ).prompt_tokens == 80
             before = list(session.prefill_sizes)
-            with pytest.raises(TooLong, match="81 tokens and max_tokens 16 exceed the model's context of 96"):
+            with pytest.raises(
+                TooLong, match="81 tokens and max_tokens 16 exceed the model's context of 96"
+            ):
                 engine.submit("x" * 81, Sampling(max_tokens=16))
             with pytest.raises(TooLong):
                 engine.submit("x" * 50_000_000, Sampling(max_tokens=16))

@@ -20,7 +20,15 @@ from models import bundle, registry
 from models.nets import gpt
 from models.nets.dcgan import DcganConfig, Generator
 from serve.session import ImageSession, TextSession
-from tests.support.bundles import TEXT, learnt_gpt, tiny_gan_bundle, tiny_generator, tiny_gpt, tiny_gpt_bundle, tiny_tokenizer
+from tests.support.bundles import (
+    TEXT,
+    learnt_gpt,
+    tiny_gan_bundle,
+    tiny_generator,
+    tiny_gpt,
+    tiny_gpt_bundle,
+    tiny_tokenizer,
+)
 from train import export as export_run
 from train import parity
 from train.config import sections as config
@@ -51,8 +59,18 @@ def gpt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_parity_covers_batches_and_caches(gpt_folder: Path) -> None:
     measured = bundle.read(gpt_folder)["parity"]
     names = [case["name"] for case in measured["cases"]]
-    assert names == [*(f"batch {batch}, cache {cache}" for batch in (1, 2, 3) for cache in (0, 1, 7)), "ragged batch", "chunked prefill"]
-    assert 0 < measured["max_abs_diff"] == max(case["max_abs_diff"] for case in measured["cases"]) <= measured["tolerance"] < 1e-3
+    assert names == [
+        *(f"batch {batch}, cache {cache}" for batch in (1, 2, 3) for cache in (0, 1, 7)),
+        "ragged batch",
+        "chunked prefill",
+    ]
+    assert (
+        0
+        < measured["max_abs_diff"]
+        == max(case["max_abs_diff"] for case in measured["cases"])
+        <= measured["tolerance"]
+        < 1e-3
+    )
 
 
 def test_the_graph_is_the_contract(gpt_folder: Path) -> None:
@@ -70,9 +88,20 @@ def test_the_graph_is_the_contract(gpt_folder: Path) -> None:
         {"name": "logits", "dtype": "float32", "shape": ["B", 320]},
         *({"name": f"present_{name}", "dtype": "float32", "shape": cache_shape} for name in caches),
     ]
-    assert manifest["model"] == {"vocab_size": 320, "context": 64, "layers": 2, "heads": 2, "head_dim": 16, "eos_token_id": 0}
+    assert manifest["model"] == {
+        "vocab_size": 320,
+        "context": 64,
+        "layers": 2,
+        "heads": 2,
+        "head_dim": 16,
+        "eos_token_id": 0,
+    }
     graph = onnx.load(gpt_folder / "model.onnx")
-    assert {operator.version for operator in graph.opset_import if operator.domain == ""} == {manifest["opset"]} == {24}
+    assert (
+        {operator.version for operator in graph.opset_import if operator.domain == ""}
+        == {manifest["opset"]}
+        == {24}
+    )
     assert {node.domain for node in graph.graph.node} == {""}, "standard operators only"
     onnx.checker.check_model(graph)
 
@@ -87,7 +116,9 @@ def test_transformers_loads_the_same_model(gpt_folder: Path) -> None:
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
     golden = json.loads((gpt_folder / "golden.json").read_text())
     prompt = tokenizer(golden["prompt"], return_tensors="pt")
-    tokens = model.generate(**prompt, max_new_tokens=golden["max_tokens"], do_sample=False)[0, len(golden["ids"]) :].tolist()
+    tokens = model.generate(**prompt, max_new_tokens=golden["max_tokens"], do_sample=False)[
+        0, len(golden["ids"]) :
+    ].tolist()
     assert tokens == golden["tokens"]
     assert tokenizer.decode(tokens) == golden["text"]
 
@@ -106,7 +137,10 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_smallest_context_is_exported_and_leaves_the_model_as_it_was_and_the_terminal_empty(
-    tokenizer_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+    tokenizer_file: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     """The held-out text is shorter than the parity cases, too, and holds no word for a prompt."""
     model = tiny_gpt(context=8)
@@ -121,7 +155,9 @@ def test_the_smallest_context_is_exported_and_leaves_the_model_as_it_was_and_the
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_a_graph_that_looks_ahead_is_refused(tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_looks_ahead_is_refused(
+    tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A mask that is off by one shows only with chunks: the newest token has nothing behind it."""
 
     def peeking(*arguments: Any, slot_cache: export_gpt.SlotCache, **keywords: Any) -> Any:
@@ -137,7 +173,10 @@ def test_a_graph_that_looks_ahead_is_refused(tokenizer_file: Path, tmp_path: Pat
 def test_other_greedy_tokens_are_refused(gpt_folder: Path) -> None:
     graph = export_gpt.TextGraph(gpt_folder / "model.onnx", context=64, slots=3)
     tokenizer = Tokenizer.from_file(str(gpt_folder / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"the exported graph continues .* with the tokens .* and transformers with"):
+    with pytest.raises(
+        ValueError,
+        match=r"the exported graph continues .* with the tokens .* and transformers with",
+    ):
         export_gpt.golden_answer(tiny_gpt(seed=1), graph, tokenizer, np.arange(1, 60), 0)
 
 
@@ -154,14 +193,21 @@ def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_gpt_bundle(tmp_path_factory.mktemp("int8"), weights="int8")
 
 
-def test_every_matrix_has_8_bits_and_transformers_all_of_them(gpt_folder: Path, int8_folder: Path) -> None:
+def test_every_matrix_has_8_bits_and_transformers_all_of_them(
+    gpt_folder: Path, int8_folder: Path
+) -> None:
     graph = onnx.load(int8_folder / "model.onnx").graph
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "MatMulNBits")]
-    assert [node.op_type for node in products] == ["MatMulNBits"] * 9, "four matrices a layer, and the head"
+    assert [node.op_type for node in products] == ["MatMulNBits"] * 9, (
+        "four matrices a layer, and the head"
+    )
     for node in products:
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         assert {"bits": 8, "block_size": 32, "accuracy_level": 4}.items() <= attributes.items()
-    exact, quantized = (load_file(folder / "transformers" / "model.safetensors") for folder in (gpt_folder, int8_folder))
+    exact, quantized = (
+        load_file(folder / "transformers" / "model.safetensors")
+        for folder in (gpt_folder, int8_folder)
+    )
     assert exact.keys() == quantized.keys()
     assert all(torch.equal(exact[name], quantized[name]) for name in exact)
     assert all(tensor.dtype == torch.float32 for tensor in quantized.values())
@@ -170,57 +216,104 @@ def test_every_matrix_has_8_bits_and_transformers_all_of_them(gpt_folder: Path, 
 def test_what_8_bits_cost_is_in_the_manifest(gpt_folder: Path, int8_folder: Path) -> None:
     exact, quantized = bundle.read(gpt_folder), bundle.read(int8_folder)
     assert exact["quantization"] is None
-    assert exact["parity"]["max_abs_diff"] < quantized["parity"]["max_abs_diff"] <= quantized["parity"]["tolerance"]
+    assert (
+        exact["parity"]["max_abs_diff"]
+        < quantized["parity"]["max_abs_diff"]
+        <= quantized["parity"]["tolerance"]
+    )
     assert [case["name"] for case in quantized["parity"]["cases"]] == list(export_gpt.CASES)
     cost = quantized["quantization"]
     assert (cost["weights"], cost["block_size"]) == ("int8", 32)
-    assert 0 < abs(cost["bits_per_byte"] - cost["bits_per_byte_fp32"]) < 0.01 * cost["bits_per_byte_fp32"]
+    assert (
+        0
+        < abs(cost["bits_per_byte"] - cost["bits_per_byte_fp32"])
+        < 0.01 * cost["bits_per_byte_fp32"]
+    )
     assert bundle.describe_weights(quantized).startswith("int8 in blocks of 32: 0.")
-    (golden, exact_golden) = (json.loads((folder / "golden.json").read_text()) for folder in (int8_folder, gpt_folder))
+    (golden, exact_golden) = (
+        json.loads((folder / "golden.json").read_text()) for folder in (int8_folder, gpt_folder)
+    )
     assert golden["tokens"] == exact_golden["tokens"], "the text was learnt by heart"
 
 
 def test_bits_a_byte_are_those_of_transformers(int8_folder: Path) -> None:
     """Windows of the context, the last one short: each token but a window's first is judged once, by what is before it in its window."""
     model, _, ids = learnt_gpt()
-    windows: list[list[int]] = [ids[start : start + 64].tolist() for start in range(0, len(ids), 64)]
+    windows: list[list[int]] = [
+        ids[start : start + 64].tolist() for start in range(0, len(ids), 64)
+    ]
     assert len(windows) > 2
     assert len(windows[-1]) < 64
     with torch.no_grad():
-        losses = [gpt.NextTokenLoss(model)(torch.tensor([window[:-1]]), torch.tensor([window[1:]]), "sum") for window in windows]
+        losses = [
+            gpt.NextTokenLoss(model)(torch.tensor([window[:-1]]), torch.tensor([window[1:]]), "sum")
+            for window in windows
+        ]
     tokenizer = Tokenizer.from_file(str(int8_folder / "tokenizer.json"))
     num_bytes = sum(len(tokenizer.decode(window[1:]).encode()) for window in windows)
     cost = bundle.read(int8_folder)["quantization"]
     assert cost["judged_tokens"] == len(ids) - len(windows)
-    assert cost["bits_per_byte_fp32"] == pytest.approx(float(sum(losses)) / np.log(2) / num_bytes, rel=1e-4)
+    assert cost["bits_per_byte_fp32"] == pytest.approx(
+        float(sum(losses)) / np.log(2) / num_bytes, rel=1e-4
+    )
 
 
 def test_8_bits_that_cost_too_much_are_refused(gpt_folder: Path, tmp_path: Path) -> None:
     damaged = onnx.load(gpt_folder / "model.onnx")
-    (head,) = (tensor for tensor in damaged.graph.initializer if tensor.name == "model.lm_head.weight")
-    head.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(head) * np.float32(0.9), head.name))
+    (head,) = (
+        tensor for tensor in damaged.graph.initializer if tensor.name == "model.lm_head.weight"
+    )
+    head.CopyFrom(
+        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(head) * np.float32(0.9), head.name)
+    )
     onnx.save(damaged, tmp_path / "model.onnx")
     _, tokenizer_file, ids = learnt_gpt()
-    with pytest.raises(ValueError, match=r"takes .* bits a byte where it took .* with float32: .* export with --weights fp32"):
-        quantize.measure(gpt_folder / "model.onnx", tmp_path / "model.onnx", 64, ids, Tokenizer.from_file(str(tokenizer_file)))
+    with pytest.raises(
+        ValueError,
+        match=r"takes .* bits a byte where it took .* with float32: .* export with --weights fp32",
+    ):
+        quantize.measure(
+            gpt_folder / "model.onnx",
+            tmp_path / "model.onnx",
+            64,
+            ids,
+            Tokenizer.from_file(str(tokenizer_file)),
+        )
 
 
 def test_logits_too_far_off_are_refused_whatever_the_text_says(int8_folder: Path) -> None:
     graph = export_gpt.TextGraph(int8_folder / "model.onnx", context=64, slots=3)
-    with pytest.raises(ValueError, match=r"the exported graph's logits are .* nothing is published; check the versions"):
+    with pytest.raises(
+        ValueError,
+        match=r"the exported graph's logits are .* nothing is published; check the versions",
+    ):
         export_gpt.measure_parity(learnt_gpt()[0], graph, learnt_gpt()[2], "fp32")
-    with pytest.raises(ValueError, match=r"the exported graph's logits are .* nothing is published; export with --weights fp32"):
+    with pytest.raises(
+        ValueError,
+        match=r"the exported graph's logits are .* nothing is published; export with --weights fp32",
+    ):
         export_gpt.measure_parity(tiny_gpt(seed=1), graph, learnt_gpt()[2], "int8")
 
 
-def test_a_graph_too_large_for_one_file_stays_in_two(gpt_folder: Path, int8_folder: Path, tmp_path: Path) -> None:
+def test_a_graph_too_large_for_one_file_stays_in_two(
+    gpt_folder: Path, int8_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "fp32").mkdir()
     exact, quantized = tmp_path / "fp32" / "model.onnx", tmp_path / "model.onnx"
-    onnx.save(onnx.load(gpt_folder / "model.onnx"), exact, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    onnx.save(
+        onnx.load(gpt_folder / "model.onnx"),
+        exact,
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=0,
+    )
     quantize.quantize(exact, quantized)
     assert (tmp_path / "model.onnx.data").is_file()
     ids = learnt_gpt()[2][:20].tolist()
-    in_two, in_one = (export_gpt.TextGraph(path, 64, slots=1).prefill(0, ids) for path in (quantized, int8_folder / "model.onnx"))
+    in_two, in_one = (
+        export_gpt.TextGraph(path, 64, slots=1).prefill(0, ids)
+        for path in (quantized, int8_folder / "model.onnx")
+    )
     np.testing.assert_array_equal(in_two, in_one)
 
 
@@ -232,10 +325,20 @@ def test_the_generators_graph_is_the_contract(tmp_path: Path, num_classes: int) 
     folder = tiny_gan_bundle(tmp_path, num_classes)
     manifest = bundle.read(folder)
     labels = [{"name": "labels", "dtype": "int64", "shape": ["B"]}] if num_classes else []
-    assert manifest["inputs"] == [{"name": "latents", "dtype": "float32", "shape": ["B", 16]}, *labels]
-    assert manifest["outputs"] == [{"name": "images", "dtype": "float32", "shape": ["B", 1, 28, 28]}]
+    assert manifest["inputs"] == [
+        {"name": "latents", "dtype": "float32", "shape": ["B", 16]},
+        *labels,
+    ]
+    assert manifest["outputs"] == [
+        {"name": "images", "dtype": "float32", "shape": ["B", 1, 28, 28]}
+    ]
     assert manifest["model"]["class_names"] == [f"class {label}" for label in range(num_classes)]
-    assert [case["name"] for case in manifest["parity"]["cases"]] == ["batch 1", "batch 2", "batch 3", "batch 8"]
+    assert [case["name"] for case in manifest["parity"]["cases"]] == [
+        "batch 1",
+        "batch 2",
+        "batch 3",
+        "batch 8",
+    ]
     with Image.open(folder / "sample.png") as grid:
         assert min(grid.size) > 80
 
@@ -251,11 +354,17 @@ def test_golden_pictures_are_those_of_the_weights(tmp_path: Path, num_classes: i
     np.testing.assert_array_equal(np.array(golden["latents"], np.float32), latents)
     labels = torch.tensor(golden["labels"]) if num_classes else None
     with torch.no_grad():
-        np.testing.assert_allclose(golden["images"], generator(torch.from_numpy(latents), labels), atol=2e-5)
+        np.testing.assert_allclose(
+            golden["images"], generator(torch.from_numpy(latents), labels), atol=2e-5
+        )
 
 
-def test_a_generators_graph_of_other_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_gan, "write_graph", lambda _, path: WRITE_GAN_GRAPH(tiny_generator(seed=1), path))
+def test_a_generators_graph_of_other_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        export_gan, "write_graph", lambda _, path: WRITE_GAN_GRAPH(tiny_generator(seed=1), path)
+    )
     with pytest.raises(ValueError, match=r"pictures are .* from torch's own \(batch .\)"):
         export_gan.export_gan(tiny_generator(), [], tmp_path)
 
@@ -280,24 +389,51 @@ def gpt_run(tmp_path: Path) -> str:
     tokenizer = tiny_tokenizer(dataset / "tokenizer.json")
     tokens = np.array(tokenizer.encode(TEXT).ids, np.uint16)
     tokens.tofile(dataset / "heldout.bin")
-    shards = {"heldout": {"tokens": len(tokens), "shards": [{"file": "heldout.bin", "tokens": len(tokens)}]}}
-    facts = {"kind": "text", "name": "plays", "fingerprint": "0123", "dtype": "uint16", "vocab_size": 320, "eos_token_id": 0}
+    shards = {
+        "heldout": {
+            "tokens": len(tokens),
+            "shards": [{"file": "heldout.bin", "tokens": len(tokens)}],
+        }
+    }
+    facts = {
+        "kind": "text",
+        "name": "plays",
+        "fingerprint": "0123",
+        "dtype": "uint16",
+        "vocab_size": 320,
+        "eos_token_id": 0,
+    }
     storage.write_json(dataset / "dataset.json", facts | {"splits": shards})
-    settings = config.load("gpt", None, {"model.width": 32, "model.layers": 2, "model.heads": 2, "model.context": 32, "steps": 20})
-    _leave_run(root, "shake", settings, {step: {"model": dict(tiny_gpt(step, context=32).named_parameters())} for step in (10, 20)})
+    settings = config.load(
+        "gpt",
+        None,
+        {"model.width": 32, "model.layers": 2, "model.heads": 2, "model.context": 32, "steps": 20},
+    )
+    _leave_run(
+        root,
+        "shake",
+        settings,
+        {step: {"model": dict(tiny_gpt(step, context=32).named_parameters())} for step in (10, 20)},
+    )
     return root
 
 
-def _leave_run(root: str, run: str, settings: config.Config, states: dict[int, dict[str, Any]]) -> None:
+def _leave_run(
+    root: str, run: str, settings: config.Config, states: dict[int, dict[str, Any]]
+) -> None:
     uri = storage.join(root, "runs", run)
     checkpoints = Checkpointer(uri, {"kind": settings.kind, **settings.model_dump()})
     for step, state in states.items():
         checkpoints.save(step, state)
     checkpoints.join()
     storage.write_json(
-        storage.join(uri, "lineage.json"), {"dataset": {"name": "plays", "fingerprint": "0123", "uri": "moved"}, "commit": "abc"}
+        storage.join(uri, "lineage.json"),
+        {"dataset": {"name": "plays", "fingerprint": "0123", "uri": "moved"}, "commit": "abc"},
     )
-    storage.write_json(storage.join(uri, "summary.json"), {"steps": max(states), "metrics": {"heldout_bits_per_byte": 2.5}})
+    storage.write_json(
+        storage.join(uri, "summary.json"),
+        {"steps": max(states), "metrics": {"heldout_bits_per_byte": 2.5}},
+    )
 
 
 def test_a_run_becomes_a_version_with_its_lineage(gpt_run: str) -> None:
@@ -307,7 +443,10 @@ def test_a_run_becomes_a_version_with_its_lineage(gpt_run: str) -> None:
     manifest = bundle.verify(done.uri)
     assert manifest == done.manifest
     assert manifest["run"] == {"name": "shake", "step": 20, "storage": gpt_run}
-    assert (manifest["dataset"], manifest["commit"]) == ({"name": "plays", "fingerprint": "0123"}, "abc")
+    assert (manifest["dataset"], manifest["commit"]) == (
+        {"name": "plays", "fingerprint": "0123"},
+        "abc",
+    )
     assert manifest["metrics"] == {"heldout_bits_per_byte": 2.5}
     assert manifest["libraries"]["torch"].startswith("2.14")
     session = TextSession(done.uri, slots=1)
@@ -318,7 +457,9 @@ def test_a_run_becomes_a_version_with_its_lineage(gpt_run: str) -> None:
     np.testing.assert_allclose(session.prefill(0, ids), expected, atol=1e-5)
 
 
-def test_a_half_written_checkpoint_gives_way_to_the_one_before(gpt_run: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_half_written_checkpoint_gives_way_to_the_one_before(
+    gpt_run: str, caplog: pytest.LogCaptureFixture
+) -> None:
     (Path(gpt_run) / "runs/shake/checkpoints/step_000020/manifest.json").unlink()
     with caplog.at_level(logging.WARNING):
         done = export("shake", gpt_run, "other")
@@ -328,7 +469,9 @@ def test_a_half_written_checkpoint_gives_way_to_the_one_before(gpt_run: str, cap
     assert done.manifest["metrics"] == {}, "the summary judges the weights of step 20"
 
 
-def test_a_graph_of_other_weights_is_not_published(gpt_run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_of_other_weights_is_not_published(
+    gpt_run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     faithful = export_gpt.write_graph
 
     def unfaithful(model: Any, path: Path) -> None:
@@ -339,7 +482,10 @@ def test_a_graph_of_other_weights_is_not_published(gpt_run: str, monkeypatch: py
             bias -= 1e-3
 
     monkeypatch.setattr(export_gpt, "write_graph", unfaithful)
-    with pytest.raises(ValueError, match=r"logits are .* from torch's own \(.*\), where .* is allowed: nothing is published"):
+    with pytest.raises(
+        ValueError,
+        match=r"logits are .* from torch's own \(.*\), where .* is allowed: nothing is published",
+    ):
         export("shake", gpt_run)
     assert not storage.exists(f"{gpt_run}/models")
 
@@ -370,13 +516,17 @@ def test_weights_are_fp32_or_int8(gpt_run: str) -> None:
         export("shake", gpt_run, weights="int4")
 
 
-def test_held_out_text_is_taken_from_all_over(gpt_run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_text_is_taken_from_all_over(
+    gpt_run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = text.Tokens(Path(gpt_run) / "data/plays-0123", "heldout", 32)
     whole = np.concatenate(tokens.shards)
     np.testing.assert_array_equal(export_run._heldout(tokens), whole[:-1])
     monkeypatch.setattr(export_run, "HELDOUT_TOKENS", len(whole) // 2)
     half = export_run._heldout(tokens)
-    np.testing.assert_array_equal(half, np.concatenate([whole[:-1][start : start + 32] for start in range(0, len(whole), 64)]))
+    np.testing.assert_array_equal(
+        half, np.concatenate([whole[:-1][start : start + 32] for start in range(0, len(whole), 64)])
+    )
 
 
 def test_a_damaged_checkpoint_is_not_exported(gpt_run: str) -> None:
@@ -391,11 +541,26 @@ def test_a_damaged_checkpoint_is_not_exported(gpt_run: str) -> None:
 
 def test_the_averaged_generator_is_what_is_exported(tmp_path: Path) -> None:
     root = str(tmp_path)
-    storage.write_json(tmp_path / "data" / "plays-0123" / "dataset.json", {"kind": "images", "classes": ["cat", "dog", "cow"]})
-    overrides = {"data.size": 28, "model.latent_dim": 16, "model.width": 4, "model.conditional": True}
+    storage.write_json(
+        tmp_path / "data" / "plays-0123" / "dataset.json",
+        {"kind": "images", "classes": ["cat", "dog", "cow"]},
+    )
+    overrides = {
+        "data.size": 28,
+        "model.latent_dim": 16,
+        "model.width": 4,
+        "model.conditional": True,
+    }
     average, last = (dict(tiny_generator(3, seed).state_dict()) for seed in (1, 2))
-    _leave_run(root, "pictures", config.load("gan", None, overrides), {5: {"generator": last, "generator_ema": average}})
-    with pytest.raises(ValueError, match="--weights int8 is for a GPT, and run 'pictures' is a gan: leave it out"):
+    _leave_run(
+        root,
+        "pictures",
+        config.load("gan", None, overrides),
+        {5: {"generator": last, "generator_ema": average}},
+    )
+    with pytest.raises(
+        ValueError, match="--weights int8 is for a GPT, and run 'pictures' is a gan: leave it out"
+    ):
         export("pictures", root, weights="int8")
     done = export("pictures", root)
     assert (done.name, done.version) == ("gan", 1)
@@ -403,4 +568,6 @@ def test_the_averaged_generator_is_what_is_exported(tmp_path: Path) -> None:
     latents = np.zeros((1, 16), np.float32)
     with torch.no_grad():
         expected = tiny_generator(3, 1)(torch.from_numpy(latents), torch.tensor([2]))
-    np.testing.assert_allclose(ImageSession(done.uri).run(latents, np.array([2])), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        ImageSession(done.uri).run(latents, np.array([2])), expected, atol=1e-5
+    )

@@ -25,7 +25,9 @@ SHIPPED = "fashion-mnist-extractor.safetensors"
 
 
 def config_of(*source: str, **more: object) -> GanConfig:
-    return GanConfig.model_validate({"data": {"source": list(source or ("fashion-mnist",)), **more}})
+    return GanConfig.model_validate(
+        {"data": {"source": list(source or ("fashion-mnist",)), **more}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,12 @@ def few(tmp_path: Path) -> str:
     file = tmp_path / "few.parquet"
     table = pq.read_table(shipped("fashion-mnist.parquet"))
     held = np.arange(20) < 10
-    pq.write_table(table.slice(0, 20).set_column(3, "split", pa.array(["heldout" if at else "train" for at in held])), file)
+    pq.write_table(
+        table.slice(0, 20).set_column(
+            3, "split", pa.array(["heldout" if at else "train" for at in held])
+        ),
+        file,
+    )
     return str(file)
 
 
@@ -73,7 +80,9 @@ def test_any_size_gives_features(size: int, own: int, channels: int) -> None:
     assert (features.shape, features.dtype) == ((3, net.config.num_features), torch.float32)
     assert net(pictures).shape == (3, 7)
     assert torch.equal(again.features(pictures), features)
-    assert torch.allclose(net.features(pictures[1:2]), features[1:2], atol=1e-6), "a picture does not depend on its company"
+    assert torch.allclose(net.features(pictures[1:2]), features[1:2], atol=1e-6), (
+        "a picture does not depend on its company"
+    )
 
 
 def test_a_net_that_cannot_be_is_refused() -> None:
@@ -87,8 +96,14 @@ def test_modes_are_classes_that_it_is_sure_of_or_else_the_nearest_clusters() -> 
     with torch.no_grad():
         net.head.weight.copy_(torch.eye(3, 4))
         net.head.bias.zero_()
-    sure, unsure = torch.log(torch.tensor([SURE, SURE])) - torch.log1p(-torch.tensor([SURE, SURE])) + torch.tensor([0.8, 0.6])
-    features = torch.tensor([[0, float(sure), 0, 9], [0, 0, float(unsure), 9]])  # two others share what is left
+    sure, unsure = (
+        torch.log(torch.tensor([SURE, SURE]))
+        - torch.log1p(-torch.tensor([SURE, SURE]))
+        + torch.tensor([0.8, 0.6])
+    )
+    features = torch.tensor(
+        [[0, float(sure), 0, 9], [0, 0, float(unsure), 9]]
+    )  # two others share what is left
     probability = net.head(features).softmax(dim=1).max(dim=1).values
     assert probability[0] > SURE > probability[1]
     assert net.modes(features).tolist() == [1, -1]
@@ -101,9 +116,15 @@ def test_modes_are_classes_that_it_is_sure_of_or_else_the_nearest_clusters() -> 
 
 
 @pytest.mark.parametrize("size", [28, 32, 64, 128])
-def test_the_shipped_one_knows_garments_that_it_has_never_seen(size: int, tmp_path: Path, shipped_one: Extractor) -> None:
+def test_the_shipped_one_knows_garments_that_it_has_never_seen(
+    size: int, tmp_path: Path, shipped_one: Extractor
+) -> None:
     """None of the shipped pictures was trained on, so the training ones count too. Every size is resized to the same picture."""
-    found = Pictures(Path(images.prepare(ImageData.model_validate({"size": size}), str(tmp_path))), "heldout", size)
+    found = Pictures(
+        Path(images.prepare(ImageData.model_validate({"size": size}), str(tmp_path))),
+        "heldout",
+        size,
+    )
     assert extractor.measure(shipped_one, found, telling=True) >= 0.9
 
 
@@ -121,7 +142,12 @@ def test_the_shipped_one_says_what_it_is() -> None:
     content = shipped(SHIPPED).read_bytes()
     net, card = extractor.unpack(content, SHIPPED)
     assert len(content) < 2_000_000
-    assert (card.task, card.classes, card.train, card.heldout) == ("classes", GARMENTS, 45_000, 5_000)
+    assert (card.task, card.classes, card.train, card.heldout) == (
+        "classes",
+        GARMENTS,
+        45_000,
+        5_000,
+    )
     assert card.accuracy >= 0.9
     assert not net.training
     assert net.config.num_modes == 0
@@ -163,7 +189,9 @@ def test_it_learns_and_the_same_each_time(garments: Path) -> None:
 def test_without_classes_it_learns_how_pictures_are_turned(tmp_path: Path) -> None:
     table = pq.read_table(shipped("fashion-mnist.parquet"), columns=["image", "split"])
     pq.write_table(table, tmp_path / "plain.parquet")
-    dataset = Path(images.prepare(ImageData(source=[str(tmp_path / "plain.parquet")]), str(tmp_path)))
+    dataset = Path(
+        images.prepare(ImageData(source=[str(tmp_path / "plain.parquet")]), str(tmp_path))
+    )
     net, card = extractor.train(dataset, 32, steps=20)
     assert (card.task, card.classes) == ("rotations", [])
     assert card.accuracy > 0.4, "chance is a quarter"
@@ -183,7 +211,9 @@ def test_turned_pictures() -> None:
 def test_clusters_are_the_means_of_what_is_nearest() -> None:
     draw = np.random.default_rng(0)
     centres = torch.tensor([[0.0, 0], [10, 0], [0, 10]])
-    points = (centres[:, None] + torch.from_numpy(draw.normal(0, 0.5, (3, 50, 2)).astype(np.float32))).reshape(-1, 2)
+    points = (
+        centres[:, None] + torch.from_numpy(draw.normal(0, 0.5, (3, 50, 2)).astype(np.float32))
+    ).reshape(-1, 2)
     found = extractor.clusters(points, 3)
     assert torch.allclose(found[found.sum(dim=1).argsort()][0], points[:50].mean(dim=0), atol=1e-5)
     assert {tuple(row) for row in found.div(10).round().int().tolist()} == {(0, 0), (1, 0), (0, 1)}
@@ -192,7 +222,9 @@ def test_clusters_are_the_means_of_what_is_nearest() -> None:
 
 
 @pytest.mark.usefixtures("ray_address")
-def test_other_data_are_trained_for_once_on_the_cluster(few: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_data_are_trained_for_once_on_the_cluster(
+    few: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     config = config_of(few, size=28)
     dataset = images.prepare(config.data, str(tmp_path / "kiln"))
@@ -213,7 +245,10 @@ def test_what_fails_on_the_cluster_is_one_sentence(few: str, tmp_path: Path) -> 
     dataset = images.prepare(config.data, str(tmp_path / "kiln"))
     file = Path(dataset) / "train.npy"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"^\S*train\.npy is missing or truncated: delete \S+ and it will be prepared again$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^\S*train\.npy is missing or truncated: delete \S+ and it will be prepared again$",
+    ):
         extractor.prepare(config, dataset)
 
 
@@ -223,9 +258,15 @@ def test_what_fails_on_the_cluster_is_one_sentence(few: str, tmp_path: Path) -> 
 @pytest.fixture(params=["folder", "s3"])
 def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The shipped pictures' data set as far as `prepare` looks at it, on a disk and on an object store."""
-    uri = str(tmp_path) if request.param == "folder" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    uri = (
+        str(tmp_path)
+        if request.param == "folder"
+        else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    )
     splits = {split: {"pictures": 1000} for split in ("train", "heldout")}
-    storage.write_json(storage.join(uri, "dataset.json"), {"source": ["fashion-mnist"], "splits": splits})
+    storage.write_json(
+        storage.join(uri, "dataset.json"), {"source": ["fashion-mnist"], "splits": splits}
+    )
     return uri
 
 
@@ -237,9 +278,13 @@ def test_a_damaged_file_is_refused_and_deleting_it_helps(dataset: str) -> None:
     flipped[-100] ^= 1
     for damaged in (bytes(flipped), content[:-1], b""):
         storage.write_bytes(found, damaged)
-        for use in (lambda: extractor.prepare(config_of(), dataset), lambda: extractor.load(found, "cpu")):
+        for use in (
+            lambda: extractor.prepare(config_of(), dataset),
+            lambda: extractor.load(found, "cpu"),
+        ):
             with pytest.raises(
-                ValueError, match=r"px-[0-9a-f]{12}\.safetensors is damaged .*: delete it, and the extractor will be trained"
+                ValueError,
+                match=r"px-[0-9a-f]{12}\.safetensors is damaged .*: delete it, and the extractor will be trained",
             ):
                 use()
     storage.delete(found)
@@ -251,7 +296,9 @@ def test_a_damaged_file_is_refused_and_deleting_it_helps(dataset: str) -> None:
 
 @pytest.mark.usefixtures("nothing_trains")
 def test_a_half_written_file_does_not_exist(dataset: str) -> None:
-    storage.write_bytes(storage.join(dataset, "extractor-v1-32px-0123456789ab.safetensors.5d41.tmp"), b"half")
+    storage.write_bytes(
+        storage.join(dataset, "extractor-v1-32px-0123456789ab.safetensors.5d41.tmp"), b"half"
+    )
     assert extractor.find(dataset, 32) is None
     found = extractor.prepare(config_of(), dataset)
     assert extractor.find(dataset, 32) == found
@@ -272,12 +319,24 @@ def test_what_cannot_be_judged_is_refused_first(dataset: str, tmp_path: Path) ->
     meta = storage.read_json(storage.join(dataset, "dataset.json"))
     meta["splits"]["heldout"]["pictures"] = 9
     storage.write_json(storage.join(tmp_path, "few", "dataset.json"), meta)
-    with pytest.raises(ValueError, match=r"few has 9 pictures in its heldout split, and .* fewer than 10: give more"):
+    with pytest.raises(
+        ValueError,
+        match=r"few has 9 pictures in its heldout split, and .* fewer than 10: give more",
+    ):
         extractor.prepare(config_of(), storage.join(tmp_path, "few"))
 
 
 def test_the_command_finds_it_and_says_so(command: Callable, tmp_path: Path) -> None:
-    done = command("train", "extractor", "--config", "gan-tiny", "--storage", str(tmp_path), "--data.size", "28")
+    done = command(
+        "train",
+        "extractor",
+        "--config",
+        "gan-tiny",
+        "--storage",
+        str(tmp_path),
+        "--data.size",
+        "28",
+    )
     assert done.returncode == 0, done.stderr[-1000:]
     found = extractor.find(str(next((tmp_path / "data").iterdir())), 28)
     assert found is not None

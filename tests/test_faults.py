@@ -41,14 +41,22 @@ SHAPE = {
     "log.eval_every": STEPS,
     "log.sample_every": STEPS,
 }
-STRATEGIES = {"ddp": {}, **{f"zero{stage}": {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage} for stage in (1, 2, 3)}}
+STRATEGIES = {
+    "ddp": {},
+    **{
+        f"zero{stage}": {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage}
+        for stage in (1, 2, 3)
+    },
+}
 DRIFT = 1e-4  # of anything in STEPS steps of Adam at 5e-3, where the sums are formed by another number of workers; see test_strategy
 TRAIN_LIMIT_S = 180
 Command = Callable[..., CompletedProcess[str]]
 
 
 def config_of(corpus: str, name: str | None = None, **values: Any) -> configs.Config:
-    return configs.load("gpt", "gpt-tiny", {**SHAPE, "data.source": corpus, "run.name": name, **values})
+    return configs.load(
+        "gpt", "gpt-tiny", {**SHAPE, "data.source": corpus, "run.name": name, **values}
+    )
 
 
 def arguments(config: configs.Config, root: str) -> list[str]:
@@ -69,11 +77,17 @@ def judged(root: str, straight: str, name: str) -> verify.Verdict:
 # ---------------------------------------------------------------- a machine is lost
 
 
-def interrupted(config: configs.Config, root: str, strike: Callable[[], None]) -> CompletedProcess[str]:
+def interrupted(
+    config: configs.Config, root: str, strike: Callable[[], None]
+) -> CompletedProcess[str]:
     """Trains, and strikes once after the first checkpoint."""
     log = Path(uri(root, str(config.run.name)), "metrics.jsonl")
     with subprocess.Popen(
-        [sys.executable, "-m", *arguments(config, root)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", *arguments(config, root)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as driver:
         try:
             limit = time.monotonic() + TRAIN_LIMIT_S
@@ -88,7 +102,9 @@ def interrupted(config: configs.Config, root: str, strike: Callable[[], None]) -
     return CompletedProcess(driver.args, driver.returncode, said, complaints)
 
 
-def lose_a_node(config: configs.Config, root: str, machines: nodes.Nodes) -> tuple[CompletedProcess[str], float]:
+def lose_a_node(
+    config: configs.Config, root: str, machines: nodes.Nodes
+) -> tuple[CompletedProcess[str], float]:
     """Trains, and kills one of the nodes that train; what the command said, and when the node died (Unix)."""
     killed: list[float] = []
 
@@ -104,7 +120,10 @@ def seconds_to_the_next_step(run_uri: str, killed: float) -> float:
     """From a kill to the first step of the start after it; that there is one shows that the kill hit the run."""
     start = metrics.starts(run_uri)[-1]
     assert start["time"] > killed, "the kill came too late"
-    return min(row["time"] for row in metrics.read(run_uri) if row["step"] == start["step"] + 1) - killed
+    return (
+        min(row["time"] for row in metrics.read(run_uri) if row["step"] == start["step"] + 1)
+        - killed
+    )
 
 
 def calm_without_ray(rank: int, corpus: str, dataset: str, run_uri: str) -> None:
@@ -114,14 +133,20 @@ def calm_without_ray(rank: int, corpus: str, dataset: str, run_uri: str) -> None
 def test_a_lost_machine_costs_time_and_nothing_else(corpus: str, tmp_path: Path) -> None:
     root = str(tmp_path / "kiln")
     with nodes.cluster(3) as machines, machines.joined():
-        done, killed = lose_a_node(config_of(corpus, "stormy", **{"parallel.workers": 2}), root, machines)
+        done, killed = lose_a_node(
+            config_of(corpus, "stormy", **{"parallel.workers": 2}), root, machines
+        )
     assert done.returncode == 0, done.stderr
     assert seconds_to_the_next_step(uri(root, "stormy"), killed) > 0
-    assert f"stormy: step {STEPS}/{STEPS}" in done.stdout, "the driver did not see the run to its end"
+    assert f"stormy: step {STEPS}/{STEPS}" in done.stdout, (
+        "the driver did not see the run to its end"
+    )
     (dataset,) = storage.names(f"{root}/data")
     workers.spawn(2, calm_without_ray, corpus, f"{root}/data/{dataset}", uri(root, "calm"))
     compared = [
-        *compare.figures(storage.read_json(f"{uri(root, 'calm')}/rows.json"), metrics.read(uri(root, "stormy"))),
+        *compare.figures(
+            storage.read_json(f"{uri(root, 'calm')}/rows.json"), metrics.read(uri(root, "stormy"))
+        ),
         *compare.checkpoints(uri(root, "calm"), uri(root, "stormy")),
     ]
     assert len(compared) > STEPS
@@ -157,9 +182,14 @@ def table() -> Iterator[Cells]:
     yield cells
     if file := os.environ.get("KILN_FAULT_TABLE"):
         columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-        lines = ["| strategy | workers | " + " | ".join(columns) + " |", "| --- | --- |" + " --- |" * len(columns)]
+        lines = [
+            "| strategy | workers | " + " | ".join(columns) + " |",
+            "| --- | --- |" + " --- |" * len(columns),
+        ]
         lines += [
-            f"| {strategy} | {workers} | " + " | ".join(row.get(column, "") for column in columns) + " |"
+            f"| {strategy} | {workers} | "
+            + " | ".join(row.get(column, "") for column in columns)
+            + " |"
             for (strategy, workers), row in cells.items()
         ]
         Path(file).write_text("\n".join(lines) + "\n")
@@ -180,10 +210,22 @@ def straight(kiln: str, corpus: str, command: Command, strategy: str, workers: i
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_survives_every_fault(
-    machines: nodes.Nodes, table: Cells, kiln: str, corpus: str, command: Command, strategy: str, workers: int, fault: str
+    machines: nodes.Nodes,
+    table: Cells,
+    kiln: str,
+    corpus: str,
+    command: Command,
+    strategy: str,
+    workers: int,
+    fault: str,
 ) -> None:
     calm = straight(kiln, corpus, command, strategy, workers)
-    config = config_of(corpus, f"killed-{strategy}-{workers}", **STRATEGIES[strategy], **{"parallel.workers": workers})
+    config = config_of(
+        corpus,
+        f"killed-{strategy}-{workers}",
+        **STRATEGIES[strategy],
+        **{"parallel.workers": workers},
+    )
     if fault in FAULTS:
         verdict = verify.verify(config, kiln, [FAULTS[fault]], straight=calm)
         (recovery_s,) = verdict.recoveries_s
@@ -207,7 +249,9 @@ def test_a_machine_that_is_not_replaced_leaves_the_run_to_the_others(
     three, name = {**variant, "parallel.workers": 3}, f"left-{strategy}"
     calm = command(*arguments(config_of(corpus, f"calm-{strategy}", **three), kiln))
     assert calm.returncode == 0, calm.stderr
-    lost, killed = lose_a_node(config_of(corpus, name, **three, **{"run.max_failures": 0}), kiln, machines)
+    lost, killed = lose_a_node(
+        config_of(corpus, name, **three, **{"run.max_failures": 0}), kiln, machines
+    )
     machines.add()
     assert lost.returncode == 1
     assert f"--run.name {name} goes on from its newest checkpoint" in lost.stderr
@@ -231,7 +275,10 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     def mount(options: str) -> Path:
         remount = ["-o", "remount"] if place.is_mount() else []
         done = subprocess.run(
-            ["mount", "-t", "tmpfs", *remount, "-o", options, "raykiln-test", str(place)], capture_output=True, text=True, check=False
+            ["mount", "-t", "tmpfs", *remount, "-o", options, "raykiln-test", str(place)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
@@ -243,7 +290,9 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.fixture(scope="module")
-def calm(ray_address: str, corpus: str, command: Command, tmp_path_factory: pytest.TempPathFactory) -> str:
+def calm(
+    ray_address: str, corpus: str, command: Command, tmp_path_factory: pytest.TempPathFactory
+) -> str:
     """A storage with an uninterrupted run `calm`."""
     root = str(tmp_path_factory.mktemp("calm") / "kiln")
     done = command(*arguments(config_of(corpus, "calm", **{"parallel.workers": 2}), root))
@@ -267,7 +316,10 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     full = command(*arguments(config, root))
     assert full.returncode == 1, full.stdout + full.stderr
     # Who is first to find no room, the upload or the curves while it fills the disk, is a race.
-    assert re.search(rf"(a checkpoint could not|nothing can) be written (below|to) {re.escape(uri(root, 'full'))}", error_of(full))
+    assert re.search(
+        rf"(a checkpoint could not|nothing can) be written (below|to) {re.escape(uri(root, 'full'))}",
+        error_of(full),
+    )
     assert "No space left on device" in error_of(full)
     assert len(metrics.starts(uri(root, "full"))) == 1, "a full disk was tried again"
     older = checkpoint.complete(uri(root, "full"))
@@ -281,7 +333,9 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
 
 
 @pytest.mark.slow
-def test_a_disk_that_others_fill_is_tried_once_more(ray_address: str, corpus: str, disk: Callable[[str], Path]) -> None:
+def test_a_disk_that_others_fill_is_tried_once_more(
+    ray_address: str, corpus: str, disk: Callable[[str], Path]
+) -> None:
     """Between two checkpoints: rank 0's curves are the first that find no room."""
     place = disk("size=24m")
 
@@ -290,10 +344,15 @@ def test_a_disk_that_others_fill_is_tried_once_more(ray_address: str, corpus: st
             while True:
                 file.write(bytes(4096))
 
-    config = config_of(corpus, "full", **{"parallel.workers": 2, "steps": 400, "checkpoint.every": 400})
+    config = config_of(
+        corpus, "full", **{"parallel.workers": 2, "steps": 400, "checkpoint.every": 400}
+    )
     full = interrupted(config, str(place), fill)
     assert full.returncode == 1, full.stdout + full.stderr
-    assert f"nothing can be written to {uri(str(place), 'full')} ([Errno 28] No space left on device" in error_of(full)
+    assert (
+        f"nothing can be written to {uri(str(place), 'full')} ([Errno 28] No space left on device"
+        in error_of(full)
+    )
 
 
 def test_a_store_that_cannot_be_written_is_a_sentence_before_any_worker(
@@ -306,7 +365,9 @@ def test_a_store_that_cannot_be_written_is_a_sentence_before_any_worker(
 
 
 @pytest.mark.slow
-def test_the_newest_checkpoint_that_is_whole_is_used_and_the_others_are_named(calm: str, corpus: str, command: Command) -> None:
+def test_the_newest_checkpoint_that_is_whole_is_used_and_the_others_are_named(
+    calm: str, corpus: str, command: Command
+) -> None:
     """The newest is too short, as the driver sees; of the next a byte is wrong, as the workers see when they read it."""
     name, newest, next_one = "damaged", f"step_{STEPS:06d}", f"step_{STEPS - EVERY:06d}"
     shutil.copytree(uri(calm, "calm"), uri(calm, name))

@@ -54,7 +54,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def config_of(variant: str, source: Path, **more: Any) -> GanConfig:
     values = {**SMALL, **VARIANTS[variant], **more}
-    config = load("gan", None, {**values, "data.source": [str(source / ("colour" if values.get("data.channels") == 3 else "grey"))]})
+    config = load(
+        "gan",
+        None,
+        {
+            **values,
+            "data.source": [
+                str(source / ("colour" if values.get("data.channels") == 3 else "grey"))
+            ],
+        },
+    )
     assert isinstance(config, GanConfig)
     return config
 
@@ -68,7 +77,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in range(120):
             folder = root / kind / ("bright" if index % 2 else "dark")
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = draw.integers(128 * (index % 2), 128 + 127 * (index % 2), (40, 36, channels), np.uint8)
+            pixels = draw.integers(
+                128 * (index % 2), 128 + 127 * (index % 2), (40, 36, channels), np.uint8
+            )
             Image.fromarray(pixels.squeeze()).save(folder / f"{index}.png")
     return root
 
@@ -76,11 +87,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------- equality
 
 # norms x strategies x objectives x precisions; and what a GAN may be beside that.
-NORMS: dict[str, dict[str, Any]] = {"plain": {}, "normed": {"model.norm": "batch", "model.critic_norm": "layer"}}
+NORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "normed": {"model.norm": "batch", "model.critic_norm": "layer"},
+}
 OBJECTIVES = ("wgan-gp", "lsgan", "hinge", "non-saturating")
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {},
-    **{f"zero{stage}": {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage} for stage in range(3)},
+    **{
+        f"zero{stage}": {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage}
+        for stage in range(3)
+    },
 }
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
 # Largest difference of a gradient and of a parameter. bfloat16 rounds other sums where the batch is split, and Adam makes whole steps
@@ -89,20 +106,31 @@ TOLERANCES = {"fp32": 1e-5, "fp64": 1e-12, "bf16": 0.05}
 ONCE = {"gan.critic_steps": 1, "steps": 1}
 MATRIX = [
     f"{norm} {objective} {precision} {strategy}"
-    for norm, objective, precision, strategy in itertools.product(NORMS, OBJECTIVES, PRECISIONS, STRATEGIES)
+    for norm, objective, precision, strategy in itertools.product(
+        NORMS, OBJECTIVES, PRECISIONS, STRATEGIES
+    )
 ]
 MATRIX += [f"{variant} wgan-gp {precision} {strategy}" for variant, precision, strategy in itertools.product(["conditional", "accumulated", "colour"], PRECISIONS, ["ddp", "zero1"])]  # fmt: skip
 
-NETS, OPTIMIZERS = ("generator", "generator_ema", "critic"), ("generator_optimizer", "critic_optimizer")
+NETS, OPTIMIZERS = (
+    ("generator", "generator_ema", "critic"),
+    ("generator_optimizer", "critic_optimizer"),
+)
 PARTS = (*NETS, *OPTIMIZERS)
 Tensors = dict[str, Tensor]
 
 
 def config_of_cell(cell: str, source: Path, workers: int) -> GanConfig:
     kind, objective, precision, strategy = cell.split()
-    values = {"gan.objective": objective, "parallel.precision": "bf16" if precision == "bf16" else "fp32", "parallel.workers": workers}
+    values = {
+        "gan.objective": objective,
+        "parallel.precision": "bf16" if precision == "bf16" else "fp32",
+        "parallel.workers": workers,
+    }
     values |= ONCE if precision == "bf16" else {}
-    more = NORMS.get(kind, {}) | (STRATEGIES[strategy] if workers > 1 else {"batch.micro_size": 16})  # alone, nothing is accumulated
+    more = NORMS.get(kind, {}) | (
+        STRATEGIES[strategy] if workers > 1 else {"batch.micro_size": 16}
+    )  # alone, nothing is accumulated
     return config_of("plain" if kind in NORMS else kind, source, **values, **more)
 
 
@@ -112,7 +140,12 @@ def after_training(cell: str, source: Path, root: Path, workers: int) -> State:
     torch.set_num_threads(1)
     torch.set_default_dtype(PRECISIONS[cell.split()[2]])
     try:
-        pictures = images.Pictures(Path(images.prepare(config.data, str(root))), "train", config.data.size, config.data.horizontal_flip)
+        pictures = images.Pictures(
+            Path(images.prepare(config.data, str(root))),
+            "train",
+            config.data.size,
+            config.data.horizontal_flip,
+        )
         trained = Gan(config, shape(config, pictures.meta), strategy.build(config))
         before = copy.deepcopy(trained.state())
         for step in range(config.steps):
@@ -126,7 +159,10 @@ def after_training(cell: str, source: Path, root: Path, workers: int) -> State:
 
 
 def train_together(rank: int, source: Path, root: Path) -> None:
-    torch.save({strategy: resumed_anywhere(strategy, source, root) for strategy in STRATEGIES}, root / f"resumed{rank}.pt")
+    torch.save(
+        {strategy: resumed_anywhere(strategy, source, root) for strategy in STRATEGIES},
+        root / f"resumed{rank}.pt",
+    )
     _let_deepspeed_take_doubles()
     found = {cell: after_training(cell, source, root, 2) for cell in MATRIX}
     torch.save(found, root / f"rank{rank}.pt")
@@ -142,13 +178,17 @@ def _let_deepspeed_take_doubles() -> None:
     get_accelerator().supported_dtypes = lambda: [*supported, torch.float64]
     DeepSpeedEngine.communication_data_type = property(lambda self: torch.get_default_dtype())
     data_types = DeepSpeedEngine.get_data_types
-    DeepSpeedEngine.get_data_types = lambda self: (torch.get_default_dtype(),) * 2 if self.zero_optimization_stage() else data_types(self)
+    DeepSpeedEngine.get_data_types = lambda self: (
+        (torch.get_default_dtype(),) * 2 if self.zero_optimization_stage() else data_types(self)
+    )
     DeepSpeedZeroOptimizer._configure_master_weights = lambda self, **_: torch.get_default_dtype()
     settings = zero.DeepSpeed.settings
 
     def with_doubles(self: zero.DeepSpeed, clip: float | None) -> dict[str, Any]:
         found = settings(self, clip)
-        found["zero_optimization"]["reduce_scatter"] = torch.get_default_dtype() == torch.float32  # has no float64
+        found["zero_optimization"]["reduce_scatter"] = (
+            torch.get_default_dtype() == torch.float32
+        )  # has no float64
         return found
 
     zero.DeepSpeed.settings = with_doubles  # type: ignore[method-assign]
@@ -167,7 +207,9 @@ def two_workers(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def by_two_workers(two_workers: Path) -> dict[str, State]:
     """Every cell of the matrix as two workers leave it, shares put together; that both hold the same weights is seen to here."""
-    first, second = (torch.load(two_workers / f"rank{rank}.pt", weights_only=False) for rank in range(2))
+    first, second = (
+        torch.load(two_workers / f"rank{rank}.pt", weights_only=False) for rank in range(2)
+    )
     for cell, part in itertools.product(MATRIX, NETS):
         for name, value in first[cell][part].items():
             assert torch.equal(second[cell][part][name], value), (cell, part, name)
@@ -183,7 +225,9 @@ def whole(*shares: dict[str, Tensor | Fragment]) -> Tensors:
     for share in shares:
         for name, value in share.items():
             if isinstance(value, Fragment):
-                target = found.setdefault(name, torch.full(value.shape, torch.nan, dtype=value.values.dtype)).view(-1)
+                target = found.setdefault(
+                    name, torch.full(value.shape, torch.nan, dtype=value.values.dtype)
+                ).view(-1)
                 target[value.start : value.start + len(value.values)] = value.values
             else:
                 found[name] = value
@@ -191,7 +235,9 @@ def whole(*shares: dict[str, Tensor | Fragment]) -> Tensors:
 
 
 @pytest.fixture(scope="module")
-def by_one_process(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], State]:
+def by_one_process(
+    source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], State]:
     root = tmp_path_factory.mktemp("one")
     return functools.cache(lambda cell: after_training(cell, source, root, 1))
 
@@ -204,7 +250,9 @@ def test_two_workers_have_the_gradients_and_end_where_one_process_does(
     alone, together = by_one_process(f"{kind} {objective} {precision} ddp"), by_two_workers[cell]
     for part in OPTIMIZERS if precision == "bf16" else PARTS:
         one, two = compared(alone, part), compared(together, part)
-        difference = norm(apart(one, two)) / norm(one) if precision == "bf16" else largest(apart(one, two))
+        difference = (
+            norm(apart(one, two)) / norm(one) if precision == "bf16" else largest(apart(one, two))
+        )
         assert difference < TOLERANCES[precision], (part, difference)
         assert norm(one) > 1e-2, "nothing was learned, so nothing was compared"
 
@@ -250,24 +298,41 @@ class Interrupting(metrics.Silent):
 def judged_by(config: GanConfig, dataset: str) -> str:
     """An extractor that has learned nothing: what it sees is the same each time."""
     torch.manual_seed(0)
-    untrained = Extractor(ExtractorConfig(size=32, channels=config.data.channels, num_classes=2)).eval()
+    untrained = Extractor(
+        ExtractorConfig(size=32, channels=config.data.channels, num_classes=2)
+    ).eval()
     return extractor.publish(
-        extractor.pack(untrained, extractor.Card("classes", 0.5, 12, 108, ["dark", "bright"], "")), dataset, config.data.size
+        extractor.pack(untrained, extractor.Card("classes", 0.5, 12, 108, ["dark", "bright"], "")),
+        dataset,
+        config.data.size,
     )
 
 
-def run_alone(config: GanConfig, dataset: str, run_uri: Path, stop_at: int | None = None) -> dict[str, Any] | None:
+def run_alone(
+    config: GanConfig, dataset: str, run_uri: Path, stop_at: int | None = None
+) -> dict[str, Any] | None:
     checkpoints = Checkpointer(str(run_uri), config.model_dump())
     recorder = metrics.Silent() if stop_at is None else Interrupting(stop_at)
     try:
-        return gan.train(workers.Alone(config, Ddp(), checkpoints, recorder, dataset, judged_by(config, dataset)), checkpoints.load())
+        return gan.train(
+            workers.Alone(
+                config, Ddp(), checkpoints, recorder, dataset, judged_by(config, dataset)
+            ),
+            checkpoints.load(),
+        )
     except Stop:
         checkpoints.join()
         return None
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(source: Path, tmp_path: Path) -> None:
-    config = config_of("conditional", source, **{"steps": 6, "checkpoint.every": 2, "log.every": 1, "log.eval_every": 3})
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
+    source: Path, tmp_path: Path
+) -> None:
+    config = config_of(
+        "conditional",
+        source,
+        **{"steps": 6, "checkpoint.every": 2, "log.every": 1, "log.eval_every": 3},
+    )
     dataset = images.prepare(config.data, str(tmp_path))
     straight = run_alone(config, dataset, tmp_path / "straight")
     assert run_alone(config, dataset, tmp_path / "broken", stop_at=5) is None
@@ -283,7 +348,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(source: Path, t
     progress = {"generator_progress", "critic_progress", "gan_progress", "alarms"}
     assert set(states[0]) == tensors | progress
     for part in tensors:
-        assert all(torch.equal(value, states[1][part][name]) for name, value in states[0][part].items()), part
+        assert all(
+            torch.equal(value, states[1][part][name]) for name, value in states[0][part].items()
+        ), part
     for part in progress:
         assert states[0][part] == states[1][part]
     assert straight is not None
@@ -310,14 +377,23 @@ def advance(trained: Gan, pictures: images.Pictures, step: int) -> int:
 
 
 def flat(state: State) -> dict[str, Any]:
-    found = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
-    return {name: value.values if isinstance(value, Fragment) else value for name, value in found.items()}
+    found = {
+        f"{part}.{name}": value for part, values in state.items() for name, value in values.items()
+    }
+    return {
+        name: value.values if isinstance(value, Fragment) else value
+        for name, value in found.items()
+    }
 
 
 def assert_same(one: State, two: State) -> None:
     left, right = flat(one), flat(two)
     assert left.keys() == right.keys()
-    different = [name for name, value in left.items() if not torch.equal(torch.as_tensor(right[name]), torch.as_tensor(value))]
+    different = [
+        name
+        for name, value in left.items()
+        if not torch.equal(torch.as_tensor(right[name]), torch.as_tensor(value))
+    ]
     assert not different
 
 
@@ -328,11 +404,22 @@ CUTS = (1, 3, 6)  # beside a round's end: the critic is at work, or the generato
 
 def resumed_anywhere(strategy_name: str, source: Path, root: Path) -> dict[int, State]:
     """A worker's state after UPDATES, reached from a checkpoint after each of CUTS, and (0) without one."""
-    config = config_of("conditional", source, **CADENCE, **STRATEGIES[strategy_name], **{"parallel.workers": 2, "batch.micro_size": 8})
-    pictures = images.Pictures(Path(images.prepare(config.data, str(root), True)), "train", config.data.size)
+    config = config_of(
+        "conditional",
+        source,
+        **CADENCE,
+        **STRATEGIES[strategy_name],
+        **{"parallel.workers": 2, "batch.micro_size": 8},
+    )
+    pictures = images.Pictures(
+        Path(images.prepare(config.data, str(root), True)), "train", config.data.size
+    )
     spread = strategy.build(config)
     straight, step = Gan(config, shape(config, pictures.meta), spread), 0
-    kept = {cut: Checkpointer(str(root / f"{strategy_name}-{cut}"), config.model_dump(), spread.name) for cut in CUTS}
+    kept = {
+        cut: Checkpointer(str(root / f"{strategy_name}-{cut}"), config.model_dump(), spread.name)
+        for cut in CUTS
+    }
     for number in range(UPDATES):
         if number in CUTS:
             kept[number].save(step, straight.state())
@@ -350,14 +437,18 @@ def resumed_anywhere(strategy_name: str, source: Path, root: Path) -> dict[int, 
 
 @pytest.mark.parametrize("strategy_name", STRATEGIES)
 @pytest.mark.parametrize("cut", CUTS)
-def test_two_workers_resume_from_anywhere_in_the_cadence(strategy_name: str, cut: int, two_workers: Path) -> None:
+def test_two_workers_resume_from_anywhere_in_the_cadence(
+    strategy_name: str, cut: int, two_workers: Path
+) -> None:
     for rank in range(2):
         found = torch.load(two_workers / f"resumed{rank}.pt", weights_only=False)[strategy_name]
         assert_same(found[0], found[cut])
 
 
 @pytest.mark.parametrize("updates", range(UPDATES))
-def test_a_checkpoint_may_fall_anywhere_in_the_cadence(updates: int, source: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_may_fall_anywhere_in_the_cadence(
+    updates: int, source: Path, tmp_path: Path
+) -> None:
     config = config_of("conditional", source, **CADENCE)
     straight, pictures = single(config, tmp_path)
     step = 0
@@ -380,7 +471,9 @@ def test_another_critic_ratio_goes_on_with_the_next_pictures(source: Path, tmp_p
     step = 0
     while step < 2:
         step = advance(first, pictures, step)
-    faster = Gan(config_of("plain", source, **{"gan.critic_steps": 4}), first.shape, Ddp(), first.state())
+    faster = Gan(
+        config_of("plain", source, **{"gan.critic_steps": 4}), first.shape, Ddp(), first.state()
+    )
     assert (faster.critic_updates, faster.turn) == (4, 0)
     while step < 3:
         step = advance(faster, pictures, step)
@@ -391,8 +484,20 @@ def test_final_metrics_have_every_figure_of_quality(source: Path, tmp_path: Path
     config = config_of("plain", source, steps=2)
     final = run_alone(config, images.prepare(config.data, str(tmp_path)), tmp_path / "run")
     assert final is not None
-    figures = ("frechet_distance", "kid", "precision", "recall", "density", "coverage", "modes", "mode_kl", "sliced_wasserstein")
-    assert final.keys() >= {f"heldout_{figure}{floor}" for figure in figures for floor in ("", "_floor")}
+    figures = (
+        "frechet_distance",
+        "kid",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "modes",
+        "mode_kl",
+        "sliced_wasserstein",
+    )
+    assert final.keys() >= {
+        f"heldout_{figure}{floor}" for figure in figures for floor in ("", "_floor")
+    }
     assert final.keys() >= {"heldout_samples", "wasserstein_distance", "real_score", "fake_score"}
     assert final["heldout_samples"] == 12
 
@@ -401,7 +506,9 @@ def test_final_metrics_have_every_figure_of_quality(source: Path, tmp_path: Path
 
 
 def single(config: GanConfig, tmp_path: Path) -> tuple[Gan, images.Pictures]:
-    pictures = images.Pictures(Path(images.prepare(config.data, str(tmp_path))), "train", config.data.size)
+    pictures = images.Pictures(
+        Path(images.prepare(config.data, str(tmp_path))), "train", config.data.size
+    )
     return Gan(config, shape(config, pictures.meta), Ddp()), pictures
 
 
@@ -431,14 +538,20 @@ def test_an_update_moves_its_own_net_alone(source: Path, tmp_path: Path) -> None
     before = copied()
     trained.average.update(0)
     assert moved(before) == {"generator_ema"}
-    assert all(parameter.grad is None for parameter in [*trained.critic.core.parameters(), *trained.generator.core.parameters()])
+    assert all(
+        parameter.grad is None
+        for parameter in [*trained.critic.core.parameters(), *trained.generator.core.parameters()]
+    )
 
 
 def test_the_penalty_reaches_the_critic(source: Path, tmp_path: Path) -> None:
     """With a huge weight, critic updates are nothing but a pull of the gradient's norm to 1."""
     config = config_of("plain", source, **{"gan.penalty_weight": 1e4, "optim.lr": 3e-3})
     trained, pictures = single(config, tmp_path)
-    penalties = [float(trained.update_critic(trained.critic_batches(update, pictures))["gradient_penalty"]) for update in range(60)]
+    penalties = [
+        float(trained.update_critic(trained.critic_batches(update, pictures))["gradient_penalty"])
+        for update in range(60)
+    ]
     assert penalties[0] > 0.5
     assert max(penalties[-5:]) < 0.05
 
@@ -450,7 +563,9 @@ def test_noise_is_a_function_of_position_and_purpose(source: Path, tmp_path: Pat
     assert torch.equal(critic.latents, again.latents)
     assert torch.equal(critic.real, again.real)  # type: ignore[arg-type]
     assert torch.equal(critic.mix, again.mix)  # type: ignore[arg-type]
-    rows = torch.cat([critic.latents, generator.latents, trained.critic_batches(3, pictures)[0].latents])
+    rows = torch.cat(
+        [critic.latents, generator.latents, trained.critic_batches(3, pictures)[0].latents]
+    )
     assert len(rows.unique(dim=0)) == len(rows)
 
 
@@ -461,9 +576,15 @@ def test_the_average_follows_num_updates_at_first(source: Path, tmp_path: Path) 
     for value in trained.average.values.values():
         value.zero_()
     trained.average.update(0)  # decay 1 / 10
-    assert all(torch.allclose(parameter, torch.tensor(0.9)) for parameter in trained.average.values.values())
+    assert all(
+        torch.allclose(parameter, torch.tensor(0.9))
+        for parameter in trained.average.values.values()
+    )
     trained.average.update(10**6)
-    assert all(torch.allclose(parameter, torch.tensor(0.9001)) for parameter in trained.average.values.values())
+    assert all(
+        torch.allclose(parameter, torch.tensor(0.9001))
+        for parameter in trained.average.values.values()
+    )
 
 
 def test_pictures_are_the_same_each_time_and_one_row_a_class(source: Path, tmp_path: Path) -> None:
@@ -485,17 +606,32 @@ def test_pictures_are_the_same_each_time_and_one_row_a_class(source: Path, tmp_p
 
 def collapsing(rank: int, source: Path, root: Path, on_collapse: str) -> None:
     """Trains two workers whose generator is seen to collapse: recall goes from 0.9 to 0. Leaves each one's alarms and end."""
-    config = config_of("plain", source, **{"parallel.workers": 2, "steps": 4, "log.eval_every": 1, "gan.on_collapse": on_collapse})
+    config = config_of(
+        "plain",
+        source,
+        **{"parallel.workers": 2, "steps": 4, "log.eval_every": 1, "gan.on_collapse": on_collapse},
+    )
     recorder = workers.Kept()
     falling = iter([0.9, 0.9, 0.0, 0.0])
     judge = gan.Judge.__call__
 
     def judged(self: Any, generate: Any) -> dict[str, float]:
-        return judge(self, generate) | {"heldout_recall": next(falling), "heldout_recall_floor": 0.95, "heldout_samples": 1000.0}
+        return judge(self, generate) | {
+            "heldout_recall": next(falling),
+            "heldout_recall_floor": 0.95,
+            "heldout_samples": 1000.0,
+        }
 
     gan.Judge.__call__ = judged  # type: ignore[method-assign]
     dataset = images.prepare(config.data, str(root))
-    worker = workers.Alone(config, Ddp(), Checkpointer(str(root / "run"), {}), recorder, dataset, judged_by(config, dataset))
+    worker = workers.Alone(
+        config,
+        Ddp(),
+        Checkpointer(str(root / "run"), {}),
+        recorder,
+        dataset,
+        judged_by(config, dataset),
+    )
     try:
         gan.train(worker, None)
         end = "reached"
@@ -503,19 +639,27 @@ def collapsing(rank: int, source: Path, root: Path, on_collapse: str) -> None:
         end = str(sentence)
     alarms = [(step, kind) for step, kind, _ in recorder.alarms if kind == "collapse"]
     on_record = [row["step"] for row in recorder.rows if "heldout_recall" in row]
-    (root / f"{rank}.json").write_text(json.dumps({"alarms": alarms, "end": end, "judged": on_record}))
+    (root / f"{rank}.json").write_text(
+        json.dumps({"alarms": alarms, "end": end, "judged": on_record})
+    )
 
 
 @pytest.mark.parametrize("on_collapse", ["warn", "stop"])
-def test_a_collapse_is_put_down_and_stops_every_worker_where_that_is_asked_for(on_collapse: str, source: Path, tmp_path: Path) -> None:
+def test_a_collapse_is_put_down_and_stops_every_worker_where_that_is_asked_for(
+    on_collapse: str, source: Path, tmp_path: Path
+) -> None:
     images.prepare(config_of("plain", source).data, str(tmp_path))
     workers.spawn(2, collapsing, source, tmp_path, on_collapse)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1]
     assert found[0]["alarms"] == [[3, "collapse"]]
-    stopped = "collapse at step 3 (gan.on_collapse is stop): heldout_recall fell from 0.9 at step 1 to 0 "
+    stopped = (
+        "collapse at step 3 (gan.on_collapse is stop): heldout_recall fell from 0.9 at step 1 to 0 "
+    )
     assert found[0]["end"].startswith(stopped if on_collapse == "stop" else "reached")
-    assert found[0]["judged"] == ([1, 2, 3] if on_collapse == "stop" else [1, 2, 3, 4]), "the judgement that ends a run is on record"
+    assert found[0]["judged"] == ([1, 2, 3] if on_collapse == "stop" else [1, 2, 3, 4]), (
+        "the judgement that ends a run is on record"
+    )
 
 
 def test_what_rank_0_cannot_judge_by_is_said_once(source: Path, tmp_path: Path) -> None:
@@ -524,16 +668,37 @@ def test_what_rank_0_cannot_judge_by_is_said_once(source: Path, tmp_path: Path) 
     judge = Path(judged_by(config, dataset))
     judge.write_bytes(judge.read_bytes()[:-1])
     with pytest.raises(Halt, match=r"is damaged"):
-        gan.train(workers.Alone(config, Ddp(), Checkpointer(str(tmp_path / "run"), {}), workers.Kept(), dataset, str(judge)), None)
+        gan.train(
+            workers.Alone(
+                config,
+                Ddp(),
+                Checkpointer(str(tmp_path / "run"), {}),
+                workers.Kept(),
+                dataset,
+                str(judge),
+            ),
+            None,
+        )
 
 
 def test_nan_is_an_alarm_before_it_ends_the_run(source: Path, tmp_path: Path) -> None:
     config = config_of("plain", source, **{"steps": 4, "log.every": 1})
     recorder = workers.Kept()
     dataset = images.prepare(config.data, str(tmp_path))
-    worker = workers.Alone(config, Ddp(), Checkpointer(str(tmp_path / "run"), {}), recorder, dataset, judged_by(config, dataset))
+    worker = workers.Alone(
+        config,
+        Ddp(),
+        Checkpointer(str(tmp_path / "run"), {}),
+        recorder,
+        dataset,
+        judged_by(config, dataset),
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gan.Gan, "update_generator", lambda self, batches: {"generator_loss": torch.tensor(torch.nan)})
+        patch.setattr(
+            gan.Gan,
+            "update_generator",
+            lambda self, batches: {"generator_loss": torch.tensor(torch.nan)},
+        )
         with pytest.raises(Halt, match=r"generator_loss is nan at step 1"):
             gan.train(worker, None)
     assert recorder.alarms == [(1, "divergence", "generator_loss is nan; use a lower optim.lr")]
@@ -545,7 +710,10 @@ def test_bfloat16_trains(source: Path, tmp_path: Path) -> None:
     found = []
     for precision in ("bf16", "fp32"):
         trained = Gan(config, shape(config, pictures.meta), Ddp(precision))
-        found.append(trained.update_critic(trained.critic_batches(0, pictures)) | trained.update_generator(trained.generator_batches(0)))
+        found.append(
+            trained.update_critic(trained.critic_batches(0, pictures))
+            | trained.update_generator(trained.generator_batches(0))
+        )
     rounded, exact = found
     for tag, value in exact.items():
         assert 0 < abs(float(rounded[tag] - value)) < 0.05 * max(1.0, abs(float(value))), tag
@@ -554,15 +722,32 @@ def test_bfloat16_trains(source: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- on Ray
 
 
-def test_two_ray_workers_end_where_one_process_does(ray_address: str, source: Path, tmp_path: Path) -> None:
-    more = {"run.name": "two", "steps": 4, "log.every": 2, "log.eval_every": 2, "log.sample_every": 2, "checkpoint.every": 2}
+def test_two_ray_workers_end_where_one_process_does(
+    ray_address: str, source: Path, tmp_path: Path
+) -> None:
+    more = {
+        "run.name": "two",
+        "steps": 4,
+        "log.every": 2,
+        "log.eval_every": 2,
+        "log.sample_every": 2,
+        "checkpoint.every": 2,
+    }
     config = config_of("conditional", source, **more, **{"parallel.workers": 2})
     judged_by(config, images.prepare(config.data, str(tmp_path)))
     summary = fit(config, str(tmp_path), quiet=True)
     run = tmp_path / "runs" / "two"
-    assert [row["step"] for row in metrics.read(str(run)) if "heldout_sliced_wasserstein" in row] == [2, 4]
+    assert [
+        row["step"] for row in metrics.read(str(run)) if "heldout_sliced_wasserstein" in row
+    ] == [2, 4]
     assert {file.name for file in (run / "samples").glob("*.png")} == {
-        *("pictures_000002.png", "pictures_000004.png", "interpolation_000002.png", "interpolation_000004.png", "real_000002.png")
+        *(
+            "pictures_000002.png",
+            "pictures_000004.png",
+            "interpolation_000002.png",
+            "interpolation_000004.png",
+            "real_000002.png",
+        )
     }
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
@@ -571,12 +756,17 @@ def test_two_ray_workers_end_where_one_process_does(ray_address: str, source: Pa
     }  # fmt: skip
     manifest = complete(str(run))[0]
     parts = {"generator", "generator_ema", "critic", "generator_optimizer", "critic_optimizer"}
-    progress = {"alarms.json", *(f"{part}_progress.json" for part in ("gan", "generator", "critic"))}
+    progress = {
+        "alarms.json",
+        *(f"{part}_progress.json" for part in ("gan", "generator", "critic")),
+    }
     names = {f"{part}.safetensors" for part in parts} | progress
     assert (manifest.step, manifest.world_size, set(manifest.files)) == (4, 2, names)
 
     single_config = config_of("conditional", source, **more)
-    run_alone(single_config, storage.join(str(tmp_path), "data", summary["dataset"]), tmp_path / "alone")
+    run_alone(
+        single_config, storage.join(str(tmp_path), "data", summary["dataset"]), tmp_path / "alone"
+    )
     ours, theirs = (Checkpointer(str(where), {}).load()[1] for where in (tmp_path / "alone", run))  # type: ignore[index]
     for part in ("generator", "generator_ema", "critic"):
         for name, value in ours[part].items():

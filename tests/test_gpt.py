@@ -35,7 +35,12 @@ def test_it_is_transformers_own(model: GPT2LMHeadModel, tmp_path: Path) -> None:
     assert torch.equal(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
     prompt = ids[0, :6].tolist()
     expected = theirs.generate(
-        torch.tensor([prompt]), max_new_tokens=15, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0
+        torch.tensor([prompt]),
+        max_new_tokens=15,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=None,
+        pad_token_id=0,
     )[0, 6:]
     assert gpt.sample(model, prompt, 15, temperature=0) == expected.tolist()
     again = gpt.load(str(tmp_path)).eval()
@@ -44,11 +49,15 @@ def test_it_is_transformers_own(model: GPT2LMHeadModel, tmp_path: Path) -> None:
 
 def test_the_loss_is_transformers_own(model: GPT2LMHeadModel) -> None:
     ids = torch.randint(97, (3, 21), generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(gpt.NextTokenLoss(model)(ids[:, :-1], ids[:, 1:]), model(input_ids=ids, labels=ids).loss)
+    torch.testing.assert_close(
+        gpt.NextTokenLoss(model)(ids[:, :-1], ids[:, 1:]), model(input_ids=ids, labels=ids).loss
+    )
 
 
 def test_sampling_obeys_its_settings(model: GPT2LMHeadModel) -> None:
-    drawn = gpt.sample(model, [5, 6], 40, temperature=0.9, top_k=20, seed=3)  # 42 tokens: beyond the context of 24
+    drawn = gpt.sample(
+        model, [5, 6], 40, temperature=0.9, top_k=20, seed=3
+    )  # 42 tokens: beyond the context of 24
     assert drawn == gpt.sample(model, [5, 6], 40, temperature=0.9, top_k=20, seed=3)
     assert drawn != gpt.sample(model, [5, 6], 40, temperature=0.9, top_k=20, seed=4)
     greedy = gpt.sample(model, [5, 6], 10, temperature=0)
@@ -60,7 +69,9 @@ def test_only_matrices_decay(model: GPT2LMHeadModel) -> None:
     decayed, free = gpt.parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert all(names[id(p)].endswith("weight") and ".ln_" not in names[id(p)] for p in decayed["params"])
+    assert all(
+        names[id(p)].endswith("weight") and ".ln_" not in names[id(p)] for p in decayed["params"]
+    )
     assert all(names[id(p)].endswith("bias") or ".ln_" in names[id(p)] for p in free["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
@@ -76,13 +87,48 @@ def test_a_damaged_pretrained_folder_is_named(tmp_path: Path, model: GPT2LMHeadM
 
 def test_the_learning_rate_warms_up_holds_and_decays() -> None:
     def course(**optim: Any) -> list[float]:
-        config = configs.load("gpt", None, {"steps": 10, **{f"optim.{key}": value for key, value in optim.items()}})
+        config = configs.load(
+            "gpt", None, {"steps": 10, **{f"optim.{key}": value for key, value in optim.items()}}
+        )
         assert isinstance(config, configs.GptConfig)
         return [round(loop.learning_rate(config, step), 6) for step in range(10)]
 
-    assert course(lr=1.0, warmup_steps=4, schedule="constant") == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
-    assert course(lr=1.0, warmup_steps=0, schedule="linear") == [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
-    assert course(lr=1.0, warmup_steps=2, schedule="linear", hold=0.5) == [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    assert course(lr=1.0, warmup_steps=4, schedule="constant") == [
+        0.25,
+        0.5,
+        0.75,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert course(lr=1.0, warmup_steps=0, schedule="linear") == [
+        1,
+        0.9,
+        0.8,
+        0.7,
+        0.6,
+        0.5,
+        0.4,
+        0.3,
+        0.2,
+        0.1,
+    ]
+    assert course(lr=1.0, warmup_steps=2, schedule="linear", hold=0.5) == [
+        0.5,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0.8,
+        0.6,
+        0.4,
+        0.2,
+    ]
     assert course(lr=1.0, warmup_steps=0, schedule="cosine")[5] == 0.5
 
 
@@ -123,7 +169,11 @@ def weights(root: str, name: str) -> dict[str, torch.Tensor]:
 
 
 def losses(root: str, name: str) -> dict[int, float]:
-    return {int(row["step"]): row["loss"] for row in metrics.read(f"{root}/runs/{name}") if "loss" in row}
+    return {
+        int(row["step"]): row["loss"]
+        for row in metrics.read(f"{root}/runs/{name}")
+        if "loss" in row
+    }
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(kiln: str) -> None:
@@ -133,7 +183,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(kiln: str) -> Non
     summary = run(kiln, "halved", steps=10, **{"run.resume": "must"}, **dropout)
     assert summary["resumed_from"] == 4
     assert losses(kiln, "halved") == losses(kiln, "straight")
-    assert all(torch.equal(value, weights(kiln, "halved")[name]) for name, value in weights(kiln, "straight").items())
+    assert all(
+        torch.equal(value, weights(kiln, "halved")[name])
+        for name, value in weights(kiln, "straight").items()
+    )
 
 
 def test_a_run_leaves_what_people_look_at(kiln: str) -> None:
@@ -147,15 +200,21 @@ def test_a_run_leaves_what_people_look_at(kiln: str) -> None:
 
 
 def test_bad_plans_and_data_are_sentences_before_any_worker(kiln: str, command: Any) -> None:
-    missing = command("train", "gpt", "--config", "gpt-tiny", "--data.source", "nowhere.txt", "--storage", kiln)
+    missing = command(
+        "train", "gpt", "--config", "gpt-tiny", "--data.source", "nowhere.txt", "--storage", kiln
+    )
     assert missing.returncode == 2
     assert "nothing is there at nowhere.txt" in missing.stderr
     assert "Traceback" not in missing.stderr + missing.stdout
     many = ["--parallel.workers", "4096", "--batch.global_size", "4096"]
-    alone = command("train", "gpt", "--config", "gpt-tiny", *many, "--storage", kiln, RAY_ADDRESS="")
+    alone = command(
+        "train", "gpt", "--config", "gpt-tiny", *many, "--storage", kiln, RAY_ADDRESS=""
+    )
     assert alone.returncode == 2
     assert "parallel.workers 4096 need 4096 CPUs, and this machine has" in alone.stderr
-    nowhere = command("train", "gpt", "--config", "gpt-tiny", "--storage", kiln, RAY_ADDRESS="127.0.0.1:1")
+    nowhere = command(
+        "train", "gpt", "--config", "gpt-tiny", "--storage", kiln, RAY_ADDRESS="127.0.0.1:1"
+    )
     assert nowhere.returncode == 2
     assert "no Ray cluster answers at RAY_ADDRESS='127.0.0.1:1'" in nowhere.stderr
 
@@ -171,27 +230,40 @@ def test_a_run_goes_on_with_its_own_data_or_not_at_all(kiln: str, tmp_path: Path
     again = run(kiln, "data", **own)
     assert again["metrics"]["heldout_loss"] == pytest.approx(first["metrics"]["heldout_loss"])
     corpus.write_text(VERSE * 99)
-    with pytest.raises(ValueError, match=r"run data was begun on data \w+, and data.source now gives"):
+    with pytest.raises(
+        ValueError, match=r"run data was begun on data \w+, and data.source now gives"
+    ):
         run(kiln, "data", **(own | {"steps": 4}))
 
 
-def test_a_config_that_does_not_fit_the_data_is_a_sentence_before_any_worker(kiln: str, model: GPT2LMHeadModel, tmp_path: Path) -> None:
+def test_a_config_that_does_not_fit_the_data_is_a_sentence_before_any_worker(
+    kiln: str, model: GPT2LMHeadModel, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"tokens to train on, and model.context is 9000"):
         run(kiln, "long", **{"model.context": 9000})
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has 97 tokens and the tokenizer \d+: use the tokenizer it was trained with"):
+    with pytest.raises(
+        ValueError,
+        match=r"has 97 tokens and the tokenizer \d+: use the tokenizer it was trained with",
+    ):
         run(kiln, "other", **{"model.pretrained": str(tmp_path)})
 
 
-def test_training_starts_from_a_pretrained_model_in_fp32(model: GPT2LMHeadModel, tmp_path: Path) -> None:
+def test_training_starts_from_a_pretrained_model_in_fp32(
+    model: GPT2LMHeadModel, tmp_path: Path
+) -> None:
     model.half().save_pretrained(tmp_path)
     model.float()
-    config = configs.load("gpt", None, {"model.pretrained": str(tmp_path), "model.dropout": 0.25, "model.context": 24})
+    config = configs.load(
+        "gpt", None, {"model.pretrained": str(tmp_path), "model.dropout": 0.25, "model.context": 24}
+    )
     assert isinstance(config, configs.GptConfig)
     built = loop.build(config, {"vocab_size": 97})
     assert {parameter.dtype for parameter in built.parameters()} == {torch.float32}
     assert built.transformer.drop.p == 0.25
-    torch.testing.assert_close(built.transformer.wte.weight, model.transformer.wte.weight, atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(
+        built.transformer.wte.weight, model.transformer.wte.weight, atol=1e-3, rtol=1e-2
+    )
 
 
 def test_a_diverging_run_is_one_sentence(kiln: str, command: Any) -> None:
@@ -207,7 +279,17 @@ def test_a_diverging_run_is_one_sentence(kiln: str, command: Any) -> None:
         "--optim.lr",
         "1e30",
     ]
-    failed = command(*words, "--optim.clip", "0", "--run.max_failures", "0", "--run.name", "wild", "--storage", kiln)
+    failed = command(
+        *words,
+        "--optim.clip",
+        "0",
+        "--run.max_failures",
+        "0",
+        "--run.name",
+        "wild",
+        "--storage",
+        kiln,
+    )
     assert failed.returncode == 1
     assert "training has diverged" in failed.stderr
     assert "Traceback" not in failed.stderr
@@ -221,7 +303,14 @@ def test_a_run_that_fails_before_its_first_line_is_one_sentence(kiln: str, comma
     run = Path(kiln, "runs", "blocked")
     run.mkdir(parents=True)
     (run / "samples").touch()
-    words = ("--config", "gpt-tiny", "--data.source", f"{kiln}/corpus.txt", "--data.vocab_size", "300")
+    words = (
+        "--config",
+        "gpt-tiny",
+        "--data.source",
+        f"{kiln}/corpus.txt",
+        "--data.vocab_size",
+        "300",
+    )
     failed = command("train", "gpt", *words, "--run.name", "blocked", "--storage", kiln)
     assert failed.returncode == 1
     assert f"nothing can be written to {run}" in failed.stderr

@@ -31,17 +31,23 @@ def small_model(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
 
 def batch(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (B, T), of which some are not judged: single ones, and a whole piece."""
-    ids = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(seed)
+    )
     inputs, targets = ids[:, :-1], ids[:, 1:].clone()
     targets[0, 3] = targets[2, 7] = -100
     targets.view(-1)[14:21] = -100
     return inputs, targets
 
 
-def value_and_gradients(model: GPT2LMHeadModel, loss: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
+def value_and_gradients(
+    model: GPT2LMHeadModel, loss: torch.Tensor
+) -> tuple[torch.Tensor, Gradients]:
     model.zero_grad()
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.fixture(params=["at once", "in pieces"])
@@ -63,7 +69,9 @@ def test_the_loss_is_transformers_own(dtype: torch.dtype, tolerance: float, redu
     judged = int((targets != -100).sum())
     scale = judged if reduction == "sum" else 1
     expected, gradients = value_and_gradients(model, theirs * scale)
-    found, found_gradients = value_and_gradients(model, gpt.NextTokenLoss(model)(inputs, targets, reduction))
+    found, found_gradients = value_and_gradients(
+        model, gpt.NextTokenLoss(model)(inputs, targets, reduction)
+    )
     torch.testing.assert_close(found, expected, atol=tolerance * scale, rtol=tolerance)
     torch.testing.assert_close(found_gradients, gradients, atol=tolerance * scale, rtol=tolerance)
 
@@ -100,7 +108,9 @@ def test_bf16_in_pieces_is_bf16_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", PIECE)
     found, found_gradients = run()
     assert found.dtype == loss.dtype == torch.float32
-    torch.testing.assert_close(found, loss, atol=1e-5, rtol=1e-5)  # the same bf16 logits, judged in fp32
+    torch.testing.assert_close(
+        found, loss, atol=1e-5, rtol=1e-5
+    )  # the same bf16 logits, judged in fp32
     for name, gradient in gradients.items():
         assert found_gradients[name].dtype == torch.float32
         off = float((found_gradients[name] - gradient).norm() / gradient.norm())
@@ -112,7 +122,9 @@ def test_a_bf16_model_has_a_loss_in_fp32() -> None:
     inputs, targets = batch()
     model = small_model()
     expected = gpt.NextTokenLoss(model)(inputs, targets)
-    found, gradients = value_and_gradients(model, gpt.NextTokenLoss(model.bfloat16())(inputs, targets))
+    found, gradients = value_and_gradients(
+        model, gpt.NextTokenLoss(model.bfloat16())(inputs, targets)
+    )
     assert found.dtype == torch.float32
     assert found == pytest.approx(float(expected.detach()), abs=0.02)
     assert {gradient.dtype for gradient in gradients.values()} == {torch.bfloat16}
@@ -127,7 +139,9 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, out)):
             if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
+                self.elements = max(
+                    self.elements, leaf.untyped_storage().nbytes() // leaf.element_size()
+                )
         return out
 
 
@@ -142,7 +156,9 @@ def largest_tensor(judge: bool = False) -> int:
 
 
 @pytest.mark.parametrize("judge", [False, True])
-def test_the_logits_of_a_long_batch_never_exist(judge: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_logits_of_a_long_batch_never_exist(
+    judge: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert largest_tensor(judge) == LOGITS  # the count sees what is to be avoided
     monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", PIECE)
     inside_mlp = BATCH * CONTEXT * 4 * 16
@@ -159,13 +175,21 @@ def five_steps(rank: int, folder: str) -> None:
     for stage in (None, 1, 2, 3):
         for piece in (LOGITS, PIECE):
             gpt.LOGITS_AT_ONCE = piece
-            result[stage, piece] = trained(Ddp() if stage is None else DeepSpeed(stage=stage, micro_size=BATCH))
+            result[stage, piece] = trained(
+                Ddp() if stage is None else DeepSpeed(stage=stage, micro_size=BATCH)
+            )
     torch.save(result, f"{folder}/{rank}.pt")
 
 
 def trained(spread: Strategy) -> tuple[list[float], torch.Tensor]:
     model = small_model()
-    learner = spread.learner("model", gpt.NextTokenLoss(model), torch.optim.AdamW(model.parameters(), lr=1e-2), clip=1.0, core=model)
+    learner = spread.learner(
+        "model",
+        gpt.NextTokenLoss(model),
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        clip=1.0,
+        core=model,
+    )
     losses = []
     for step in range(5):
         with learner.accumulating(0, 1):
@@ -174,7 +198,11 @@ def trained(spread: Strategy) -> tuple[list[float], torch.Tensor]:
         learner.step()
         losses.append(float(loss))
     head = model.lm_head.weight
-    with spread.deepspeed.zero.GatheredParameters([head]) if isinstance(spread, DeepSpeed) and spread.stage == 3 else nullcontext():
+    with (
+        spread.deepspeed.zero.GatheredParameters([head])
+        if isinstance(spread, DeepSpeed) and spread.stage == 3
+        else nullcontext()
+    ):
         return losses, head.detach().clone()
 
 

@@ -21,7 +21,9 @@ from train.data.images import Pictures, decode, find, prepare
 from train.data.order import Order, positions
 
 
-def png(level: int = 0, size: tuple[int, int] = (32, 32), mode: str = "L", kind: str = "PNG") -> bytes:
+def png(
+    level: int = 0, size: tuple[int, int] = (32, 32), mode: str = "L", kind: str = "PNG"
+) -> bytes:
     """A plain picture, encoded."""
     file = io.BytesIO()
     Image.new(mode, size, level if mode in ("L", "1") else (level,) * len(mode)).save(file, kind)
@@ -35,7 +37,9 @@ def folder_of(root: Path, files: dict[str, bytes]) -> str:
     return str(root)
 
 
-def parquet_of(path: Path, columns: dict[str, Any], metadata: dict[bytes, bytes] | None = None) -> str:
+def parquet_of(
+    path: Path, columns: dict[str, Any], metadata: dict[bytes, bytes] | None = None
+) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path)
     return str(path)
@@ -67,7 +71,9 @@ def test_the_shipped_garments_keep_their_splits(tmp_path: Path) -> None:
     assert splits["train"].meta["classes"][9] == "Ankle boot"
 
 
-def test_the_shipped_emoji_are_in_colour_and_every_tenth_of_a_class_is_held_out(tmp_path: Path) -> None:
+def test_the_shipped_emoji_are_in_colour_and_every_tenth_of_a_class_is_held_out(
+    tmp_path: Path,
+) -> None:
     dataset = prepare(data_of("emoji", size=64, channels=3), str(tmp_path), conditional=True)
     splits = both_splits(dataset, 64)
     counts = {split: np.bincount(pictures.labels).tolist() for split, pictures in splits.items()}  # type: ignore[arg-type]
@@ -75,11 +81,17 @@ def test_the_shipped_emoji_are_in_colour_and_every_tenth_of_a_class_is_held_out(
     assert splits["train"].meta["classes"][0] == "Smileys & Emotion"
     assert splits["train"].pixels.shape[1:] == (64, 64, 3)
     seen = {pixels.tobytes() for pixels in splits["train"].pixels}
-    assert not [pixels for pixels in splits["heldout"].pixels if pixels.tobytes() in seen], "a held-out picture is trained on"
+    assert not [pixels for pixels in splits["heldout"].pixels if pixels.tobytes() in seen], (
+        "a held-out picture is trained on"
+    )
 
 
 def test_class_folders(tmp_path: Path) -> None:
-    files = {f"pets/{name}/{index}.png": png(40 * index + level) for index in range(5) for name, level in (("cat", 1), ("dog", 2))}
+    files = {
+        f"pets/{name}/{index}.png": png(40 * index + level)
+        for index in range(5)
+        for name, level in (("cat", 1), ("dog", 2))
+    }
     source = folder_of(tmp_path, files) + "/pets"
     splits = both_splits(prepare(data_of(source, heldout_fraction=0.2), str(tmp_path)))
     assert splits["train"].meta["classes"] == ["cat", "dog"]
@@ -93,7 +105,11 @@ def test_class_folders(tmp_path: Path) -> None:
 
 
 def test_folders_of_splits(tmp_path: Path) -> None:
-    files = {f"{split}/{name}/0.png": png(level) for level, split in enumerate(("train", "test")) for name in ("a", "b")}
+    files = {
+        f"{split}/{name}/0.png": png(level)
+        for level, split in enumerate(("train", "test"))
+        for name in ("a", "b")
+    }
     splits = both_splits(prepare(data_of(folder_of(tmp_path / "source", files)), str(tmp_path)))
     assert levels(splits["train"]) == [0, 0]
     assert levels(splits["heldout"]) == [1, 1]
@@ -101,35 +117,69 @@ def test_folders_of_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folders", [["train"], ["test", "dev"]])
-def test_folders_that_mark_one_side_only_leave_the_share_to_decide(folders: list[str], tmp_path: Path) -> None:
-    source = folder_of(tmp_path / "source", {f"{folder}/{name}/{i}.png": png(i) for folder in folders for name in "ab" for i in range(10)})
+def test_folders_that_mark_one_side_only_leave_the_share_to_decide(
+    folders: list[str], tmp_path: Path
+) -> None:
+    source = folder_of(
+        tmp_path / "source",
+        {
+            f"{folder}/{name}/{i}.png": png(i)
+            for folder in folders
+            for name in "ab"
+            for i in range(10)
+        },
+    )
     splits = both_splits(prepare(data_of(source, heldout_fraction=0.2), str(tmp_path)))
     assert len(splits["heldout"]) == 4 * len(folders)
     assert splits["train"].meta["classes"] == ["a", "b"]
 
 
 def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
-    source = folder_of(tmp_path / "source", {"a.png": png(), "b.PNG": png(), "c.jpg": png(kind="JPEG"), ".DS_Store": b"hidden"})
+    source = folder_of(
+        tmp_path / "source",
+        {"a.png": png(), "b.PNG": png(), "c.jpg": png(kind="JPEG"), ".DS_Store": b"hidden"},
+    )
     splits = both_splits(prepare(data_of(source), str(tmp_path)))
     assert splits["train"].meta["classes"] == []
     assert splits["train"].batch(Order(2, 0), np.arange(2))[1] is None
 
 
 def test_globs_and_lists(tmp_path: Path) -> None:
-    folder_of(tmp_path / "source", {**{f"{name}/{i}.png": png(i) for name in "ab" for i in range(3)}, "a/notes.txt": b"not a picture"})
+    folder_of(
+        tmp_path / "source",
+        {
+            **{f"{name}/{i}.png": png(i) for name in "ab" for i in range(3)},
+            "a/notes.txt": b"not a picture",
+        },
+    )
     assert find(data_of(f"{tmp_path}/source/*/*.png")).classes == ["a", "b"]
     assert find(data_of(f"{tmp_path}/source/a/[01].png", f"{tmp_path}/source/b")).count == 5
     assert find(data_of(f"{tmp_path}/**/*.png")).count == 6
-    assert find(data_of(f"{tmp_path}/source/*/*.png", f"{tmp_path}/source/*/0.png")).count == 6, "a picture named twice is one picture"
+    assert find(data_of(f"{tmp_path}/source/*/*.png", f"{tmp_path}/source/*/0.png")).count == 6, (
+        "a picture named twice is one picture"
+    )
     with pytest.raises(ValueError, match=r"there are no pictures at .*source/\*\.png"):
         find(data_of(f"{tmp_path}/source/*.png"))  # * does not cross folders
 
 
 @pytest.mark.parametrize("as_struct", [False, True])
 def test_parquet_with_numbered_labels(tmp_path: Path, as_struct: bool) -> None:
-    images = [{"bytes": png(level), "path": None} if as_struct else png(level) for level in range(6)]
-    features = {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": ["zero", "one", "two"], "_type": "ClassLabel"}}}}
-    source = parquet_of(tmp_path / "x.parquet", {"image": images, "label": [0, 1, 2] * 2}, {b"huggingface": json.dumps(features).encode()})
+    images = [
+        {"bytes": png(level), "path": None} if as_struct else png(level) for level in range(6)
+    ]
+    features = {
+        "info": {
+            "features": {
+                "image": {"_type": "Image"},
+                "label": {"names": ["zero", "one", "two"], "_type": "ClassLabel"},
+            }
+        }
+    }
+    source = parquet_of(
+        tmp_path / "x.parquet",
+        {"image": images, "label": [0, 1, 2] * 2},
+        {b"huggingface": json.dumps(features).encode()},
+    )
     splits = both_splits(prepare(data_of(source), str(tmp_path), conditional=True))
     assert splits["train"].meta["classes"] == ["zero", "one", "two"]
     assert splits["train"].labels is not None
@@ -137,15 +187,22 @@ def test_parquet_with_numbered_labels(tmp_path: Path, as_struct: bool) -> None:
 
 
 @pytest.mark.parametrize(("side", "fraction"), [("train", 0.1), ("train", 0.3), ("test", 0.3)])
-def test_a_column_that_marks_one_side_only_leaves_the_share_to_decide(side: str, fraction: float, tmp_path: Path) -> None:
-    source = parquet_of(tmp_path / "x.parquet", {"image": [png(i) for i in range(10)], "split": [side] * 10})
+def test_a_column_that_marks_one_side_only_leaves_the_share_to_decide(
+    side: str, fraction: float, tmp_path: Path
+) -> None:
+    source = parquet_of(
+        tmp_path / "x.parquet", {"image": [png(i) for i in range(10)], "split": [side] * 10}
+    )
     splits = both_splits(prepare(data_of(source, heldout_fraction=fraction), str(tmp_path)))
     assert len(splits["heldout"]) == 10 * fraction
     assert sorted(levels(splits["train"]) + levels(splits["heldout"])) == list(range(10))
 
 
 def test_class_names_are_those_of_the_label_column(tmp_path: Path) -> None:
-    features = {"fine_label": {"names": ["oak", "pike", "carp"]}, "coarse_label": {"names": ["tree", "fish"]}}
+    features = {
+        "fine_label": {"names": ["oak", "pike", "carp"]},
+        "coarse_label": {"names": ["tree", "fish"]},
+    }
     source = parquet_of(
         tmp_path / "x.parquet",
         {"image": [png()] * 3, "fine_label": [0, 1, 2], "coarse_label": [0, 1, 1]},
@@ -155,15 +212,30 @@ def test_class_names_are_those_of_the_label_column(tmp_path: Path) -> None:
     assert find(data_of(source, label_column="coarse_label")).classes == ["tree", "fish"]
 
 
-@pytest.mark.parametrize("metadata", ["null", '{"info": null}', '{"info": {"features": null}}', '{"info": {"features": {"label": []}}}'])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "null",
+        '{"info": null}',
+        '{"info": {"features": null}}',
+        '{"info": {"features": {"label": []}}}',
+    ],
+)
 def test_labels_without_names_name_themselves(metadata: str, tmp_path: Path) -> None:
-    source = parquet_of(tmp_path / "x.parquet", {"image": [png()] * 2, "label": [3, 5]}, {b"huggingface": metadata.encode()})
+    source = parquet_of(
+        tmp_path / "x.parquet",
+        {"image": [png()] * 2, "label": [3, 5]},
+        {b"huggingface": metadata.encode()},
+    )
     assert find(data_of(source)).classes == ["3", "5"]
 
 
 def test_parquet_with_named_labels_and_splits_in_file_names(tmp_path: Path) -> None:
     for split, level in (("train", 10), ("test", 20)):
-        parquet_of(tmp_path / "source" / f"{split}-00000-of-00001.parquet", {"png": [png(level), png(level + 1)], "kind": ["b", "a"]})
+        parquet_of(
+            tmp_path / "source" / f"{split}-00000-of-00001.parquet",
+            {"png": [png(level), png(level + 1)], "kind": ["b", "a"]},
+        )
     data = data_of(str(tmp_path / "source"), image_column="png", label_column="kind")
     splits = both_splits(prepare(data, str(tmp_path), conditional=True))
     assert splits["train"].meta["classes"] == ["a", "b"]
@@ -180,9 +252,15 @@ def test_a_set_of_torchvision_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     raw.mkdir(parents=True)
     for part, count in (("train", 4), ("t10k", 3)):
         pixels, labels = np.full((count, 28, 28), count, np.uint8), np.arange(count, dtype=np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + np.array([count, 28, 28], ">i4").tobytes() + pixels.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + np.array([count], ">i4").tobytes() + labels.tobytes())
-    splits = both_splits(prepare(data_of("torchvision:FashionMNIST", size=28), str(tmp_path), conditional=True), 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            bytes([0, 0, 8, 3]) + np.array([count, 28, 28], ">i4").tobytes() + pixels.tobytes()
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            bytes([0, 0, 8, 1]) + np.array([count], ">i4").tobytes() + labels.tobytes()
+        )
+    splits = both_splits(
+        prepare(data_of("torchvision:FashionMNIST", size=28), str(tmp_path), conditional=True), 28
+    )
     assert levels(splits["train"]) == [4] * 4
     assert levels(splits["heldout"]) == [3] * 3
     assert splits["train"].labels is not None
@@ -190,17 +268,26 @@ def test_a_set_of_torchvision_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert splits["train"].meta["classes"][1] == "Trouser"
 
 
-@pytest.mark.parametrize("name", ["NoSuchSet", "mnist", "utils", "vision", "VisionDataset", "PhotoTour"])
+@pytest.mark.parametrize(
+    "name", ["NoSuchSet", "mnist", "utils", "vision", "VisionDataset", "PhotoTour"]
+)
 def test_what_is_no_set_of_torchvision_s(name: str) -> None:
-    with pytest.raises(ValueError, match=f"torchvision:{name}: torchvision downloads no data set of that name"):
+    with pytest.raises(
+        ValueError, match=f"torchvision:{name}: torchvision downloads no data set of that name"
+    ):
         find(data_of(f"torchvision:{name}"))
 
 
 def test_a_package_that_torchvision_misses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)  # as if it were not installed
-    monkeypatch.setattr(torchvision.datasets.SVHN, "download", lambda self: None)  # no network: it asks for scipy after it
+    monkeypatch.setattr(
+        torchvision.datasets.SVHN, "download", lambda self: None
+    )  # no network: it asks for scipy after it
     monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
-    with pytest.raises(ValueError, match=r"torchvision:SVHN needs a package that is not installed .*scipy.*: install it") as caught:
+    with pytest.raises(
+        ValueError,
+        match=r"torchvision:SVHN needs a package that is not installed .*scipy.*: install it",
+    ) as caught:
         find(data_of("torchvision:SVHN"))
     assert "\n" not in str(caught.value)
 
@@ -211,7 +298,10 @@ def test_a_package_that_torchvision_misses_is_named(monkeypatch: pytest.MonkeyPa
 WRONG: dict[str, tuple[Callable[[Path], str], str]] = {
     "nothing there": (lambda path: str(path / "nowhere"), "no pictures at .*nowhere"),
     "an empty folder": (lambda path: folder_of(path, {}), "no pictures at"),
-    "one picture only": (lambda path: folder_of(path, {"a.png": png()}), "has 1 picture, 1 of them held out.*data.heldout_fraction"),
+    "one picture only": (
+        lambda path: folder_of(path, {"a.png": png()}),
+        "has 1 picture, 1 of them held out.*data.heldout_fraction",
+    ),
     "a text file among pictures": (
         lambda path: folder_of(path, {"a.png": png(), "notes.txt": b"x"}),
         "notes.txt is not one of the files expected here .*.png",
@@ -220,9 +310,14 @@ WRONG: dict[str, tuple[Callable[[Path], str], str]] = {
         lambda path: folder_of(path, {"a.png": png(), "b.png": b"hello"}),
         "b.png is no picture .its bytes are of no known format",
     ),
-    "an empty file": (lambda path: folder_of(path, {"a.png": png(), "b.png": b""}), "b.png is no picture .it is empty"),
+    "an empty file": (
+        lambda path: folder_of(path, {"a.png": png(), "b.png": b""}),
+        "b.png is no picture .it is empty",
+    ),
     "a truncated picture": (
-        lambda path: folder_of(path, {"a.png": png(), "b.jpg": png(128, (64, 64), kind="JPEG")[:-100]}),
+        lambda path: folder_of(
+            path, {"a.png": png(), "b.jpg": png(128, (64, 64), kind="JPEG")[:-100]}
+        ),
         "b.jpg is a damaged picture",
     ),
     "a PNG whose header is cut short": (
@@ -230,29 +325,47 @@ WRONG: dict[str, tuple[Callable[[Path], str], str]] = {
         r"b.png is a damaged picture .Truncated IHDR chunk",
     ),
     "a BMP whose palette is too long": (
-        lambda path: folder_of(path, {"a.png": png(), "b.bmp": png(kind="BMP")[:46] + b"\x00\x08" + png(kind="BMP")[48:]}),
+        lambda path: folder_of(
+            path,
+            {"a.png": png(), "b.bmp": png(kind="BMP")[:46] + b"\x00\x08" + png(kind="BMP")[48:]},
+        ),
         "b.bmp is a damaged picture .invalid palette size",
     ),
     "colour among grey": (
         lambda path: folder_of(path, {"a.png": png(), "b.png": png(mode="RGB")}),
         "b.png is in colour while data.channels is 1",
     ),
-    "16 bits a channel": (lambda path: folder_of(path, {"a.png": png(), "b.png": png16()}), "b.png has pixels of kind I;16"),
+    "16 bits a channel": (
+        lambda path: folder_of(path, {"a.png": png(), "b.png": png16()}),
+        "b.png has pixels of kind I;16",
+    ),
     "pictures beside class folders": (
         lambda path: folder_of(path, {"a/a.png": png(), "b.png": png()}),
         "b.png lies beside the class folders a",
     ),
     "parquet beside pictures": (
-        lambda path: folder_of(path, {"a.png": png()}) + parquet_of(path / "b.parquet", {"image": [png()]})[:0],
+        lambda path: (
+            folder_of(path, {"a.png": png()})
+            + parquet_of(path / "b.parquet", {"image": [png()]})[:0]
+        ),
         "mixes parquet and other files",
     ),
     "a truncated parquet file": (
         lambda path: truncated(parquet_of(path / "x.parquet", {"image": [png()] * 9})),
         "x.parquet is not a readable parquet",
     ),
-    "text called parquet": (lambda path: folder_of(path, {"x.parquet": b"hello"}), "x.parquet is not a readable parquet"),
-    "another column": (lambda path: parquet_of(path / "x.parquet", {"png": [png()]}), "no column 'image'.*one of .'png'"),
-    "a column of text": (lambda path: parquet_of(path / "x.parquet", {"image": ["a"]}), "holds string in column 'image'"),
+    "text called parquet": (
+        lambda path: folder_of(path, {"x.parquet": b"hello"}),
+        "x.parquet is not a readable parquet",
+    ),
+    "another column": (
+        lambda path: parquet_of(path / "x.parquet", {"png": [png()]}),
+        "no column 'image'.*one of .'png'",
+    ),
+    "a column of text": (
+        lambda path: parquet_of(path / "x.parquet", {"image": ["a"]}),
+        "holds string in column 'image'",
+    ),
     "a parquet file without rows": (
         lambda path: parquet_of(path / "x.parquet", {"image": pa.array([], pa.binary())}),
         "x.parquet has no rows",
@@ -270,7 +383,9 @@ WRONG: dict[str, tuple[Callable[[Path], str], str]] = {
         "x.parquet holds list<.*> in column 'label'.*name another in data.label_column",
     ),
     "splits that are lists": (
-        lambda path: parquet_of(path / "x.parquet", {"image": [png()] * 2, "split": [["train"], ["test"]]}),
+        lambda path: parquet_of(
+            path / "x.parquet", {"image": [png()] * 2, "split": [["train"], ["test"]]}
+        ),
         "x.parquet holds list<.*> in column 'split'",
     ),
 }
@@ -298,9 +413,14 @@ def test_wrong_input_gets_a_sentence(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("labels", [None, [0, None, 1]])
 def test_a_conditional_model_needs_classes(labels: list[int | None] | None, tmp_path: Path) -> None:
-    source = parquet_of(tmp_path / "x.parquet", {"image": [png()] * 3} | ({"label": labels} if labels else {}))
+    source = parquet_of(
+        tmp_path / "x.parquet", {"image": [png()] * 3} | ({"label": labels} if labels else {})
+    )
     prepare(data_of(source), str(tmp_path))
-    with pytest.raises(ValueError, match=r"model\.conditional needs classes and data\.source .*x\.parquet gives none"):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.conditional needs classes and data\.source .*x\.parquet gives none",
+    ):
         prepare(data_of(source), str(tmp_path), conditional=True)
 
 
@@ -320,7 +440,9 @@ def test_the_shorter_side_is_resized_and_the_centre_kept() -> None:
     Image.fromarray(wide).save(file, "PNG")
     picture = decode(file.getvalue(), "x.png", 32, 1)
     assert picture.shape == (32, 32, 1)
-    assert np.abs(picture[:, 2:-2].astype(int) - 200).max() <= 2  # next to an edge, the filter reaches across it
+    assert (
+        np.abs(picture[:, 2:-2].astype(int) - 200).max() <= 2
+    )  # next to an edge, the filter reaches across it
     assert picture.min() > 150
 
 
@@ -341,7 +463,11 @@ def test_transparency_is_laid_on_white() -> None:
 
 
 def test_prepared_once_under_a_fingerprint(tmp_path: Path) -> None:
-    source = Path(folder_of(tmp_path / "source", {f"{name}.png": png(level) for level, name in enumerate("abcd")}))
+    source = Path(
+        folder_of(
+            tmp_path / "source", {f"{name}.png": png(level) for level, name in enumerate("abcd")}
+        )
+    )
     first = prepare(data_of(str(source)), str(tmp_path))
     stamp = (Path(first) / "train.npy").stat().st_mtime_ns
     assert prepare(data_of(str(source)), str(tmp_path)) == first
@@ -357,16 +483,28 @@ def test_prepared_once_under_a_fingerprint(tmp_path: Path) -> None:
 
 
 def test_dataset_json_tells_the_truth(tmp_path: Path) -> None:
-    dataset = Path(prepare(data_of(folder_of(tmp_path / "s", {f"x/{i}.png": png(i) for i in range(4)})), str(tmp_path)))
+    dataset = Path(
+        prepare(
+            data_of(folder_of(tmp_path / "s", {f"x/{i}.png": png(i) for i in range(4)})),
+            str(tmp_path),
+        )
+    )
     meta = storage.read_json(dataset / "dataset.json")
     assert dataset.name == f"{meta['name']}-{meta['fingerprint']}"
     for split, count in (("train", 3), ("heldout", 1)):
         assert meta["splits"][split]["pictures"] == count
-        assert {name: storage.sha256(dataset / name) for name in (f"{split}.npy", f"{split}-labels.npy")} == meta["splits"][split]["sha256"]
+        assert {
+            name: storage.sha256(dataset / name) for name in (f"{split}.npy", f"{split}-labels.npy")
+        } == meta["splits"][split]["sha256"]
 
 
 def test_a_damaged_data_set_is_named(tmp_path: Path) -> None:
-    dataset = Path(prepare(data_of(folder_of(tmp_path / "s", {f"{i}.png": png(i) for i in range(4)})), str(tmp_path)))
+    dataset = Path(
+        prepare(
+            data_of(folder_of(tmp_path / "s", {f"{i}.png": png(i) for i in range(4)})),
+            str(tmp_path),
+        )
+    )
     truncated(str(dataset / "train.npy"))
     with pytest.raises(ValueError, match=r"train\.npy is missing or truncated: delete"):
         Pictures(dataset, "train", 32)
@@ -379,7 +517,9 @@ def test_the_same_position_is_the_same_picture_at_any_number_of_workers(tmp_path
     draw = np.random.default_rng(0)
     for index in range(20):
         (tmp_path / "source").mkdir(exist_ok=True)
-        Image.fromarray(draw.integers(0, 255, (40, 40), np.uint8)).save(tmp_path / "source" / f"{index}.png")
+        Image.fromarray(draw.integers(0, 255, (40, 40), np.uint8)).save(
+            tmp_path / "source" / f"{index}.png"
+        )
     dataset = Path(prepare(data_of(str(tmp_path / "source"), random_crop=True), str(tmp_path)))
     pictures = Pictures(dataset, "train", 32, horizontal_flip=True)
     order = Order(len(pictures), seed=3)
@@ -408,10 +548,15 @@ def test_crops_and_mirrors_are_cuts_of_the_stored_picture(tmp_path: Path) -> Non
         for left in range(5)
         for mirror in (np.asarray, np.fliplr)
     }
-    seen = {np.round((cut[0] + 1) * 127.5).astype(np.uint8).tobytes() for cut in pictures.batch(Order(1, 0), np.arange(300))[0]}
+    seen = {
+        np.round((cut[0] + 1) * 127.5).astype(np.uint8).tobytes()
+        for cut in pictures.batch(Order(1, 0), np.arange(300))[0]
+    }
     assert seen <= cuts
     assert len(seen) > 40, "300 draws should meet nearly all 50 cuts"
-    assert np.array_equal(np.round((pictures.centred(slice(0, 1))[0, 0] + 1) * 127.5), stored[2:34, 2:34])
+    assert np.array_equal(
+        np.round((pictures.centred(slice(0, 1))[0, 0] + 1) * 127.5), stored[2:34, 2:34]
+    )
 
 
 def test_relative_places_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +564,9 @@ def test_relative_places_are_made_absolute(tmp_path: Path, monkeypatch: pytest.M
     folder_of(tmp_path / "source", {f"{name}/{i}.png": png(i) for name in "ab" for i in range(2)})
     monkeypatch.chdir(tmp_path)
     data = data_of("source/*/*.png")
-    assert find(data).files == [f"{tmp_path}/source/{name}/{i}.png" for name in "ab" for i in range(2)]
+    assert find(data).files == [
+        f"{tmp_path}/source/{name}/{i}.png" for name in "ab" for i in range(2)
+    ]
     dataset = prepare(data, "kiln")
     assert Path(dataset).parent == tmp_path / "kiln" / "data"
     assert prepare(data_of(f"{tmp_path}/source/*/*.png"), f"{tmp_path}/kiln") == dataset
@@ -427,7 +574,9 @@ def test_relative_places_are_made_absolute(tmp_path: Path, monkeypatch: pytest.M
 
 def test_uris_and_object_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A URI as source; and where nothing can be renamed, dataset.json is what makes the data set exist."""
-    source = folder_of(tmp_path / "source", {f"{name}/{i}.png": png(i) for name in "ab" for i in range(2)})
+    source = folder_of(
+        tmp_path / "source", {f"{name}/{i}.png": png(i) for name in "ab" for i in range(2)}
+    )
     local = prepare(data_of(f"file://{source}/*/*.png"), str(tmp_path))
     monkeypatch.setattr(storage, "local_path", lambda uri: None)
     remote = prepare(data_of(f"file://{source}"), f"file://{tmp_path}/store")

@@ -23,11 +23,15 @@ def noise() -> np.ndarray:
 def test_truncated_latents_are_a_truncated_normal() -> None:
     """Against torch's truncated normal, by its quantiles: 20,000 draws of each."""
     drawn = truncated(seeded_latents(3, 20, 1000), 1.5)
-    reference = torch.nn.init.trunc_normal_(torch.empty(20_000), a=-1.5, b=1.5, generator=torch.Generator().manual_seed(0)).numpy()
+    reference = torch.nn.init.trunc_normal_(
+        torch.empty(20_000), a=-1.5, b=1.5, generator=torch.Generator().manual_seed(0)
+    ).numpy()
     assert (drawn.dtype, drawn.shape) == (np.float32, (20, 1000))
     assert np.abs(drawn).max() <= 1.5
     levels = np.linspace(0.01, 0.99, 21)
-    np.testing.assert_allclose(np.quantile(drawn, levels), np.quantile(reference, levels), atol=0.04)
+    np.testing.assert_allclose(
+        np.quantile(drawn, levels), np.quantile(reference, levels), atol=0.04
+    )
 
 
 def test_truncation_keeps_the_order_and_the_sign() -> None:
@@ -79,4 +83,6 @@ def test_the_ends_of_a_walk_are_the_latents_to_the_bit(noise: np.ndarray, dtype:
 
 def test_where_there_is_no_circle_the_line_is_straight(noise: np.ndarray) -> None:
     for scale in (1.0, 2.0, -1.0):  # the same, the same way, opposite ways
-        np.testing.assert_allclose(slerp(noise, scale * noise, 0.25), (0.75 + 0.25 * scale) * noise, atol=1e-5)
+        np.testing.assert_allclose(
+            slerp(noise, scale * noise, 0.25), (0.75 + 0.25 * scale) * noise, atol=1e-5
+        )

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from models.nets.losses import OBJECTIVES, gradient_penalty, interpolate, r1_penalty, wasserstein_critic_loss, wasserstein_generator_loss
+from models.nets.losses import (
+    OBJECTIVES,
+    gradient_penalty,
+    interpolate,
+    r1_penalty,
+    wasserstein_critic_loss,
+    wasserstein_generator_loss,
+)
 
 
 def linear(weight: torch.Tensor):  # type: ignore[no-untyped-def]
@@ -31,7 +38,8 @@ BY_HAND = {  # the critic's loss of REAL and FAKE, the generator's of FAKE
     "lsgan": ((0 + 4 + 2.25) / 6 + (4 + 0 + 0.25) / 6, (9 + 1 + 0.25) / 6),
     "hinge": ((0 + 0 + 1.5) / 3 + (0 + 1 + 1.5) / 3, 0.5),
     "non-saturating": (
-        sum(math.log1p(math.exp(-x)) for x in (1, 3, -0.5)) / 3 + sum(math.log1p(math.exp(x)) for x in (-2, 0, 0.5)) / 3,
+        sum(math.log1p(math.exp(-x)) for x in (1, 3, -0.5)) / 3
+        + sum(math.log1p(math.exp(x)) for x in (-2, 0, 0.5)) / 3,
         sum(math.log1p(math.exp(-x)) for x in (-2, 0, 0.5)) / 3,
     ),
 }
@@ -40,7 +48,10 @@ BY_HAND = {  # the critic's loss of REAL and FAKE, the generator's of FAKE
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_by_hand(name: str) -> None:
     objective = OBJECTIVES[name]
-    assert (objective.critic_loss(REAL, FAKE).item(), objective.generator_loss(FAKE).item()) == pytest.approx(BY_HAND[name])
+    assert (
+        objective.critic_loss(REAL, FAKE).item(),
+        objective.generator_loss(FAKE).item(),
+    ) == pytest.approx(BY_HAND[name])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -65,12 +76,17 @@ def test_r1_by_hand() -> None:
     assert torch.allclose(weight.grad, weight.detach())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "expected"), [("wgan-gp", 0.25), *((name, 0.5) for name in OBJECTIVES if name != "wgan-gp")])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("wgan-gp", 0.25), *((name, 0.5) for name in OBJECTIVES if name != "wgan-gp")],
+)
 def test_where_the_penalty_looks(name: str, expected: float) -> None:
     """The critic |x|^2 / 2 has the gradient x. wgan-gp looks halfway between 1 and 0, R1 at the real picture, of norm 1."""
     real, fake = torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
     real[:, 0, 0, 0] = 1.0
-    penalty = OBJECTIVES[name].penalty(lambda images: images.flatten(1).square().sum(dim=1) / 2, real, fake, torch.full((2,), 0.5))
+    penalty = OBJECTIVES[name].penalty(
+        lambda images: images.flatten(1).square().sum(dim=1) / 2, real, fake, torch.full((2,), 0.5)
+    )
     assert penalty.item() == pytest.approx(expected)
 
 
@@ -94,7 +110,9 @@ def test_penalties_are_computed_in_fp32_under_autocast(penalty) -> None:  # type
 def test_penalty_of_a_linear_critic() -> None:
     """Its gradient is its weight everywhere: here of norm 5, so (5 - 1)^2, and the derivative is 2 (5 - 1) w / 5."""
     weight = torch.tensor([3.0, 4.0, 0.0, 0.0]).view(1, 2, 2).requires_grad_()
-    penalty = gradient_penalty(linear(weight), interpolate(torch.rand(6, 1, 2, 2), torch.rand(6, 1, 2, 2), torch.rand(6)))
+    penalty = gradient_penalty(
+        linear(weight), interpolate(torch.rand(6, 1, 2, 2), torch.rand(6, 1, 2, 2), torch.rand(6))
+    )
     penalty.backward()
     assert penalty.item() == pytest.approx(16.0)
     assert torch.allclose(weight.grad, 8 * weight.detach() / 5)  # type: ignore[arg-type]
@@ -104,7 +122,9 @@ def test_penalty_is_taken_picture_by_picture() -> None:
     """The critic |x|^2 / 2 has the gradient x: norms 0, 1, 3 give (1 + 0 + 4) / 3, whatever the mean picture's norm is."""
     points = torch.zeros(3, 1, 2, 2)
     points[1, 0, 0, 0], points[2, 0, 1, 1] = 1.0, -3.0
-    penalty = gradient_penalty(lambda images: images.flatten(1).square().sum(dim=1) / 2, points.requires_grad_())
+    penalty = gradient_penalty(
+        lambda images: images.flatten(1).square().sum(dim=1) / 2, points.requires_grad_()
+    )
     assert penalty.item() == pytest.approx(5 / 3)
 
 
@@ -118,15 +138,25 @@ def test_penalty_where_the_critic_is_flat_has_finite_gradients() -> None:
 
 
 def test_interpolation_mixes_each_picture_by_itself() -> None:
-    real, fake = torch.ones(3, 1, 2, 2, requires_grad=True), torch.zeros(3, 1, 2, 2, requires_grad=True)
+    real, fake = (
+        torch.ones(3, 1, 2, 2, requires_grad=True),
+        torch.zeros(3, 1, 2, 2, requires_grad=True),
+    )
     points = interpolate(real, fake, torch.tensor([0.0, 0.25, 1.0]))
-    assert torch.equal(points.detach(), torch.tensor([0.0, 0.25, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2))
+    assert torch.equal(
+        points.detach(), torch.tensor([0.0, 0.25, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2)
+    )
     assert not points.requires_grad  # neither net is to learn by way of the points
 
 
 def test_penalty_stays_in_float32_under_autocast() -> None:
     torch.manual_seed(0)
-    critic = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.LeakyReLU(0.2), torch.nn.Flatten(0), torch.nn.Unflatten(0, (4, -1)))
+    critic = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3),
+        torch.nn.LeakyReLU(0.2),
+        torch.nn.Flatten(0),
+        torch.nn.Unflatten(0, (4, -1)),
+    )
     points = torch.randn(4, 1, 8, 8, requires_grad=True)
 
     def score(images: torch.Tensor) -> torch.Tensor:
@@ -143,6 +173,8 @@ def test_the_paper_s_line_between_two_clusters() -> None:
     """A critic with slope 1 along the line from fake to real is what the penalty asks for: no penalty, distance as the loss."""
     real, fake = torch.full((5, 1, 2, 2), 1.0), torch.full((5, 1, 2, 2), -1.0)
     weight = torch.full((1, 2, 2), 0.5)  # norm 1
-    assert gradient_penalty(linear(weight), interpolate(real, fake, torch.rand(5))).item() == pytest.approx(0, abs=1e-10)
+    assert gradient_penalty(
+        linear(weight), interpolate(real, fake, torch.rand(5))
+    ).item() == pytest.approx(0, abs=1e-10)
     distance = -wasserstein_critic_loss(linear(weight)(real), linear(weight)(fake)).item()
     assert distance == pytest.approx(math.dist([1.0] * 4, [-1.0] * 4))

@@ -87,7 +87,9 @@ def test_a_pause_does_not_hide_what_was_waited_for_in_it(clock: Clock) -> None:
             clock.passes(5.0)
             with meter.waiting("checkpoint"):
                 clock.passes(2.0)
-    assert meter.total() == {"tokens_per_s": 100.0, "train_s": 1.0, "checkpoint_s": 4.0}, "waited for since the last reading"
+    assert meter.total() == {"tokens_per_s": 100.0, "train_s": 1.0, "checkpoint_s": 4.0}, (
+        "waited for since the last reading"
+    )
     clock.passes(1.0)
     meter.count()
     assert meter.read() == {"tokens_per_s": 100.0, "checkpoint_s": 4.0}
@@ -114,11 +116,15 @@ def test_the_flop_formula_is_what_torch_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = gpt.build(vocab_size=96, context=32, width=48, layers=3, heads=4)
-    model.set_attn_implementation("eager")  # as matrix products, which is what the counter knows on a CPU
+    model.set_attn_implementation(
+        "eager"
+    )  # as matrix products, which is what the counter knows on a CPU
     ids = torch.randint(0, 96, (2, 33))
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1) - 32 * 48  # positions are added
+    matrices = (
+        sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1) - 32 * 48
+    )  # positions are added
     assert flops.gpt_flops(matrices, 3, 48, 32) * 64 == counter.get_total_flops()
 
 
@@ -148,7 +154,9 @@ def test_a_gpu_is_looked_up_by_its_whole_name(
     name: str, precision: str, tf32: bool, tflops: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high" if tf32 else "highest")
+    monkeypatch.setattr(
+        torch, "get_float32_matmul_precision", lambda: "high" if tf32 else "highest"
+    )
     assert flops.peak_flops(torch.device("cuda"), precision) == pytest.approx(tflops * 1e12)
 
 
@@ -171,33 +179,47 @@ def test_rows_come_back_bit_for_bit_and_a_resume_drops_what_came_after_it(tmp_pa
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # killed while it wrote
     Recorder(str(tmp_path), start=3).close()
-    assert [(row["step"], row["loss"]) for row in metrics.read(str(tmp_path))] == list(enumerate(values[:3], 1))
+    assert [(row["step"], row["loss"]) for row in metrics.read(str(tmp_path))] == list(
+        enumerate(values[:3], 1)
+    )
     assert [start["step"] for start in metrics.starts(str(tmp_path))] == [0, 3]
     Recorder(str(tmp_path), start=3).close()
     assert [start["step"] for start in metrics.starts(str(tmp_path))] == [0, 3, 3]
 
 
-def test_an_alarm_is_recorded_and_said_and_a_resume_drops_those_beyond_it(tmp_path: Path, warned: list[str]) -> None:
+def test_an_alarm_is_recorded_and_said_and_a_resume_drops_those_beyond_it(
+    tmp_path: Path, warned: list[str]
+) -> None:
     recorder = Recorder(str(tmp_path))
     assert metrics.alarms(str(tmp_path)) == [], "somebody looks, and there is nothing"
     recorder.alarm(2, "collapse", "heldout_recall fell")
     recorder.alarm(4, "critic has won", "it is always right")
     recorder.close()
-    assert warned == ["collapse at step 2: heldout_recall fell", "critic has won at step 4: it is always right"]
+    assert warned == [
+        "collapse at step 2: heldout_recall fell",
+        "critic has won at step 4: it is always right",
+    ]
     Recorder(str(tmp_path), start=3).close()
-    assert metrics.alarms(str(tmp_path)) == [{"step": 2, "kind": "collapse", "sentence": "heldout_recall fell"}]
+    assert metrics.alarms(str(tmp_path)) == [
+        {"step": 2, "kind": "collapse", "sentence": "heldout_recall fell"}
+    ]
     storage.delete(str(tmp_path / "alarms.jsonl"))
     assert metrics.alarms(str(tmp_path)) is None, "a run of an older version: nobody looked"
     metrics.Silent().alarm(1, "collapse", "nobody hears it")
 
 
-def test_a_remote_run_keeps_its_alarms_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_run_keeps_its_alarms_over_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "local_path", lambda uri: None)
     for start, step in [(0, 1), (1, 2)]:
         recorder = Recorder(str(tmp_path), start)
         recorder.alarm(step, "divergence", f"of step {step}")
         recorder.close()
-    assert [alarm["sentence"] for alarm in metrics.alarms(str(tmp_path)) or []] == ["of step 1", "of step 2"]
+    assert [alarm["sentence"] for alarm in metrics.alarms(str(tmp_path)) or []] == [
+        "of step 1",
+        "of step 2",
+    ]
 
 
 # ---------------------------------------------------------------- Weights & Biases
@@ -222,7 +244,10 @@ def history(run: Path) -> dict[int, dict[str, Any]]:
             if record.WhichOneof("record_type") == "history":
                 step = record.history.step.num
                 assert step not in rows, f"step {step} is there twice"
-                rows[step] = {(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
+                rows[step] = {
+                    (item.key or ".".join(item.nested_key)): json.loads(item.value_json)
+                    for item in record.history.item
+                }
     return rows
 
 
@@ -268,9 +293,14 @@ def in_a_thread(*args: Any) -> None:
 
 
 def test_offline_all_that_is_recorded_is_in_wandbs_file_and_a_resume_keeps_each_step_once(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], warned: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    warned: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "openai", sys)  # W&B would recommend Weave to whom it sees with it
+    monkeypatch.setitem(
+        sys.modules, "openai", sys
+    )  # W&B would recommend Weave to whom it sees with it
     in_a_thread(tmp_path, 0, 5)
     rows = history(tmp_path)
     assert sorted(rows) == [1, 2, 3, 4, 5]
@@ -296,7 +326,9 @@ def test_offline_all_that_is_recorded_is_in_wandbs_file_and_a_resume_keeps_each_
     assert capfd.readouterr() == ("", "")
 
 
-def test_offline_what_a_killed_process_had_not_written_is_there_after_the_resume(tmp_path: Path) -> None:
+def test_offline_what_a_killed_process_had_not_written_is_there_after_the_resume(
+    tmp_path: Path,
+) -> None:
     code = f"""
 import os, signal
 from train.metrics import Recorder
@@ -305,17 +337,25 @@ for step in range(1, 6):
     recorder.scalars(step, {{"loss": 1 / step}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], timeout=120, capture_output=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     in_a_thread(tmp_path, 4, 6)
-    assert {step: row["loss"] for step, row in history(tmp_path).items()} == {step: 1 / step for step in range(1, 7)}
+    assert {step: row["loss"] for step, row in history(tmp_path).items()} == {
+        step: 1 / step for step in range(1, 7)
+    }
 
 
-def test_a_remote_run_has_its_copy_too(tmp_path: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_run_has_its_copy_too(
+    tmp_path: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "local_path", lambda uri: None)
     for start, stop in [(0, 3), (2, 4)]:
         record(tmp_path, start, stop)
-        assert {step: row["loss"] for step, row in history(tmp_path).items()} == {step: 1 / step for step in range(1, stop + 1)}
+        assert {step: row["loss"] for step, row in history(tmp_path).items()} == {
+            step: 1 / step for step in range(1, stop + 1)
+        }
     assert "text.path" in history(tmp_path)[2]
     assert [start["step"] for start in metrics.starts(str(tmp_path))] == [0, 2]
     assert warned == []
@@ -329,7 +369,9 @@ def test_a_run_of_the_same_name_elsewhere_is_another_one(tmp_path: Path) -> None
     assert len(names) == 2
 
 
-def test_when_wandb_dies_training_goes_on_and_the_driver_is_told_once(tmp_path: Path, warned: list[str]) -> None:
+def test_when_wandb_dies_training_goes_on_and_the_driver_is_told_once(
+    tmp_path: Path, warned: list[str]
+) -> None:
     recorder = Recorder(str(tmp_path), wandb=WANDB)
     recorder.scalars(1, {"loss": 1.0})
     for file in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
@@ -346,7 +388,9 @@ def test_when_wandb_dies_training_goes_on_and_the_driver_is_told_once(tmp_path: 
     assert warned[0].startswith("Weights & Biases gets nothing more of this run: ")
 
 
-def test_a_worker_without_wandb_trains_without_it(tmp_path: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_without_wandb_trains_without_it(
+    tmp_path: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     record(tmp_path, 0, 2)
     assert len(metrics.read(str(tmp_path))) == 3
@@ -354,10 +398,15 @@ def test_a_worker_without_wandb_trains_without_it(tmp_path: Path, warned: list[s
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_without_wandb_the_driver_says_what_to_install(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_wandb_the_driver_says_what_to_install(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     mirror.check_wandb("off")
-    with pytest.raises(ValueError, match=f"^log.wandb is {mode} and wandb is not installed: pip install wandb, or use --log.wandb off$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^log.wandb is {mode} and wandb is not installed: pip install wandb, or use --log.wandb off$",
+    ):
         mirror.check_wandb(mode)
 
 
@@ -370,6 +419,8 @@ def test_online_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="there is no key: set WANDB_API_KEY"):
         mirror.check_wandb("online")
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(ValueError, match=r"does not let us in \(WANDB_API_KEY invalid: .*\): check WANDB_API_KEY"):
+    with pytest.raises(
+        ValueError, match=r"does not let us in \(WANDB_API_KEY invalid: .*\): check WANDB_API_KEY"
+    ):
         mirror.check_wandb("online")
     assert services() == []

@@ -22,7 +22,9 @@ def test_a_position_gives_the_same_sample_whatever_was_asked_before() -> None:
     assert np.array_equal(walked.samples(asked), Order(50, seed=0).samples(asked))
 
 
-@pytest.mark.parametrize(("world_size", "micro_size"), [(1, 12), (1, 3), (2, 6), (2, 3), (3, 2), (4, 1), (12, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "micro_size"), [(1, 12), (1, 3), (2, 6), (2, 3), (3, 2), (4, 1), (12, 1)]
+)
 def test_workers_together_read_the_global_batch_once(world_size: int, micro_size: int) -> None:
     shares = [positions(5, 12, micro_size, rank, world_size) for rank in range(world_size)]
     read = np.concatenate([micro for share in shares for micro in share])
@@ -32,5 +34,8 @@ def test_workers_together_read_the_global_batch_once(world_size: int, micro_size
 
 def test_noise_depends_on_its_key_alone() -> None:
     assert np.array_equal(rng(1, 2, 3).standard_normal(4), rng(1, 2, 3).standard_normal(4))
-    drawn = {rng(*key).integers(2**62) for key in [(1, 2, 3), (1, 3, 2), (1, 2, 4), (2, 2, 3), (1, 2), (1, 2, 0), (1, 2, 0, 0)]}
+    drawn = {
+        rng(*key).integers(2**62)
+        for key in [(1, 2, 3), (1, 3, 2), (1, 2, 4), (2, 2, 3), (1, 2), (1, 2, 0), (1, 2, 0, 0)]
+    }
     assert len(drawn) == 7

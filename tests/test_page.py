@@ -36,7 +36,10 @@ STATUS = {
         "Text": {"replicas": 1, "target": 2, "status": "UPSCALING"},
         "Pictures": {"replicas": 1, "target": 1, "status": "HEALTHY"},
     },
-    "latency_ms": {"text_first_token": {"p50": 12.345, "p99": 40.1}, "picture": {"p50": None, "p99": None}},
+    "latency_ms": {
+        "text_first_token": {"p50": 12.345, "p99": 40.1},
+        "picture": {"p50": None, "p99": None},
+    },
 }
 # The contrast of every text that is shown, by WCAG 2.2's definition (https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio).
 CONTRASTS = """
@@ -70,7 +73,10 @@ def server(replica: Text, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("page")
     root = str(folder / "models")
     for version in (1, 2):
-        assert registry.publish(root, "gpt", bundles.tiny_gpt_bundle(folder / f"gpt-{version}")) == version
+        assert (
+            registry.publish(root, "gpt", bundles.tiny_gpt_bundle(folder / f"gpt-{version}"))
+            == version
+        )
     registry.alias(root, "gpt", "staging", 2)
     registry.publish(root, "dcgan", bundles.tiny_gan_bundle(folder / "gan", num_classes=3))
     port = free_port()
@@ -143,13 +149,19 @@ class Page(Browser):
     def prefer(self, scheme: str) -> None:
         """light or dark; "": what the system has."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": features}})
+        self.call(
+            "POST",
+            "/goog/cdp/execute",
+            {"cmd": "Emulation.setEmulatedMedia", "params": {"features": features}},
+        )
 
     def until(self, condition: Callable[[], Any], timeout_s: float = 60) -> Any:
         try:
             return super().until(condition, timeout_s)
         except TimeoutError as error:
-            raise AssertionError(f"the page says {self.text('#notice')!r}, its console {self.complaints()}") from error
+            raise AssertionError(
+                f"the page says {self.text('#notice')!r}, its console {self.complaints()}"
+            ) from error
 
     def complaints(self) -> list[str]:
         """What the console has: blocked by the page's policy, not found, thrown."""
@@ -182,9 +194,16 @@ def test_text_appears_as_it_is_written(browser: Page, server: str) -> None:
     assert whole.startswith(early)
     assert len(whole) > len(early)
     assert browser.text("#given") == "Now is"
-    asked = browser.run("return [Number(document.getElementById('tokens').textContent), document.getElementById('used-seed').textContent]")
+    asked = browser.run(
+        "return [Number(document.getElementById('tokens').textContent), document.getElementById('used-seed').textContent]"
+    )
     request = {"prompt": "Now is", "max_tokens": asked[0], "seed": 5}
-    assert httpx.post(f"{server}/v1/completions", json=request, timeout=30).json()["choices"][0]["text"] == whole
+    assert (
+        httpx.post(f"{server}/v1/completions", json=request, timeout=30).json()["choices"][0][
+            "text"
+        ]
+        == whole
+    )
     assert asked[1] == "5"
     rate = int(browser.text("#rate"))
     assert 0 < rate <= 1 / TOKEN_S
@@ -202,10 +221,18 @@ def test_every_control_reaches_the_server(browser: Page, server: str) -> None:
     }
     browser.open(f"{server}/?{httpx.QueryParams(asked)}&run=text")
     whole = written(browser)
-    assert httpx.post(f"{server}/v1/completions", json=asked, timeout=30).json()["choices"][0]["text"] == whole
+    assert (
+        httpx.post(f"{server}/v1/completions", json=asked, timeout=30).json()["choices"][0]["text"]
+        == whole
+    )
     for left_out in ("top_p", "repetition_penalty"):
         others = {name: value for name, value in asked.items() if name != left_out}
-        assert httpx.post(f"{server}/v1/completions", json=others, timeout=30).json()["choices"][0]["text"] != whole
+        assert (
+            httpx.post(f"{server}/v1/completions", json=others, timeout=30).json()["choices"][0][
+                "text"
+            ]
+            != whole
+        )
     browser.open(f"{server}/?{httpx.QueryParams(asked | {'stop': whole[4:6]})}&run=text")
     assert written(browser) == whole[: whole.index(whole[4:6])]
     assert browser.text("#reason") == "stop string or end of text"
@@ -229,31 +256,57 @@ def test_stop_ends_the_model_s_work(browser: Page, server: str, replica: Text) -
 def test_pictures_of_a_seed_and_a_class(browser: Page, server: str) -> None:
     browser.open(f"{server}/?seed=7&run=pictures")
     browser.until(lambda: len(browser.find("#grid img")) == 16)
-    sources = "return [...document.querySelectorAll('#grid img')].map((image) => image.src.split(',')[1])"
-    expected = httpx.post(f"{server}/v1/images/generations", json={"seed": 7, "n": 16}).json()["data"]
+    sources = (
+        "return [...document.querySelectorAll('#grid img')].map((image) => image.src.split(',')[1])"
+    )
+    expected = httpx.post(f"{server}/v1/images/generations", json={"seed": 7, "n": 16}).json()[
+        "data"
+    ]
     assert browser.run(sources) == [picture["b64_json"] for picture in expected]
-    options = browser.run("return [...document.getElementById('label').options].map((option) => option.text)")
+    options = browser.run(
+        "return [...document.getElementById('label').options].map((option) => option.text)"
+    )
     assert options == ["all in turn", "class 0", "class 1", "class 2"]
-    browser.run("document.getElementById('label').value = 'class 2'; document.getElementById('n').value = '4'")
+    browser.run(
+        "document.getElementById('label').value = 'class 2'; document.getElementById('n').value = '4'"
+    )
     browser.click("#draw")
     browser.until(lambda: len(browser.find("#grid img")) == 4)
-    assert browser.run("return [...document.querySelectorAll('#grid img')].map((image) => image.alt)") == ["class 2"] * 4
+    assert (
+        browser.run("return [...document.querySelectorAll('#grid img')].map((image) => image.alt)")
+        == ["class 2"] * 4
+    )
     assert browser.run("return document.querySelector('#grid a').download") == "dcgan-1-seed7-0.png"
-    browser.until(lambda: browser.run("return document.getElementById('download').href.startsWith('data:image/png')"))
+    browser.until(
+        lambda: browser.run(
+            "return document.getElementById('download').href.startsWith('data:image/png')"
+        )
+    )
     browser.click("#next")
     browser.until(lambda: "seed 8" in browser.text("#picture-status"))
 
 
 def set_slider(browser: Page, selector: str, value: float) -> None:
-    browser.run(f"const it = document.querySelector('{selector}'); it.value = {value}; it.dispatchEvent(new Event('input'))")
+    browser.run(
+        f"const it = document.querySelector('{selector}'); it.value = {value}; it.dispatchEvent(new Event('input'))"
+    )
 
 
-def test_truncation_is_asked_for_where_the_slider_is_not_at_its_end(browser: Page, server: str) -> None:
+def test_truncation_is_asked_for_where_the_slider_is_not_at_its_end(
+    browser: Page, server: str
+) -> None:
     browser.open(f"{server}/?seed=7&n=4&truncation=0.5&run=pictures")
-    sources = "return [...document.querySelectorAll('#grid img')].map((image) => image.src.split(',')[1])"
+    sources = (
+        "return [...document.querySelectorAll('#grid img')].map((image) => image.src.split(',')[1])"
+    )
     browser.until(lambda: len(browser.run(sources)) == 4)
     cut, whole = (
-        [picture["b64_json"] for picture in httpx.post(f"{server}/v1/images/generations", json={"seed": 7, "n": 4, **more}).json()["data"]]
+        [
+            picture["b64_json"]
+            for picture in httpx.post(
+                f"{server}/v1/images/generations", json={"seed": 7, "n": 4, **more}
+            ).json()["data"]
+        ]
         for more in ({"truncation": 0.5}, {})
     )
     assert browser.run(sources) == cut != whole
@@ -270,16 +323,25 @@ def test_a_slider_leads_from_one_seed_to_another_by_keyboard(browser: Page, serv
     browser.open(f"{server}/?from=3&to=5&label=class%201&run=pictures")
     browser.until(lambda: not browser.run("return document.getElementById('way').hidden"))
     request = {"seed": 3, "to_seed": 5, "steps": 21, "label": 1}
-    way = [picture["b64_json"] for picture in httpx.post(f"{server}/v1/images/interpolations", json=request).json()["data"]]
+    way = [
+        picture["b64_json"]
+        for picture in httpx.post(f"{server}/v1/images/interpolations", json=request).json()["data"]
+    ]
     here = "return document.getElementById('here').src.split(',')[1]"
     assert browser.run(here) == way[10]
-    for key, step, place in (("\ue014", 11, "55 %"), ("\ue010", 20, "100 %"), ("\ue011", 0, "0 %")):  # right, end, home
+    for key, step, place in (
+        ("\ue014", 11, "55 %"),
+        ("\ue010", 20, "100 %"),
+        ("\ue011", 0, "0 %"),
+    ):  # right, end, home
         browser.type("#position", key)
         assert browser.run(here) == way[step]
         told = f"{place} of the way from seed 3 to seed 5"
         assert browser.run("return document.getElementById('position').ariaValueText") == told
         assert browser.run("return document.getElementById('here').alt") == f"Picture at {told}"
-    assert browser.run("const link = document.getElementById('download-here'); return [link.download, link.href.split(',')[1]]") == [
+    assert browser.run(
+        "const link = document.getElementById('download-here'); return [link.download, link.href.split(',')[1]]"
+    ) == [
         "dcgan-1-seed3-to-5-0.png",
         way[0],
     ]
@@ -287,14 +349,19 @@ def test_a_slider_leads_from_one_seed_to_another_by_keyboard(browser: Page, serv
     assert Image.open(io.BytesIO(base64.b64decode(strip))).size == (21 * 28, 28)
 
 
-def test_what_is_served_is_shown_with_its_sample_replicas_and_latency(browser: Page, server: str) -> None:
+def test_what_is_served_is_shown_with_its_sample_replicas_and_latency(
+    browser: Page, server: str
+) -> None:
     browser.open(server)
     gpt, gan = ".card[data-kind=gpt]", ".card[data-kind=gan]"
     browser.until(lambda: browser.find(f"{gan} .live dd"))
     live = "return [...document.querySelectorAll('{} .live dd')].map((fact) => fact.textContent)"
     assert browser.run(live.format(gpt)) == ["1 of 2, upscaling", "12.35 ms (p50), 40.1 ms (p99)"]
     assert browser.run(live.format(gan)) == ["1, healthy"]
-    assert browser.until(lambda: browser.text(f"{gpt} pre")) == httpx.get(f"{server}/v1/models/gpt/sample").text
+    assert (
+        browser.until(lambda: browser.text(f"{gpt} pre"))
+        == httpx.get(f"{server}/v1/models/gpt/sample").text
+    )
     image = f"document.querySelector('{gan} figure img')"
     browser.run(f"{image}.scrollIntoView()")
     browser.until(lambda: browser.run(f"return {image}.naturalWidth > 28"))
@@ -331,7 +398,9 @@ def test_a_browser_asks_whether_the_pages_files_have_changed(server: str) -> Non
     for path in ("/", "/page/studio.js"):
         response = httpx.get(f"{server}{path}")
         assert response.headers["cache-control"] == "no-cache"
-    again = httpx.get(f"{server}/page/studio.js", headers={"If-None-Match": response.headers["etag"]})
+    again = httpx.get(
+        f"{server}/page/studio.js", headers={"If-None-Match": response.headers["etag"]}
+    )
     assert (again.status_code, again.content) == (304, b"")
 
 
@@ -344,7 +413,9 @@ def test_every_text_has_enough_contrast(browser: Page, server: str, scheme: str)
         browser.until(lambda: not browser.run("return document.getElementById('way').hidden"))
         browser.run(OPEN_ALL)
         browser.until(lambda: browser.find(".versions tbody button"))
-        browser.run("document.getElementById('notice').hidden = false; document.getElementById('notice').textContent = 'Wrong'")
+        browser.run(
+            "document.getElementById('notice').hidden = false; document.getElementById('notice').textContent = 'Wrong'"
+        )
         contrasts = browser.run(CONTRASTS)
         assert len(contrasts) > 50
         assert [(ratio, markup) for ratio, markup in contrasts if ratio < 4.5] == []
@@ -358,7 +429,10 @@ def test_the_address_reproduces_what_is_shown(browser: Page, server: str) -> Non
     pictures = browser.until(lambda: browser.text("#picture-status"))
     browser.open(f"{address}&run=1")
     assert written(browser) == text
-    assert browser.until(lambda: browser.text("#picture-status")).partition(" by ")[0] == pictures.partition(" by ")[0]
+    assert (
+        browser.until(lambda: browser.text("#picture-status")).partition(" by ")[0]
+        == pictures.partition(" by ")[0]
+    )
 
 
 def test_what_the_server_refuses_is_shown(browser: Page, server: str) -> None:
@@ -374,7 +448,12 @@ def test_a_prompt_of_many_tokens_is_asked_again_for_less(browser: Page, server: 
     browser.open(f"{server}/?prompt={prompt}&max_tokens=60&seed=5&run=text")
     shown = written(browser)
     request = {"prompt": prompt, "max_tokens": 64 - 40, "seed": int(browser.text("#used-seed"))}
-    assert httpx.post(f"{server}/v1/completions", json=request, timeout=30).json()["choices"][0]["text"] == shown
+    assert (
+        httpx.post(f"{server}/v1/completions", json=request, timeout=30).json()["choices"][0][
+            "text"
+        ]
+        == shown
+    )
 
 
 def test_a_kind_that_is_not_served_is_not_shown(browser: Page, server: str) -> None:
@@ -383,14 +462,20 @@ def test_a_kind_that_is_not_served_is_not_shown(browser: Page, server: str) -> N
     browser.until(lambda: not browser.run("return document.getElementById('text').hidden"))
     assert browser.run("return document.getElementById('pictures').hidden")
     browser.until(lambda: browser.text(".card pre"))
-    assert browser.run("return document.querySelector('.live').hidden && document.getElementById('notice').hidden")
+    assert browser.run(
+        "return document.querySelector('.live').hidden && document.getElementById('notice').hidden"
+    )
 
 
-def test_the_page_loads_nothing_from_elsewhere_and_complains_of_nothing(browser: Page, server: str) -> None:
+def test_the_page_loads_nothing_from_elsewhere_and_complains_of_nothing(
+    browser: Page, server: str
+) -> None:
     browser.complaints()
     browser.open(f"{server}/?prompt=%3Cscript%3Ealert(1)%3C%2Fscript%3E&max_tokens=3&run=1")
     written(browser)
-    loaded = browser.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    loaded = browser.run(
+        "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    )
     assert loaded
     assert all(name.startswith((server, "data:")) for name in loaded), loaded
     assert browser.text("#given") == "<script>alert(1)</script>"
@@ -402,7 +487,10 @@ def test_every_control_has_a_name_and_the_page_fits_a_phone(browser: Page, serve
     browser.until(lambda: len(browser.find("#grid img")) == 16)
     browser.until(lambda: not browser.run("return document.getElementById('way').hidden"))
     browser.run(OPEN_ALL)
-    names = {browser.markup(control): browser.name(control) for control in browser.find("button, input, select, textarea, a")}
+    names = {
+        browser.markup(control): browser.name(control)
+        for control in browser.find("button, input, select, textarea, a")
+    }
     assert [markup for markup, name in names.items() if not name] == []
     browser.resize(500, 900)  # the narrowest that Chromium's window gets
     try:

@@ -29,8 +29,17 @@ def opened(png: bytes) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("count", [2, 6, 7])
 def test_a_grid_is_torchvisions(channels: int, count: int) -> None:
-    images = torch.rand(count, channels, 8, 5, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2  # past both ends too
-    expected = make_grid(images, nrow=2, padding=pictures.GUTTER, normalize=True, value_range=(-1, 1), pad_value=128 / 255)
+    images = (
+        torch.rand(count, channels, 8, 5, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    )  # past both ends too
+    expected = make_grid(
+        images,
+        nrow=2,
+        padding=pictures.GUTTER,
+        normalize=True,
+        value_range=(-1, 1),
+        pad_value=128 / 255,
+    )
     made = pictures.grid(images, 2)
     assert made.dtype == np.uint8
     assert np.array_equal(made, (expected * 255).round().byte().permute(1, 2, 0).numpy())
@@ -58,7 +67,9 @@ def test_a_grid_is_taken_apart_again() -> None:
 
 @pytest.mark.parametrize("shape", [(12, 33), (13, 32), (2, 2), (12, 8)])
 def test_what_is_no_grid_is_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=f"a picture of {shape[1]} x {shape[0]} pixels is no grid of 3 columns"):
+    with pytest.raises(
+        ValueError, match=f"a picture of {shape[1]} x {shape[0]} pixels is no grid of 3 columns"
+    ):
         pictures.cells(np.zeros((*shape, 3), np.uint8), 3)
 
 
@@ -89,18 +100,30 @@ def test_steps_are_spread_geometrically_with_both_ends() -> None:
 
 def frame(level: int, size: int, rows: int = 2) -> np.ndarray:
     """A grid whose picture in row r and column c is of level + 10 r + c."""
-    values = [(level + 10 * row + column) / 127.5 - 1 for row in range(rows) for column in range(pictures.GRID_COLUMNS)]
+    values = [
+        (level + 10 * row + column) / 127.5 - 1
+        for row in range(rows)
+        for column in range(pictures.GRID_COLUMNS)
+    ]
     return pictures.grid(plain(values, size), pictures.GRID_COLUMNS)
 
 
 @pytest.mark.parametrize(("size", "scale"), [(28, 2), (32, 2), (64, 1), (128, 1)])
-def test_a_film_shows_the_same_latents_in_each_row_and_real_ones_below(size: int, scale: int) -> None:
-    made = opened(pictures.film([(100, frame(0, size)), (1000, frame(100, size))], real=frame(200, size)))
+def test_a_film_shows_the_same_latents_in_each_row_and_real_ones_below(
+    size: int, scale: int
+) -> None:
+    made = opened(
+        pictures.film([(100, frame(0, size)), (1000, frame(100, size))], real=frame(200, size))
+    )
     pitch = scale * size + pictures.GUTTER
     assert made.shape[1] == pictures.MARGIN + 10 * pitch
     column = [made[:, pictures.MARGIN + index * pitch + pitch // 2, 0] for index in range(10)]
     for index in range(10):
-        shown = [int(level) for level, count in zip(*np.unique(column[index], return_counts=True), strict=True) if count == scale * size]
+        shown = [
+            int(level)
+            for level, count in zip(*np.unique(column[index], return_counts=True), strict=True)
+            if count == scale * size
+        ]
         assert shown == [index, 100 + index, 200 + index]
 
 

@@ -28,7 +28,14 @@ class Recorder:
 
 def recorded_text() -> Any:
     metrics: Any = TextMetrics()
-    for name in ("requests", "prompt_tokens", "generation_tokens", "time_to_first_token", "inter_token_latency", "filter_hits"):
+    for name in (
+        "requests",
+        "prompt_tokens",
+        "generation_tokens",
+        "time_to_first_token",
+        "inter_token_latency",
+        "filter_hits",
+    ):
         setattr(metrics, name, Recorder())
     metrics.load = {name: Recorder() for name in metrics.load}
     return metrics
@@ -47,12 +54,17 @@ def test_a_texts_tokens_and_times() -> None:
     made = [Chunk("a", 7, 1), Chunk("bc", 7, 3), Chunk("d", 7, 4, "length")]
 
     async def go() -> list[Chunk]:
-        return [chunk async for chunk in metrics.observe(chunks(*made, pause_s=0.02), 1, model="gpt/3")]
+        return [
+            chunk async for chunk in metrics.observe(chunks(*made, pause_s=0.02), 1, model="gpt/3")
+        ]
 
     assert asyncio.run(go()) == made
     assert metrics.prompt_tokens.recorded == [(7, {"model": "gpt/3"})]
     assert metrics.generation_tokens.values == [1, 2, 1]
-    (first,), (second, third) = metrics.time_to_first_token.values, metrics.inter_token_latency.values
+    (first,), (second, third) = (
+        metrics.time_to_first_token.values,
+        metrics.inter_token_latency.values,
+    )
     assert first >= 0.019
     assert second >= 0.0095, "two tokens came in one message: each took half"
     assert third >= 0.019
@@ -76,7 +88,9 @@ def test_several_texts_are_one_request(stays: bool, outcome: str) -> None:
     asyncio.run(go())
     assert metrics.prompt_tokens.values == [7]
     assert metrics.generation_tokens.values == ([1, 2, 4, 1] if stays else [1, 2, 4])
-    assert len(metrics.inter_token_latency.values) == (2 if stays else 1), "each text has times of its own"
+    assert len(metrics.inter_token_latency.values) == (2 if stays else 1), (
+        "each text has times of its own"
+    )
     assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": outcome})]
 
 
@@ -85,7 +99,9 @@ def test_a_client_that_goes_before_a_text_has_begun_is_a_cancel() -> None:
 
     async def go() -> None:
         async with contextlib.aclosing(
-            metrics.observe(chunks(Chunk("a", 7, 1, "stop"), Chunk("b", 7, 1, choice=1)), 2, model="gpt/3")
+            metrics.observe(
+                chunks(Chunk("a", 7, 1, "stop"), Chunk("b", 7, 1, choice=1)), 2, model="gpt/3"
+            )
         ) as texts:
             await anext(texts)
 
@@ -117,7 +133,9 @@ def test_a_refusal_is_told_by_its_code() -> None:
     metrics = recorded_text()
 
     async def go() -> None:
-        async for _ in metrics.observe(chunks(Chunk("a", 1, 1), DeadlineExceeded("late")), 1, model="gpt/3"):
+        async for _ in metrics.observe(
+            chunks(Chunk("a", 1, 1), DeadlineExceeded("late")), 1, model="gpt/3"
+        ):
             pass
 
     with pytest.raises(DeadlineExceeded, match="late"):
@@ -129,16 +147,25 @@ def test_what_the_blocklist_ends_or_refuses_is_counted() -> None:
     metrics = recorded_text()
 
     async def go() -> None:
-        async for _ in metrics.observe(chunks(Chunk("a", 1, 1), Chunk("", 1, 4, "content_filter")), 1, model="gpt/3"):
+        async for _ in metrics.observe(
+            chunks(Chunk("a", 1, 1), Chunk("", 1, 4, "content_filter")), 1, model="gpt/3"
+        ):
             pass
 
     asyncio.run(go())
     metrics.prompt_blocked("gpt/3")
-    assert metrics.filter_hits.recorded == [(1, {"model": "gpt/3", "where": "text"}), (1, {"model": "gpt/3", "where": "prompt"})]
+    assert metrics.filter_hits.recorded == [
+        (1, {"model": "gpt/3", "where": "text"}),
+        (1, {"model": "gpt/3", "where": "prompt"}),
+    ]
     assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "content_filter"})]
 
 
 def test_the_load_is_what_the_engine_says() -> None:
     metrics = recorded_text()
     metrics.set_load({"slots": 8, "running": 3, "waiting": 2, "generated": 999})
-    assert {name: gauge.values for name, gauge in metrics.load.items()} == {"slots": [8], "running": [3], "waiting": [2]}
+    assert {name: gauge.values for name, gauge in metrics.load.items()} == {
+        "slots": [8],
+        "running": [3],
+        "waiting": [2],
+    }

@@ -40,7 +40,9 @@ def judge(garments: dict[str, Pictures], extractor: Extractor) -> Judge:
 @pytest.fixture(scope="module")
 def features(garments: dict[str, Pictures], extractor: Extractor) -> tuple[Tensor, Tensor]:
     """(300, 64) of held-out pictures and (250, 64) of training pictures with noise: neither equal nor far apart."""
-    noise = torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, (250, 1, 32, 32)).astype(np.float32))
+    noise = torch.from_numpy(
+        np.random.default_rng(0).normal(0, 0.1, (250, 1, 32, 32)).astype(np.float32)
+    )
     real = torch.from_numpy(garments["heldout"].centred(slice(0, 300)))
     return extractor.features(real).double(), extractor.features(
         torch.from_numpy(garments["train"].centred(slice(0, 250))) + noise
@@ -59,7 +61,9 @@ class Given(nn.Module):
         return images.flatten(1)
 
 
-def test_frechet_distance_is_that_of_torchmetrics_and_torch_fidelity(features: tuple[Tensor, Tensor]) -> None:
+def test_frechet_distance_is_that_of_torchmetrics_and_torch_fidelity(
+    features: tuple[Tensor, Tensor],
+) -> None:
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -68,15 +72,21 @@ def test_frechet_distance_is_that_of_torchmetrics_and_torch_fidelity(features: t
     for points, real in zip(features, (True, False), strict=True):
         metric.update(points[:, None, None], real=real)
     assert found == pytest.approx(float(metric.compute()), rel=1e-9)
-    reference = fid_statistics_to_metric(*map(fid_features_to_statistics, features), verbose=False)["frechet_inception_distance"]
+    reference = fid_statistics_to_metric(*map(fid_features_to_statistics, features), verbose=False)[
+        "frechet_inception_distance"
+    ]
     assert found == pytest.approx(reference, rel=1e-9)
 
 
 def test_frechet_distance_by_hand() -> None:
     """On a line it is (m1 - m2)^2 + (s1 - s2)^2; a shift costs its square, in any number of dimensions."""
     line = torch.tensor([[0.0], [2.0]]).double()  # mean 1, variance 2
-    assert quality.frechet_distance(line, 3 * line) == pytest.approx(4 + 8)  # mean 3, standard deviation 3 sqrt(2)
-    points = torch.from_numpy(np.random.default_rng(0).standard_normal((10, 50)))  # fewer than dimensions
+    assert quality.frechet_distance(line, 3 * line) == pytest.approx(
+        4 + 8
+    )  # mean 3, standard deviation 3 sqrt(2)
+    points = torch.from_numpy(
+        np.random.default_rng(0).standard_normal((10, 50))
+    )  # fewer than dimensions
     assert quality.frechet_distance(points, points + 2) == pytest.approx(4 * 50)
     assert quality.frechet_distance(points, points.flip(0)) == pytest.approx(0, abs=1e-12)
 
@@ -86,17 +96,25 @@ def test_kid_is_that_of_torchmetrics_and_torch_fidelity(features: tuple[Tensor, 
     from torchmetrics.image.kid import KernelInceptionDistance
 
     first, second = features[0][:200], features[1][:200]
-    whole = KernelInceptionDistance(feature=Given(), subsets=1, subset_size=200).set_dtype(torch.float64)
+    whole = KernelInceptionDistance(feature=Given(), subsets=1, subset_size=200).set_dtype(
+        torch.float64
+    )
     whole.update(first[:, None, None], real=True)
     whole.update(second[:, None, None], real=False)
     assert quality.mmd(first, second) == pytest.approx(float(whole.compute()[0]), rel=1e-9)
     arguments = {"kid_subsets": 1, "kid_subset_size": 200, "rng_seed": 0, "verbose": False}
-    assert quality.mmd(first, second) == pytest.approx(kid_features_to_metric(first, second, **arguments)["kernel_inception_distance_mean"])
+    assert quality.mmd(first, second) == pytest.approx(
+        kid_features_to_metric(first, second, **arguments)["kernel_inception_distance_mean"]
+    )
     # Over subsets of half of the points, whose draws are others'.
     mean, spread = quality.kid(first, second)
-    reference = kid_features_to_metric(first, second, **arguments | {"kid_subsets": 1000, "kid_subset_size": 100})
+    reference = kid_features_to_metric(
+        first, second, **arguments | {"kid_subsets": 1000, "kid_subset_size": 100}
+    )
     assert spread == pytest.approx(reference["kernel_inception_distance_std"], rel=0.2)
-    assert mean == pytest.approx(reference["kernel_inception_distance_mean"], abs=3 * spread / quality.NUM_SUBSETS**0.5)
+    assert mean == pytest.approx(
+        reference["kernel_inception_distance_mean"], abs=3 * spread / quality.NUM_SUBSETS**0.5
+    )
 
 
 def test_kid_of_equal_distributions_is_around_zero(features: tuple[Tensor, Tensor]) -> None:
@@ -111,24 +129,34 @@ def test_precision_and_recall_are_those_of_torch_fidelity(features: tuple[Tensor
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     real, made = features
-    reference = prc_features_to_metric(made, real, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False)
-    assert quality.precision_recall(real, made) == pytest.approx((reference["precision"], reference["recall"]), abs=1e-7)
+    reference = prc_features_to_metric(
+        made, real, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
+    )
+    assert quality.precision_recall(real, made) == pytest.approx(
+        (reference["precision"], reference["recall"]), abs=1e-7
+    )
     assert reference["precision"] != reference["recall"]
 
 
 @pytest.mark.parametrize("block", [7, 500])
-def test_density_and_coverage_are_the_paper_s(features: tuple[Tensor, Tensor], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_density_and_coverage_are_the_paper_s(
+    features: tuple[Tensor, Tensor], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Naeem et al. 2020, equations 5 and 6, in loops; however the distances are cut into blocks."""
     monkeypatch.setattr(quality, "BLOCK", block)
     k, real, made = 5, features[0][:80].numpy(), features[1][:60].numpy()
     density, covered = 0, 0
     for i in range(len(real)):
-        radius = sorted(np.linalg.norm(real[i] - real[j]) for j in range(len(real)) if j != i)[k - 1]
+        radius = sorted(np.linalg.norm(real[i] - real[j]) for j in range(len(real)) if j != i)[
+            k - 1
+        ]
         inside = sum(np.linalg.norm(real[i] - made[j]) <= radius for j in range(len(made)))
         density += inside
         covered += inside > 0
     expected = (density / (k * len(made)), covered / len(real))
-    assert quality.density_coverage(torch.from_numpy(real), torch.from_numpy(made)) == pytest.approx(expected)
+    assert quality.density_coverage(
+        torch.from_numpy(real), torch.from_numpy(made)
+    ) == pytest.approx(expected)
 
 
 def test_near_copies_far_from_the_origin() -> None:
@@ -144,14 +172,19 @@ def test_near_copies_far_from_the_origin() -> None:
 
 def test_mode_figures_by_hand() -> None:
     """Real shares 1/2, 1/4, 1/4, 0 and none unsure; mode 1 has less than a third of its share, mode 3 is nowhere real."""
-    real, made = torch.tensor([0, 0, 1, 2] * 10), torch.tensor([0] * 24 + [1] * 3 + [2] * 4 + [3] * 8 + [-1])
+    real, made = (
+        torch.tensor([0, 0, 1, 2] * 10),
+        torch.tensor([0] * 24 + [1] * 3 + [2] * 4 + [3] * 8 + [-1]),
+    )
     modes, divergence = quality.mode_figures(real, made, 4)
     assert modes == 2
     shares, smoothed = np.array([24, 3, 4, 8, 1]) / 40, np.array([21, 11, 11, 1, 1]) / 45
     assert divergence == pytest.approx(float((shares * np.log(shares / smoothed)).sum()))
     assert quality.mode_figures(real, real, 4)[0] == 3
     assert quality.mode_figures(real, torch.full((7,), -1), 4)[0] == 0
-    assert quality.mode_figures(torch.tensor([0, -1]), torch.tensor([0, -1]), 1)[0] == 1, "pictures of no mode are none"
+    assert quality.mode_figures(torch.tensor([0, -1]), torch.tensor([0, -1]), 1)[0] == 1, (
+        "pictures of no mode are none"
+    )
 
 
 def test_distance_by_hand() -> None:
@@ -198,10 +231,14 @@ def others(judge: Judge, garments: dict[str, Pictures]) -> np.ndarray:
 def of(pictures: Pictures, chosen: np.ndarray) -> Generate:
     """A generator of these pictures, in turn."""
     place = iter(range(10**9))
-    return lambda part: torch.from_numpy(pictures.centred(chosen[[next(place) % len(chosen) for _ in part]]))
+    return lambda part: torch.from_numpy(
+        pictures.centred(chosen[[next(place) % len(chosen) for _ in part]])
+    )
 
 
-def test_other_real_pictures_are_at_the_floor(verdict: Callable, garments: dict[str, Pictures], others: np.ndarray) -> None:
+def test_other_real_pictures_are_at_the_floor(
+    verdict: Callable, garments: dict[str, Pictures], others: np.ndarray
+) -> None:
     found = verdict(of(garments["train"], np.random.default_rng(0).permutation(others)))
     assert found["samples"] == 1000
     assert found["frechet_distance"] < 2 * found["frechet_distance_floor"]
@@ -213,7 +250,9 @@ def test_other_real_pictures_are_at_the_floor(verdict: Callable, garments: dict[
     assert found["sliced_wasserstein"] < 1.5 * found["sliced_wasserstein_floor"]
 
 
-def test_a_memoriser_is_told_by_recall_and_coverage(verdict: Callable, garments: dict[str, Pictures]) -> None:
+def test_a_memoriser_is_told_by_recall_and_coverage(
+    verdict: Callable, garments: dict[str, Pictures]
+) -> None:
     """50 pictures repeated look as good as real ones, and have all modes: only what looks for variety sees it."""
     found = verdict(of(garments["train"], np.arange(50)))
     assert found["recall"] < 0.1 < found["recall_floor"] - 0.5
@@ -234,8 +273,12 @@ def test_a_generator_that_comes_to_copy_or_to_make_one_class_is_a_collapse(
         assert "collapse" in {alarm.kind for alarm in found}
 
 
-@pytest.mark.parametrize("label", [2, 6, 9])  # a shirt is what is most often taken for another, a pullover next
-def test_a_class_alone_is_one_mode(label: int, verdict: Callable, garments: dict[str, Pictures]) -> None:
+@pytest.mark.parametrize(
+    "label", [2, 6, 9]
+)  # a shirt is what is most often taken for another, a pullover next
+def test_a_class_alone_is_one_mode(
+    label: int, verdict: Callable, garments: dict[str, Pictures]
+) -> None:
     train = garments["train"]
     assert train.labels is not None
     found = verdict(of(train, np.flatnonzero(train.labels == label)))
@@ -249,7 +292,9 @@ def test_a_class_alone_is_one_mode(label: int, verdict: Callable, garments: dict
 def test_missing_classes_are_counted(verdict: Callable, garments: dict[str, Pictures]) -> None:
     train = garments["train"]
     assert train.labels is not None
-    found = verdict(of(train, np.random.default_rng(0).permutation(np.flatnonzero(train.labels < 7))))
+    found = verdict(
+        of(train, np.random.default_rng(0).permutation(np.flatnonzero(train.labels < 7)))
+    )
     assert found["modes"] == 7
     assert found["mode_kl"] > 0.2
 
@@ -263,7 +308,11 @@ def test_damaged_pictures_are_told_from_real_ones(
 
     def generate(part: np.ndarray) -> Tensor:
         images = real(part)
-        return gaussian_blur(images, [5, 5], [1.0, 1.0]) if damage == "blur" else images + 0.3 * torch.randn(images.shape, generator=draw)
+        return (
+            gaussian_blur(images, [5, 5], [1.0, 1.0])
+            if damage == "blur"
+            else images + 0.3 * torch.randn(images.shape, generator=draw)
+        )
 
     found = verdict(generate)
     assert found["frechet_distance"] > 10 * found["frechet_distance_floor"]
@@ -286,23 +335,44 @@ def test_nothing_but_noise_is_nothing(verdict: Callable) -> None:
 # ---------------------------------------------------------------- the judge
 
 
-def test_the_verdict_is_the_same_at_each_call_and_in_each_run(garments: dict[str, Pictures], extractor: Extractor) -> None:
+def test_the_verdict_is_the_same_at_each_call_and_in_each_run(
+    garments: dict[str, Pictures], extractor: Extractor
+) -> None:
     def mirrored(part: np.ndarray) -> Tensor:
         return torch.from_numpy(garments["train"].centred(part)).flip(3)
 
-    judge, again = (Judge(garments["train"], garments["heldout"], extractor, 200, "cpu") for _ in range(2))
+    judge, again = (
+        Judge(garments["train"], garments["heldout"], extractor, 200, "cpu") for _ in range(2)
+    )
     found = judge(mirrored)
     assert judge(mirrored) == found
     assert again(mirrored) == found
     assert {tag for tag in found if not tag.endswith("_floor")} == {
-        *(f"heldout_{tag}" for tag in ("frechet_distance", "kid", "kid_spread", "precision", "recall", "density", "coverage")),
+        *(
+            f"heldout_{tag}"
+            for tag in (
+                "frechet_distance",
+                "kid",
+                "kid_spread",
+                "precision",
+                "recall",
+                "density",
+                "coverage",
+            )
+        ),
         *("heldout_modes", "heldout_mode_kl", "heldout_sliced_wasserstein", "heldout_samples"),
     }
     without = {"heldout_kid_spread", "heldout_samples"}
-    assert all(f"{tag}_floor" in found for tag in found if not tag.endswith("_floor") and tag not in without)
+    assert all(
+        f"{tag}_floor" in found
+        for tag in found
+        if not tag.endswith("_floor") and tag not in without
+    )
 
 
-def test_pictures_are_drawn_from_all_classes(garments: dict[str, Pictures], extractor: Extractor) -> None:
+def test_pictures_are_drawn_from_all_classes(
+    garments: dict[str, Pictures], extractor: Extractor
+) -> None:
     """A folder's pictures lie class by class: the first ones would be of one class. The floor's own pictures are at the floor."""
     seen: list[int] = []
 
@@ -316,7 +386,9 @@ def test_pictures_are_drawn_from_all_classes(garments: dict[str, Pictures], extr
     assert max(seen) > 8000
 
 
-def test_batches_do_not_matter(garments: dict[str, Pictures], extractor: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_do_not_matter(
+    garments: dict[str, Pictures], extractor: Extractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def blurred(part: np.ndarray) -> Tensor:
         return gaussian_blur(torch.from_numpy(garments["train"].centred(part)), [3, 3])
 
@@ -327,14 +399,20 @@ def test_batches_do_not_matter(garments: dict[str, Pictures], extractor: Extract
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
 
 
-def test_a_handful_of_pictures_can_be_judged(garments: dict[str, Pictures], extractor: Extractor) -> None:
-    found = Judge(garments["train"], garments["heldout"], extractor, 4, "cpu")(lambda part: torch.zeros(len(part), 1, 32, 32))
+def test_a_handful_of_pictures_can_be_judged(
+    garments: dict[str, Pictures], extractor: Extractor
+) -> None:
+    found = Judge(garments["train"], garments["heldout"], extractor, 4, "cpu")(
+        lambda part: torch.zeros(len(part), 1, 32, 32)
+    )
     assert all(np.isfinite(value) for value in found.values())
 
 
 def test_a_generator_of_nan_gets_nan(garments: dict[str, Pictures], extractor: Extractor) -> None:
     """What then stops the run is the trainer's business: see `train.run.recorder.finite`."""
-    found = Judge(garments["train"], garments["heldout"], extractor, 20, "cpu")(lambda part: torch.full((len(part), 1, 32, 32), torch.nan))
+    found = Judge(garments["train"], garments["heldout"], extractor, 20, "cpu")(
+        lambda part: torch.full((len(part), 1, 32, 32), torch.nan)
+    )
     assert np.isnan(found["heldout_frechet_distance"])
     assert np.isnan(found["heldout_kid"])
     assert found["heldout_coverage"] == found["heldout_modes"] == 0
@@ -352,24 +430,39 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        torch.save(inception.FeatureExtractorInceptionV3("inception-v3", ["2048"]).state_dict(), path)
+        torch.save(
+            inception.FeatureExtractorInceptionV3("inception-v3", ["2048"]).state_dict(), path
+        )
     return path
 
 
-def test_with_inception_there_is_an_fid(garments: dict[str, Pictures], extractor: Extractor, weights: str) -> None:
+def test_with_inception_there_is_an_fid(
+    garments: dict[str, Pictures], extractor: Extractor, weights: str
+) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     judge = Judge(garments["train"], garments["heldout"], extractor, 4, "cpu", weights)
-    own = [torch.from_numpy(side.pixels[:2, ..., 0].copy())[:, None].repeat(1, 3, 1, 1) for side in garments.values()]
+    own = [
+        torch.from_numpy(side.pixels[:2, ..., 0].copy())[:, None].repeat(1, 3, 1, 1)
+        for side in garments.values()
+    ]
     assert judge.inception is not None
-    ours = torch.cat([judge.inception(torch.from_numpy(side.centred(slice(0, 2)))) for side in garments.values()])
-    net = FeatureExtractorInceptionV3("inception-v3", ["2048"], feature_extractor_weights_path=weights)
-    assert torch.equal(ours, net(torch.cat(own))[0]), "the 8 bits of a picture reach Inception as they were"
+    ours = torch.cat(
+        [judge.inception(torch.from_numpy(side.centred(slice(0, 2)))) for side in garments.values()]
+    )
+    net = FeatureExtractorInceptionV3(
+        "inception-v3", ["2048"], feature_extractor_weights_path=weights
+    )
+    assert torch.equal(ours, net(torch.cat(own))[0]), (
+        "the 8 bits of a picture reach Inception as they were"
+    )
     found = judge(lambda part: torch.from_numpy(garments["train"].centred(part)))
     assert found["heldout_fid"] == found["heldout_fid_floor"] > 0
 
 
-def test_what_inception_lacks_is_said_in_a_sentence(tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_inception_lacks_is_said_in_a_sentence(
+    tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(path: Path | str, sentence: str) -> None:
         with pytest.raises(ValueError, match=sentence) as caught:
             quality.inception(str(path), "cpu")
@@ -381,13 +474,28 @@ def test_what_inception_lacks_is_said_in_a_sentence(tmp_path: Path, weights: str
     refused(damaged, r"damaged\.pth does not hold Inception's weights .*: give")
     torch.save(torch.nn.Linear(2, 2).state_dict(), another)
     refused(another, r"another\.pth does not hold Inception's weights .*: give")
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    monkeypatch.setitem(
+        __import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None
+    )
     refused(weights, r"needs torch-fidelity: install it with `pip install 'raykiln\[inception\]'`")
 
 
-def test_a_run_and_a_search_ask_for_inception_before_anything_starts(command: Callable, tmp_path: Path) -> None:
+def test_a_run_and_a_search_ask_for_inception_before_anything_starts(
+    command: Callable, tmp_path: Path
+) -> None:
     for verb in ("train", "tune"):
-        answer = command(verb, "gan", "--config", "gan-tiny", "--storage", str(tmp_path), "--quality.inception", "/nowhere/weights.pth")
+        answer = command(
+            verb,
+            "gan",
+            "--config",
+            "gan-tiny",
+            "--storage",
+            str(tmp_path),
+            "--quality.inception",
+            "/nowhere/weights.pth",
+        )
         assert answer.returncode == 2
-        assert answer.stderr.startswith("error: quality.inception: there is no file /nowhere/weights.pth: give")
+        assert answer.stderr.startswith(
+            "error: quality.inception: there is no file /nowhere/weights.pth: give"
+        )
         assert not list(tmp_path.iterdir())

@@ -46,7 +46,13 @@ def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     usual = storage.locate
     memory = fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("memory")))
     monkeypatch.setattr(
-        storage, "locate", lambda uri: (memory, str(uri).removeprefix("memory:/")) if str(uri).startswith("memory:") else usual(uri)
+        storage,
+        "locate",
+        lambda uri: (
+            (memory, str(uri).removeprefix("memory:/"))
+            if str(uri).startswith("memory:")
+            else usual(uri)
+        ),
     )
     yield "memory://bucket/models"
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
@@ -99,7 +105,10 @@ def _publish_some(root: str, folder: str, start: Any, numbers: Any) -> None:
 def test_publishers_at_once_get_a_version_each(root: str, made: Path) -> None:
     context = multiprocessing.get_context("spawn")
     start, numbers = context.Barrier(3), context.Queue()
-    publishers = [context.Process(target=_publish_some, args=(root, str(made), start, numbers)) for _ in range(3)]
+    publishers = [
+        context.Process(target=_publish_some, args=(root, str(made), start, numbers))
+        for _ in range(3)
+    ]
     for publisher in publishers:
         publisher.start()
     got = sorted(numbers.get(timeout=60) for _ in range(30))
@@ -134,7 +143,9 @@ def test_a_publisher_killed_half_way_leaves_no_version(root: str, made: Path) ->
     assert not left.exists()
 
 
-def test_an_old_folder_does_not_look_abandoned_while_it_is_published(root: str, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_folder_does_not_look_abandoned_while_it_is_published(
+    root: str, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.utime(made, times=(0, 0))
     write_manifest = bundle.write_manifest
     others: list[str] = []
@@ -150,7 +161,9 @@ def test_an_old_folder_does_not_look_abandoned_while_it_is_published(root: str, 
     assert registry.versions(root, "gpt") == [1, 2]
 
 
-def test_a_half_written_version_is_not_listed_and_its_number_not_reused(root: str, made: Path) -> None:
+def test_a_half_written_version_is_not_listed_and_its_number_not_reused(
+    root: str, made: Path
+) -> None:
     registry.publish(root, "gpt", made)
     shutil.copytree(made, storage.join(root, "gpt", "2"))
     os.unlink(storage.join(root, "gpt", "2", "manifest.json"))
@@ -186,7 +199,9 @@ def test_an_object_store_holds_versions_and_aliases(object_store: str, made: Pat
     assert bundle.verify(f"{object_store}/gpt/2")["version"] == 2
 
 
-def test_an_interrupted_upload_is_no_version(object_store: str, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_upload_is_no_version(
+    object_store: str, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write_json", _raise_connection_error)
         with pytest.raises(ConnectionError):
@@ -200,11 +215,17 @@ def _raise_connection_error(*_: Any) -> None:
     raise ConnectionError("the network is gone")
 
 
-def test_publishers_at_once_on_an_object_store_never_share_a_version(object_store: str, tmp_path: Path) -> None:
+def test_publishers_at_once_on_an_object_store_never_share_a_version(
+    object_store: str, tmp_path: Path
+) -> None:
     folders = [make(tmp_path / f"bundle-{index}", f"graph {index}") for index in range(4)]
     numbers: dict[int, int] = {}
     threads = [
-        threading.Thread(target=lambda index=index: numbers.update({index: registry.publish(object_store, "gpt", folders[index])}))
+        threading.Thread(
+            target=lambda index=index: numbers.update(
+                {index: registry.publish(object_store, "gpt", folders[index])}
+            )
+        )
         for index in range(4)
     ]
     for thread in threads:
@@ -214,7 +235,10 @@ def test_publishers_at_once_on_an_object_store_never_share_a_version(object_stor
     assert len(set(numbers.values())) == 4
     for index, version in numbers.items():
         bundle.verify(f"{object_store}/gpt/{version}")
-        assert storage.read_bytes(f"{object_store}/gpt/{version}/model.onnx") == f"graph {index}".encode()
+        assert (
+            storage.read_bytes(f"{object_store}/gpt/{version}/model.onnx")
+            == f"graph {index}".encode()
+        )
 
 
 def test_aliases_set_at_once_on_an_object_store_all_stay(bucket: str, made: Path) -> None:
@@ -313,7 +337,9 @@ def test_an_alias_that_is_damaged_is_set_again(three: str) -> None:
     assert registry.resolve(three, "gpt")[1] == 2
 
 
-def test_a_damaged_alias_stops_nobody_who_does_not_ask_for_it(three: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_alias_stops_nobody_who_does_not_ask_for_it(
+    three: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     for alias, version in (("production", 1), ("staging", 2)):
         registry.alias(three, "gpt", alias, version)
     Path(three, "gpt", "aliases", "staging.json").write_text("{")
@@ -325,10 +351,15 @@ def test_a_damaged_alias_stops_nobody_who_does_not_ask_for_it(three: str, capsys
         registry.resolve(three, "gpt@stagin")
     models_command(["list", "--storage", str(Path(three).parent)])
     listed = capsys.readouterr().out
-    assert "gpt@staging is damaged: set it again with `python -m models alias gpt staging VERSION`\n" in listed
+    assert (
+        "gpt@staging is damaged: set it again with `python -m models alias gpt staging VERSION`\n"
+        in listed
+    )
     assert all(what in listed for what in ("gpt/1", "gpt/2", "production"))
     models_command(["show", "gpt", "--storage", str(Path(three).parent)])
-    assert "aliases  production\n" in re.sub(" +\n", "\n", re.sub(" {2,}", "  ", capsys.readouterr().out))
+    assert "aliases  production\n" in re.sub(
+        " +\n", "\n", re.sub(" {2,}", "  ", capsys.readouterr().out)
+    )
 
 
 def test_an_alias_of_a_vanished_version_is_refused(three: str) -> None:
@@ -338,7 +369,9 @@ def test_an_alias_of_a_vanished_version_is_refused(three: str) -> None:
         registry.resolve(three, "gpt")
 
 
-@pytest.mark.parametrize("content", ['["production"]', '{"version": "2"}', '{"version": true}', "{}"])
+@pytest.mark.parametrize(
+    "content", ['["production"]', '{"version": "2"}', '{"version": true}', "{}"]
+)
 def test_damaged_aliases_are_named(three: str, content: str) -> None:
     registry.alias(three, "gpt", "production", 1)
     Path(three, "gpt", "aliases", "production.json").write_text(content)
@@ -355,7 +388,9 @@ def _set_aliases(root: str, writer: int, start: Any) -> None:
 def test_aliases_set_at_once_all_stay_and_readers_never_see_half(three: str) -> None:
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(4)
-    writers = [context.Process(target=_set_aliases, args=(three, writer, start)) for writer in range(3)]
+    writers = [
+        context.Process(target=_set_aliases, args=(three, writer, start)) for writer in range(3)
+    ]
     for writer in writers:
         writer.start()
     start.wait(60)
@@ -370,18 +405,29 @@ def test_aliases_set_at_once_all_stay_and_readers_never_see_half(three: str) -> 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_the_command_lists_shows_verifies_and_moves(root: str, made: Path, command: Command) -> None:
+def test_the_command_lists_shows_verifies_and_moves(
+    root: str, made: Path, command: Command
+) -> None:
     place = str(Path(root).parent)
     assert "no models in" in command("models", "list", "--storage", place).stdout
     for _ in range(2):
         registry.publish(root, "gpt", made)
-    assert command("models", "alias", "gpt", "production", "1", "--storage", place).stdout == "gpt@production is now gpt/1\n"
+    assert (
+        command("models", "alias", "gpt", "production", "1", "--storage", place).stdout
+        == "gpt@production is now gpt/1\n"
+    )
     listed = command("models", "list", KILN_STORAGE=place).stdout
     assert "gpt/1" in listed
     assert "gpt/2" in listed
     assert listed.count("production") == 1
-    assert "transformers/config.json" in command("models", "show", "gpt@production", "--storage", place).stdout
-    assert command("models", "verify", "gpt/2", "--storage", place).stdout == "gpt/2: 2 files, 7 bytes, all as published\n"
+    assert (
+        "transformers/config.json"
+        in command("models", "show", "gpt@production", "--storage", place).stdout
+    )
+    assert (
+        command("models", "verify", "gpt/2", "--storage", place).stdout
+        == "gpt/2: 2 files, 7 bytes, all as published\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -392,7 +438,9 @@ def test_the_command_lists_shows_verifies_and_moves(root: str, made: Path, comma
         (["alias", "gpt", "production", "5"], "error: model 'gpt' has no version 5: it has 1"),
     ],
 )
-def test_the_command_ends_with_a_sentence(root: str, made: Path, command: Command, arguments: list[str], sentence: str) -> None:
+def test_the_command_ends_with_a_sentence(
+    root: str, made: Path, command: Command, arguments: list[str], sentence: str
+) -> None:
     registry.publish(root, "gpt", made)
     Path(root, "gpt", "1", "model.onnx").write_text("Graph")
     done = command("models", *arguments, "--storage", str(Path(root).parent))

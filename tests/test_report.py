@@ -56,7 +56,11 @@ def summary_of(kind: str, **figures: float) -> dict[str, Any]:
 
 def sheet(level: int) -> np.ndarray:
     """A grid of two classes: row r is of level + 50 r."""
-    levels = torch.tensor([level + 50 * row for row in range(2) for _ in range(pictures.GRID_COLUMNS)]) / 127.5 - 1
+    levels = (
+        torch.tensor([level + 50 * row for row in range(2) for _ in range(pictures.GRID_COLUMNS)])
+        / 127.5
+        - 1
+    )
     return pictures.grid(levels.view(-1, 1, 1, 1).expand(-1, 1, 28, 28), pictures.GRID_COLUMNS)
 
 
@@ -64,15 +68,28 @@ def record(run: str, dataset: Path, steps: tuple[int, ...] = (100, 200, 400)) ->
     """A GAN's run up to its summary."""
     recorder = Recorder(run)
     for step in steps:
-        recorder.scalars(step, {"critic_loss": -100 / step, "generator_loss": 2.0, "wasserstein_distance": 1.0, "gradient_penalty": 0.1})
+        recorder.scalars(
+            step,
+            {
+                "critic_loss": -100 / step,
+                "generator_loss": 2.0,
+                "wasserstein_distance": 1.0,
+                "gradient_penalty": 0.1,
+            },
+        )
         recorder.scalars(step, {**QUALITY, "heldout_recall": step / 800})
         recorder.image(step, "pictures", sheet(step // 8))
         recorder.image(step, "interpolation", sheet(0))
     recorder.image(steps[0], "real", sheet(180))
-    storage.write_bytes(storage.join(run, "run.yaml"), yaml.safe_dump({"model": {"conditional": True}}).encode())
+    storage.write_bytes(
+        storage.join(run, "run.yaml"), yaml.safe_dump({"model": {"conditional": True}}).encode()
+    )
     storage.write_json(dataset / "dataset.json", {"classes": CLASSES})
     extractor = {"sha256": "ab" * 32, "accuracy": 0.913, "task": "classes", "uri": "there"}
-    storage.write_json(storage.join(run, "lineage.json"), {"dataset": {"uri": str(dataset)}, "extractor": extractor})
+    storage.write_json(
+        storage.join(run, "lineage.json"),
+        {"dataset": {"uri": str(dataset)}, "extractor": extractor},
+    )
     return recorder
 
 
@@ -84,14 +101,23 @@ def shown(film: np.ndarray) -> list[list[int]]:
     """The levels of each column of a film of two classes at 28 pixels, from top to bottom."""
     pitch = 2 * 28 + pictures.GUTTER
     columns = [film[:, pictures.MARGIN + number * pitch + pitch // 2, 0] for number in range(2)]
-    return [[int(level) for level, count in zip(*np.unique(column, return_counts=True), strict=True) if count == 56] for column in columns]
+    return [
+        [
+            int(level)
+            for level, count in zip(*np.unique(column, return_counts=True), strict=True)
+            if count == 56
+        ]
+        for column in columns
+    ]
 
 
 # ---------------------------------------------------------------- a GAN's page
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_gan_s_page_has_all_that_was_recorded(tmp_path: Path, remote: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gan_s_page_has_all_that_was_recorded(
+    tmp_path: Path, remote: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if remote:
         monkeypatch.setattr(storage, "local_path", lambda uri: None)
     folder = tmp_path / "run"
@@ -104,7 +130,10 @@ def test_a_gan_s_page_has_all_that_was_recorded(tmp_path: Path, remote: bool, mo
     assert "- step 200, **collapse**: heldout_recall fell from 0.5 to 0.1" in page
     assert "No alarms." not in page
     assert "1,000 generated pictures against as many held-out real ones" in page
-    assert f"an extractor trained on classes (91.3% of held-out pictures right), sha256 `{'ab' * 32}`" in page
+    assert (
+        f"an extractor trained on classes (91.3% of held-out pictures right), sha256 `{'ab' * 32}`"
+        in page
+    )
     for line in (
         "| Frechet distance | 1.25 | 0.014 | lower |",
         "| KID | 0.0301 ± 0.002 | -0.0003 | lower |",
@@ -117,7 +146,10 @@ def test_a_gan_s_page_has_all_that_was_recorded(tmp_path: Path, remote: bool, mo
     assert "heldout_" not in page.split("## Curves")[1], "said above, in words"
     assert "| generated, step 400 | real |" in page
     links = re.findall(r"\]\(([^)]+)\)", page)
-    assert set(links) == {f"samples/{name}" for name in ("pictures_000400.png", "real_000100.png", "interpolation_000400.png")} | {
+    assert set(links) == {
+        f"samples/{name}"
+        for name in ("pictures_000400.png", "real_000100.png", "interpolation_000400.png")
+    } | {
         "film.png",
         "curves.png",
     }
@@ -143,7 +175,13 @@ def test_what_an_older_run_lacks_is_left_out(tmp_path: Path) -> None:
     for name in ("alarms.jsonl", "starts.jsonl"):
         (tmp_path / name).unlink()
     old = summary_of("gan", heldout_sliced_wasserstein=0.04)
-    for lineage, config in [(None, None), ({"dataset": {"uri": str(tmp_path / "gone")}, "commit": None}, {"model": {"conditional": True}})]:
+    for lineage, config in [
+        (None, None),
+        (
+            {"dataset": {"uri": str(tmp_path / "gone")}, "commit": None},
+            {"model": {"conditional": True}},
+        ),
+    ]:
         if lineage and config:
             storage.write_json(tmp_path / "lineage.json", lineage)
             (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
@@ -152,8 +190,14 @@ def test_what_an_older_run_lacks_is_left_out(tmp_path: Path) -> None:
         assert "![film](film.png)" in page
         assert "| sliced Wasserstein distance of the pixels | 0.04 |  | lower |" in page
         assert "| generated, step 400 |\n" in page
-        assert not [word for word in ("real.", "| real |", "latents, step", "extractor", "larms") if word in page]
-    assert shown(opened(tmp_path / "film.png")) == [[100], [150]], "a column a class, though nobody knows the names"
+        assert not [
+            word
+            for word in ("real.", "| real |", "latents, step", "extractor", "larms")
+            if word in page
+        ]
+    assert shown(opened(tmp_path / "film.png")) == [[100], [150]], (
+        "a column a class, though nobody knows the names"
+    )
 
 
 def test_a_run_without_a_single_picture_has_a_page(tmp_path: Path) -> None:
@@ -170,14 +214,22 @@ def test_a_run_without_a_single_picture_has_a_page(tmp_path: Path) -> None:
 
 def reddish(png: bytes) -> int:
     """How many pixels are more red than anything else."""
-    red, *others = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int).transpose(2, 0, 1)
+    red, *others = (
+        np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int).transpose(2, 0, 1)
+    )
     return int((red - np.maximum(*others) > 60).sum())
 
 
 def test_alarms_are_lines_in_every_panel() -> None:
-    rows = [{"step": step, "critic_loss": 1.0 / step, "wasserstein_distance": 1.0} for step in range(1, 40)]
+    rows = [
+        {"step": step, "critic_loss": 1.0 / step, "wasserstein_distance": 1.0}
+        for step in range(1, 40)
+    ]
     alarm = {"step": 20, "kind": "collapse", "sentence": "of recall"}
-    without, one, two = (reddish(report.curves(rows, "gan", "r", alarms)) for alarms in ([], [alarm], [alarm, {**alarm, "step": 30}]))
+    without, one, two = (
+        reddish(report.curves(rows, "gan", "r", alarms))
+        for alarms in ([], [alarm], [alarm, {**alarm, "step": 30}])
+    )
     assert without == 0
     assert one > 2 * 100, "a hundred pixels and more in each of two panels"
     assert two > 1.5 * one
@@ -187,7 +239,15 @@ def test_a_floor_is_dashed_and_a_spread_a_band() -> None:
     from matplotlib.figure import Figure
 
     axes = Figure().add_subplot()
-    rows = [{"step": step, "heldout_kid": 1.0 / step, "heldout_kid_floor": 0.1, "heldout_kid_spread": 0.5} for step in (1, 2, 3)]
+    rows = [
+        {
+            "step": step,
+            "heldout_kid": 1.0 / step,
+            "heldout_kid_floor": 0.1,
+            "heldout_kid_spread": 0.5,
+        }
+        for step in (1, 2, 3)
+    ]
     report._panel(axes, rows, ["heldout_kid"], fit=True)
     assert [line.get_linestyle() for line in axes.lines] == ["-", "--"]
     assert axes.lines[0].get_color() == axes.lines[1].get_color()
@@ -203,12 +263,23 @@ def test_a_wild_curve_leaves_the_rest_visible() -> None:
 
     wild = [3.0, -2.0, 4.0, 2e9, float("nan"), 5.0]
     axes = Figure().add_subplot()
-    report._panel(axes, [{"step": step, "critic_loss": value} for step, value in enumerate(wild)], ["critic_loss"], fit=True)
+    report._panel(
+        axes,
+        [{"step": step, "critic_loss": value} for step, value in enumerate(wild)],
+        ["critic_loss"],
+        fit=True,
+    )
     assert axes.get_yscale() == "symlog"
     report.curves([{"step": 1, "critic_loss": float("nan")}], "gan", "nothing to see")
     tame = Figure().add_subplot()
     report._panel(
-        tame, [{"step": step, "critic_loss": value} for step, value in enumerate([-15.0, -3.0, -2.0, -1.0])], ["critic_loss"], True
+        tame,
+        [
+            {"step": step, "critic_loss": value}
+            for step, value in enumerate([-15.0, -3.0, -2.0, -1.0])
+        ],
+        ["critic_loss"],
+        True,
     )
     assert tame.get_yscale() == "linear"
 
@@ -220,7 +291,9 @@ def test_the_report_says_where_time_went_and_how_often_the_run_was_resumed(tmp_p
     for start, stop in [(0, 4), (2, 6)]:
         recorder = Recorder(str(tmp_path), start)
         for step in range(start + 1, stop + 1):
-            recorder.scalars(step, {"loss": 1 / step, "grad_norm": 1.0, "lr": 0.1, "tokens_per_s": 5.0})
+            recorder.scalars(
+                step, {"loss": 1 / step, "grad_norm": 1.0, "lr": 0.1, "tokens_per_s": 5.0}
+            )
         recorder.text(stop, "text", f"written at step {stop}")
         recorder.close()
     spent = {"train_s": 1234.56, "data_s": 2.5, "eval_s": 3.0, "checkpoint_s": 0.25}
@@ -257,8 +330,13 @@ def test_the_report_says_where_time_went_and_how_often_the_run_was_resumed(tmp_p
 def test_panels_stand_in_rows_of_three(tmp_path: Path) -> None:
     from PIL import Image
 
-    rows = [{"step": step, "loss": 1.0, "tokens_per_s": 5.0, "grad_norm": 1.0, "lr": 0.1} for step in range(1, 4)]
+    rows = [
+        {"step": step, "loss": 1.0, "tokens_per_s": 5.0, "grad_norm": 1.0, "lr": 0.1}
+        for step in range(1, 4)
+    ]
     (tmp_path / "four.png").write_bytes(report.curves(rows, "gpt", "four panels"))
-    (tmp_path / "one.png").write_bytes(report.curves([{"step": 1, "loss": 1.0}], "gpt", "one panel"))
+    (tmp_path / "one.png").write_bytes(
+        report.curves([{"step": 1, "loss": 1.0}], "gpt", "one panel")
+    )
     four, one = Image.open(tmp_path / "four.png"), Image.open(tmp_path / "one.png")
     assert (four.width, four.height) == (3 * one.width, pytest.approx(2 * one.height, abs=2))

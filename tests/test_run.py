@@ -23,7 +23,9 @@ def config(**values: Any) -> configs.Config:
 
 def with_checkpoint(root: Path, made: configs.Config, step: int = 10) -> None:
     with open_run(made, str(root), "gpt") as run:
-        checkpoints = Checkpointer(run.uri, {"kind": made.kind, **made.model_dump()}, driver=run.token)
+        checkpoints = Checkpointer(
+            run.uri, {"kind": made.kind, **made.model_dump()}, driver=run.token
+        )
         import torch
 
         checkpoints.save(step, {"model": {"w": torch.zeros(1)}})
@@ -43,7 +45,9 @@ def test_auto_goes_on_never_refuses_must_insists(tmp_path: Path) -> None:
     with_checkpoint(tmp_path, config())
     assert start(tmp_path, config()) == 10
     assert start(tmp_path, config(**{"run.resume": "must"})) == 10
-    with pytest.raises(ValueError, match=r"run.resume is never, and run r has a checkpoint of step 10"):
+    with pytest.raises(
+        ValueError, match=r"run.resume is never, and run r has a checkpoint of step 10"
+    ):
         start(tmp_path, config(**{"run.resume": "never"}))
 
 
@@ -54,7 +58,13 @@ def test_another_config_is_refused_with_its_key_and_what_may_change_is_not(tmp_p
     for key, value in {"run.seed": 5, "parallel.precision": "bf16", "data.vocab_size": 600}.items():
         with pytest.raises(ValueError, match=f"run r was begun with {key}"):
             start(tmp_path, config(**{key: value}))
-    assert start(tmp_path, config(**{"parallel.workers": 2, "batch.micro_size": 2, "steps": 40, "log.every": 1})) == 10
+    assert (
+        start(
+            tmp_path,
+            config(**{"parallel.workers": 2, "batch.micro_size": 2, "steps": 40, "log.every": 1}),
+        )
+        == 10
+    )
     with pytest.raises(ValueError, match=r"at step 10, beyond steps 5"):
         start(tmp_path, config(steps=5))
 
@@ -66,7 +76,10 @@ def test_an_unnamed_run_gets_a_name_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    with open_run(config(), str(tmp_path), "gpt"), pytest.raises(ValueError, match=rf"run r is driven by process {os.getpid()}"):
+    with (
+        open_run(config(), str(tmp_path), "gpt"),
+        pytest.raises(ValueError, match=rf"run r is driven by process {os.getpid()}"),
+    ):
         start(tmp_path, config())
     assert start(tmp_path, config()) == 0
 
@@ -81,7 +94,9 @@ with open_run(config.load("gpt", "gpt-tiny", {{"run.name": "r"}}), {str(tmp_path
     time.sleep(60)
 """
     root = Path(__file__).parent.parent
-    other = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, cwd=root)
+    other = subprocess.Popen(
+        [sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, cwd=root
+    )
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match=rf"driven by process {other.pid}"):
@@ -92,9 +107,16 @@ with open_run(config.load("gpt", "gpt-tiny", {{"run.name": "r"}}), {str(tmp_path
 
 
 def test_a_driver_elsewhere_is_dead_when_it_was_not_heard_of(tmp_path: Path) -> None:
-    elsewhere = {"token": "t", "host": "another-" + socket.gethostname(), "pid": 1, "started": psutil.Process().create_time()}
+    elsewhere = {
+        "token": "t",
+        "host": "another-" + socket.gethostname(),
+        "pid": 1,
+        "started": psutil.Process().create_time(),
+    }
     storage.write_json(tmp_path / "runs/r/driver.json", {**elsewhere, "heartbeat": time.time() - 5})
     with pytest.raises(ValueError, match=r"driven by process 1 on another-"):
         start(tmp_path, config())
-    storage.write_json(tmp_path / "runs/r/driver.json", {**elsewhere, "heartbeat": time.time() - 600})
+    storage.write_json(
+        tmp_path / "runs/r/driver.json", {**elsewhere, "heartbeat": time.time() - 600}
+    )
     assert start(tmp_path, config()) == 0

@@ -67,15 +67,23 @@ def test_top_p_keeps_the_token_that_reaches_it_and_no_more() -> None:
 
 
 def test_a_draw_is_a_function_of_seed_and_position() -> None:
-    tokens = [[sample(LOGITS, seed=seed, position=position) for position in range(30)] for seed in (0, 0, 1, 2**64 - 1, 2**64 - 2)]
+    tokens = [
+        [sample(LOGITS, seed=seed, position=position) for position in range(30)]
+        for seed in (0, 0, 1, 2**64 - 1, 2**64 - 2)
+    ]
     assert tokens[0] == tokens[1]
     assert len({tuple(row) for row in tokens}) == 4
     assert len(set(tokens[0])) > 5, "positions of one seed draw anew"
 
 
 def test_each_choice_of_a_seed_is_another_draw() -> None:
-    tokens = [[sample(LOGITS, seed=1, choice=choice, position=position) for position in range(300)] for choice in range(4)]
-    assert tokens[0] == [sample(LOGITS, seed=1, position=position) for position in range(300)], "the first is that of a single text"
+    tokens = [
+        [sample(LOGITS, seed=1, choice=choice, position=position) for position in range(300)]
+        for choice in range(4)
+    ]
+    assert tokens[0] == [sample(LOGITS, seed=1, position=position) for position in range(300)], (
+        "the first is that of a single text"
+    )
     shares = sum(one == other for one, other in zip(tokens[0], tokens[1], strict=True)) / 300
     assert shares < 0.2, "no choice follows another"
     assert len({tuple(row) for row in tokens}) == 4
@@ -87,15 +95,23 @@ def test_each_choice_of_a_seed_is_another_draw() -> None:
     prompt=st.lists(st.integers(0, 49), min_size=1, max_size=20),
     tokens=st.lists(st.integers(0, 49), max_size=20),
 )
-def test_the_repetition_penalty_is_transformers(penalty: float, prompt: list[int], tokens: list[int]) -> None:
-    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + tokens]), torch.from_numpy(LOGITS)[None].double())
-    np.testing.assert_allclose(penalize(LOGITS, prompt, tokens, repetition=penalty), expected[0].numpy(), rtol=1e-6)
+def test_the_repetition_penalty_is_transformers(
+    penalty: float, prompt: list[int], tokens: list[int]
+) -> None:
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([prompt + tokens]), torch.from_numpy(LOGITS)[None].double()
+    )
+    np.testing.assert_allclose(
+        penalize(LOGITS, prompt, tokens, repetition=penalty), expected[0].numpy(), rtol=1e-6
+    )
 
 
 def test_presence_and_frequency_penalties_are_openais() -> None:
     logits = np.array([2.0, 1.0, -1.0, 0.5], np.float32)
     penalized = penalize(logits, [3, 3], [0, 2, 0], presence=0.5, frequency=0.25)
-    assert penalized.tolist() == [2 - 0.5 - 2 * 0.25, 1.0, -1 - 0.5 - 0.25, 0.5], "the prompt's tokens do not count"
+    assert penalized.tolist() == [2 - 0.5 - 2 * 0.25, 1.0, -1 - 0.5 - 0.25, 0.5], (
+        "the prompt's tokens do not count"
+    )
     assert logits.tolist() == [2.0, 1.0, -1.0, 0.5]
     assert penalize(logits, [3], [0]) is logits
     for repetition in (0.0, -1.0, 5e-324, float("nan"), float("inf")):
@@ -110,7 +126,9 @@ def test_logprobs_are_torchs(count: int) -> None:
     token = int(expected.argmin())
     logprob, top = logprobs(LOGITS, token, count)
     assert list(top) == [*likeliest.tolist(), token]
-    np.testing.assert_allclose([*top.values(), logprob], [*values.tolist(), expected[token], expected[token]], rtol=1e-6)
+    np.testing.assert_allclose(
+        [*top.values(), logprob], [*values.tolist(), expected[token], expected[token]], rtol=1e-6
+    )
     if count:
         best = int(likeliest[0])
         assert list(logprobs(LOGITS, best, count)[1]) == likeliest.tolist(), "named once"

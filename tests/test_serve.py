@@ -60,7 +60,9 @@ def long_gpt_bundle(folder: Path) -> Path:
     ids = np.array(tokenizer.encode(bundles.TEXT).ids)
     model = bundles.tiny_gpt(context=CONTEXT)
     bundles.learn(model, ids, steps=10)
-    bundle.write(folder, bundles.LINEAGE | export_gpt(model, folder.parent / "tokenizer.json", ids, folder))
+    bundle.write(
+        folder, bundles.LINEAGE | export_gpt(model, folder.parent / "tokenizer.json", ids, folder)
+    )
     return folder
 
 
@@ -82,7 +84,9 @@ def address() -> launch.Address:
 
 
 @pytest.fixture(scope="module")
-def client(ray_address: str, root: str, address: launch.Address, command: Callable[..., Any]) -> Iterator[httpx.Client]:
+def client(
+    ray_address: str, root: str, address: launch.Address, command: Callable[..., Any]
+) -> Iterator[httpx.Client]:
     """An HTTP client of the served registry."""
     launch.deploy(launch.choose(root), address, Options(max_replicas=1))
     with httpx.Client(base_url=f"http://127.0.0.1:{address.port}", timeout=60) as client:
@@ -121,7 +125,9 @@ def stream(client: httpx.Client, **body: Any) -> list[Any]:
 
 
 def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120  # for a machine that is busy with other things: it fails instead of hanging
+    deadline = (
+        time.monotonic() + 120
+    )  # for a machine that is busy with other things: it fails instead of hanging
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -151,7 +157,9 @@ def drawn(answer: dict[str, Any]) -> np.ndarray:
 
 def test_greedy_text_is_the_bundles_golden_text(client: httpx.Client, root: str) -> None:
     recorded = golden(root, 1)
-    answer = complete(client, prompt=recorded["prompt"], max_tokens=recorded["max_tokens"], temperature=0)
+    answer = complete(
+        client, prompt=recorded["prompt"], max_tokens=recorded["max_tokens"], temperature=0
+    )
     assert answer["choices"][0]["text"] == recorded["text"]
     assert (answer["model"], answer["system_fingerprint"]) == ("gpt", "gpt/1")
     assert answer["usage"] == {
@@ -165,9 +173,14 @@ def test_a_stream_is_the_whole_in_pieces(client: httpx.Client) -> None:
     body = {"prompt": PROMPT, "max_tokens": 400, "seed": 5, "temperature": 1.0}
     whole = complete(client, **body)
     *messages, usage, done = stream(client, **body, stream_options={"include_usage": True})
-    assert "".join(message["choices"][0]["text"] for message in messages) == whole["choices"][0]["text"]
+    assert (
+        "".join(message["choices"][0]["text"] for message in messages)
+        == whole["choices"][0]["text"]
+    )
     assert len(messages) > 1
-    assert [message["choices"][0]["finish_reason"] for message in messages] == [None] * (len(messages) - 1) + ["length"]
+    assert [message["choices"][0]["finish_reason"] for message in messages] == [None] * (
+        len(messages) - 1
+    ) + ["length"]
     assert messages[0]["usage"] is None
     assert messages[-1]["usage"] == usage["usage"] == whole["usage"]
     assert usage["choices"] == []
@@ -177,10 +190,20 @@ def test_a_stream_is_the_whole_in_pieces(client: httpx.Client) -> None:
 def test_a_seeds_text_is_the_same_alone_and_in_company(client: httpx.Client) -> None:
     async def together(requests: list[dict[str, Any]]) -> list[str]:
         async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as many:
-            responses = await asyncio.gather(*(many.post("/v1/completions", json=request) for request in requests))
+            responses = await asyncio.gather(
+                *(many.post("/v1/completions", json=request) for request in requests)
+            )
             return [response.json()["choices"][0]["text"] for response in responses]
 
-    requests = [{"prompt": PROMPT[: seed % 5 * 4], "max_tokens": 30 + seed, "seed": seed, "temperature": 1.0} for seed in range(12)]
+    requests = [
+        {
+            "prompt": PROMPT[: seed % 5 * 4],
+            "max_tokens": 30 + seed,
+            "seed": seed,
+            "temperature": 1.0,
+        }
+        for seed in range(12)
+    ]
     alone = [complete(client, **request)["choices"][0]["text"] for request in requests]
     assert asyncio.run(together(requests)) == alone
     assert len(set(alone)) == len(alone)
@@ -189,27 +212,43 @@ def test_a_seeds_text_is_the_same_alone_and_in_company(client: httpx.Client) -> 
 def test_a_stop_string_ends_the_text_before_it(client: httpx.Client) -> None:
     whole = complete(client, prompt=PROMPT, max_tokens=40, temperature=0)["choices"][0]["text"]
     stop = whole[12:15]
-    answer = complete(client, prompt=PROMPT, max_tokens=40, temperature=0, stop=[stop])["choices"][0]
+    answer = complete(client, prompt=PROMPT, max_tokens=40, temperature=0, stop=[stop])["choices"][
+        0
+    ]
     assert answer["text"] == whole[: whole.index(stop)]
     assert answer["finish_reason"] == "stop"
 
 
 def test_many_texts_with_probabilities_whole_and_streamed(client: httpx.Client) -> None:
-    body = {"prompt": PROMPT, "max_tokens": 60, "seed": 5, "temperature": 1.0, "n": 3, "logprobs": 2, "repetition_penalty": 1.2}
+    body = {
+        "prompt": PROMPT,
+        "max_tokens": 60,
+        "seed": 5,
+        "temperature": 1.0,
+        "n": 3,
+        "logprobs": 2,
+        "repetition_penalty": 1.2,
+    }
     whole = complete(client, **body)
     *messages, done = stream(client, **body)
     assert done == "[DONE]"
     for index, choice in enumerate(whole["choices"]):
-        pieces = [message["choices"][0] for message in messages if message["choices"][0]["index"] == index]
+        pieces = [
+            message["choices"][0] for message in messages if message["choices"][0]["index"] == index
+        ]
         assert choice["index"] == index
         assert "".join(piece["text"] for piece in pieces) == choice["text"]
-        assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + [choice["finish_reason"]]
+        assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + [
+            choice["finish_reason"]
+        ]
         for what, told in choice["logprobs"].items():
             assert [one for piece in pieces for one in piece["logprobs"][what]] == told
     told = [len(choice["logprobs"]["tokens"]) for choice in whole["choices"]]
     assert messages[-1]["usage"] == whole["usage"]
     assert whole["usage"]["completion_tokens"] == sum(told)
-    assert whole["usage"]["prompt_tokens"] == complete(client, prompt=PROMPT)["usage"]["prompt_tokens"], "the prompt counts once"
+    assert (
+        whole["usage"]["prompt_tokens"] == complete(client, prompt=PROMPT)["usage"]["prompt_tokens"]
+    ), "the prompt counts once"
     assert len({choice["text"] for choice in whole["choices"]}) == 3
     assert complete(client, **{**body, "n": 1})["choices"] == whole["choices"][:1]
 
@@ -224,7 +263,13 @@ def test_a_request_that_takes_longer_than_it_may_is_ended(client: httpx.Client) 
 def test_a_client_that_goes_frees_its_slot(client: httpx.Client, streamed: bool) -> None:
     before = engine(client)["generated"]
     texts = 16  # so that writing them takes far longer than Serve needs to tell the replica of a client that has gone
-    body = {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0, "stream": streamed, "n": texts}
+    body = {
+        "prompt": PROMPT,
+        "max_tokens": CONTEXT - 40,
+        "temperature": 0,
+        "stream": streamed,
+        "n": texts,
+    }
     if streamed:
         with client.stream("POST", "/v1/completions", json=body) as response:
             next(response.iter_lines())
@@ -233,7 +278,9 @@ def test_a_client_that_goes_frees_its_slot(client: httpx.Client, streamed: bool)
             client.post("/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.1))
     until(lambda: engine(client)["running"] == 0)
     after = engine(client)["generated"]
-    assert after - before < texts * (CONTEXT - 40), "the texts were written to their end, for nobody"
+    assert after - before < texts * (CONTEXT - 40), (
+        "the texts were written to their end, for nobody"
+    )
     assert engine(client)["generated"] == after
 
 
@@ -261,7 +308,10 @@ def test_pictures_are_those_of_the_bundle(client: httpx.Client, root: str) -> No
 
 
 def test_a_class_by_prompt_by_name_and_by_index(client: httpx.Client) -> None:
-    answers = [draw(client, seed=3, **how)["data"] for how in ({"prompt": "Class 2"}, {"label": "class 2"}, {"label": 2})]
+    answers = [
+        draw(client, seed=3, **how)["data"]
+        for how in ({"prompt": "Class 2"}, {"label": "class 2"}, {"label": 2})
+    ]
     assert answers[0] == answers[1] == answers[2]
     assert answers[0][0]["label"] == "class 2"
 
@@ -278,7 +328,12 @@ def test_an_interpolation_is_the_way_between_two_seeds_pictures(client: httpx.Cl
     assert [way["data"][0], way["data"][-1]] == ends
     assert [picture["label"] for picture in way["data"]] == ["class 1"] * 5
     assert len({picture["b64_json"] for picture in way["data"]}) == 5
-    assert draw(client, "interpolations", seed=7, to_seed=8, steps=5, label="Class 1", truncation=1.5)["data"] == way["data"]
+    assert (
+        draw(client, "interpolations", seed=7, to_seed=8, steps=5, label="Class 1", truncation=1.5)[
+            "data"
+        ]
+        == way["data"]
+    )
 
 
 def test_truncation_is_part_of_what_a_picture_is(client: httpx.Client) -> None:
@@ -288,20 +343,29 @@ def test_truncation_is_part_of_what_a_picture_is(client: httpx.Client) -> None:
 
 
 def test_pictures_as_one_png(client: httpx.Client) -> None:
-    response = client.post("/v1/images/generations", json={"n": 5, "seed": 7, "response_format": "png"})
+    response = client.post(
+        "/v1/images/generations", json={"n": 5, "seed": 7, "response_format": "png"}
+    )
     assert (response.status_code, response.headers["content-type"]) == (200, "image/png")
     assert (response.headers["raykiln-seed"], response.headers["raykiln-model"]) == ("7", "dcgan/1")
     first, second, third, fourth, fifth = drawn(draw(client, n=5, seed=7))
     left_over = np.full((28, 28), 255)
-    np.testing.assert_array_equal(pixels(response.content), np.block([[first, second, third], [fourth, fifth, left_over]]))
+    np.testing.assert_array_equal(
+        pixels(response.content), np.block([[first, second, third], [fourth, fifth, left_over]])
+    )
 
     walk = {"seed": 7, "to_seed": 8, "steps": 4}
     strip = client.post("/v1/images/interpolations", json={**walk, "response_format": "png"})
-    np.testing.assert_array_equal(pixels(strip.content), np.hstack([*drawn(draw(client, "interpolations", **walk))]))
+    np.testing.assert_array_equal(
+        pixels(strip.content), np.hstack([*drawn(draw(client, "interpolations", **walk))])
+    )
 
 
 def test_a_models_sample_is_its_bundles(client: httpx.Client, root: str) -> None:
-    for name, media_type, file in (("gpt", "text/plain; charset=utf-8", "gpt/1/sample.txt"), ("dcgan", "image/png", "dcgan/1/sample.png")):
+    for name, media_type, file in (
+        ("gpt", "text/plain; charset=utf-8", "gpt/1/sample.txt"),
+        ("dcgan", "image/png", "dcgan/1/sample.png"),
+    ):
         response = client.get(f"/v1/models/{name}/sample")
         assert (response.status_code, response.headers["content-type"]) == (200, media_type)
         assert response.content == (Path(root) / file).read_bytes()
@@ -312,9 +376,16 @@ def test_a_models_sample_is_its_bundles(client: httpx.Client, root: str) -> None
 
 def test_all_versions_in_the_registry_are_told(client: httpx.Client, root: str) -> None:
     told = client.get("/v1/models/gpt/versions").json()["data"]
-    assert [one["version"] for one in told] == sorted(registry.versions(root, "gpt"), reverse=True) != [1]
+    assert (
+        [one["version"] for one in told]
+        == sorted(registry.versions(root, "gpt"), reverse=True)
+        != [1]
+    )
     sample = client.get(f"/v1/models/gpt/versions/{told[0]['version']}/sample")
-    assert (sample.headers["content-type"], sample.content) == ("text/plain; charset=utf-8", (Path(root) / "gpt/2/sample.txt").read_bytes())
+    assert (sample.headers["content-type"], sample.content) == (
+        "text/plain; charset=utf-8",
+        (Path(root) / "gpt/2/sample.txt").read_bytes(),
+    )
     for path, status, message in (
         ("gpt/versions/99/sample", 404, "no sample of gpt/99"),
         ("gpt/versions/one/sample", 422, "version is 'one': input should be a valid integer"),
@@ -331,7 +402,12 @@ def test_all_versions_in_the_registry_are_told(client: httpx.Client, root: str) 
 BAD_TEXT: list[tuple[Any, int, str | None, str]] = [
     ({"prompt": 3}, 422, "prompt", "prompt is 3: input should be a valid string"),
     ({"prompt": "\ud800"}, 422, "prompt", "half a surrogate pair"),
-    ({"max_tokens": 0}, 422, "max_tokens", "max_tokens is 0: input should be greater than or equal to 1"),
+    (
+        {"max_tokens": 0},
+        422,
+        "max_tokens",
+        "max_tokens is 0: input should be greater than or equal to 1",
+    ),
     ({"max_tokens": True}, 422, "max_tokens", "max_tokens is True"),
     ({"temperature": -0.1}, 422, "temperature", "temperature is -0.1"),
     ({"top_p": 0}, 422, "top_p", "top_p is 0"),
@@ -345,33 +421,67 @@ BAD_TEXT: list[tuple[Any, int, str | None, str]] = [
     ({"n": 17}, 422, "n", "n is 17: input should be less than or equal to 16"),
     ({"logprobs": 6}, 422, "logprobs", "logprobs is 6: input should be less than or equal to 5"),
     ({"logprobs": True}, 422, "logprobs", "logprobs is True"),
-    ({"repetition_penalty": 0}, 422, "repetition_penalty", "repetition_penalty is 0: input should be greater than or equal to 0.01"),
+    (
+        {"repetition_penalty": 0},
+        422,
+        "repetition_penalty",
+        "repetition_penalty is 0: input should be greater than or equal to 0.01",
+    ),
     ({"presence_penalty": 2.1}, 422, "presence_penalty", "presence_penalty is 2.1"),
     ({"frequency_penalty": -2.1}, 422, "frequency_penalty", "frequency_penalty is -2.1"),
     ({"timeout_s": 0}, 422, "timeout_s", "timeout_s is 0: input should be greater than 0"),
-    ({"timeout_s": 300.5}, 400, "timeout_s", "timeout_s is 300.5, and a request may take 300 s here: ask for no more"),
+    (
+        {"timeout_s": 300.5},
+        400,
+        "timeout_s",
+        "timeout_s is 300.5, and a request may take 300 s here: ask for no more",
+    ),
     ({"model": "gtp"}, 404, "model", "model 'gtp' is not served here: leave it out, or use gpt"),
     ({"model": "dcgan"}, 404, "model", "model 'dcgan' is not served here"),
-    ({"prompt": PROMPT, "max_tokens": CONTEXT}, 413, None, f"exceed the model's context of {CONTEXT} tokens"),
+    (
+        {"prompt": PROMPT, "max_tokens": CONTEXT},
+        413,
+        None,
+        f"exceed the model's context of {CONTEXT} tokens",
+    ),
     ({"prompt": "x" * 900_000}, 413, None, f"exceed the model's context of {CONTEXT} tokens"),
     ({"prompt": "x" * 1_100_000}, 413, None, "the body is larger than 1048576 bytes"),
     ([], 422, None, "the body must be a JSON object"),
     ({"stream_options": 3}, 422, "stream_options", "stream_options is 3: input should be"),
-    ({"stream_options": {"foo": 1}}, 422, "stream_options.foo", "'stream_options.foo' is unknown: known are include_usage"),
-    ({"stream_options": {"include_usag": True}}, 422, "stream_options.include_usag", "did you mean include_usage?"),
-    ({"stream_options": {"include_usage": 3}}, 422, "stream_options.include_usage", "stream_options.include_usage is 3: input should be"),
+    (
+        {"stream_options": {"foo": 1}},
+        422,
+        "stream_options.foo",
+        "'stream_options.foo' is unknown: known are include_usage",
+    ),
+    (
+        {"stream_options": {"include_usag": True}},
+        422,
+        "stream_options.include_usag",
+        "did you mean include_usage?",
+    ),
+    (
+        {"stream_options": {"include_usage": 3}},
+        422,
+        "stream_options.include_usage",
+        "stream_options.include_usage is 3: input should be",
+    ),
     ({"stop": 3}, 422, "stop", "stop is 3: input should be a valid string"),
 ]
 
 
-@pytest.mark.parametrize(("body", "status", "param", "message"), BAD_TEXT, ids=[message[:40] for *_, message in BAD_TEXT])
+@pytest.mark.parametrize(
+    ("body", "status", "param", "message"), BAD_TEXT, ids=[message[:40] for *_, message in BAD_TEXT]
+)
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
 def test_a_bad_request_gets_its_status_and_a_sentence(
     client: httpx.Client, body: Any, status: int, param: str | None, message: str, streamed: bool
 ) -> None:
     if isinstance(body, dict):
         body = {**body, "stream": streamed}
-    response = client.post("/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"})
+    response = client.post(
+        "/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"}
+    )
     error = response.json()["error"]
     assert (response.status_code, set(error)) == (status, {"message", "type", "param", "code"})
     assert message in error["message"]
@@ -382,7 +492,11 @@ def test_a_bad_request_gets_its_status_and_a_sentence(
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        ({"prompt": "a cat"}, 400, "prompt is 'a cat', which is no class of this model: use one of class 0, class 1"),
+        (
+            {"prompt": "a cat"},
+            400,
+            "prompt is 'a cat', which is no class of this model: use one of class 0, class 1",
+        ),
         ({"label": 3}, 400, "label is 3, which is no class of this model"),
         ({"label": -1}, 400, "label is -1"),
         ({"size": "1024x1024"}, 400, "size is '1024x1024', and this model draws 28x28"),
@@ -393,7 +507,9 @@ def test_a_bad_request_gets_its_status_and_a_sentence(
         ({"truncation": 5.1}, 422, "truncation is 5.1"),
     ],
 )
-def test_a_bad_picture_request_too(client: httpx.Client, body: dict[str, Any], status: int, message: str) -> None:
+def test_a_bad_picture_request_too(
+    client: httpx.Client, body: dict[str, Any], status: int, message: str
+) -> None:
     response = client.post("/v1/images/generations", json=body)
     assert response.status_code == status
     assert message in response.json()["error"]["message"]
@@ -411,7 +527,9 @@ def test_a_bad_picture_request_too(client: httpx.Client, body: dict[str, Any], s
         ({"model": "gpt"}, 404, "model", "use dcgan"),
     ],
 )
-def test_a_bad_interpolation_too(client: httpx.Client, change: dict[str, Any], status: int, param: str, message: str) -> None:
+def test_a_bad_interpolation_too(
+    client: httpx.Client, change: dict[str, Any], status: int, param: str, message: str
+) -> None:
     response = client.post("/v1/images/interpolations", json={"seed": 7, "to_seed": 8, **change})
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (status, param)
@@ -430,8 +548,12 @@ def test_a_bad_interpolation_too(client: httpx.Client, change: dict[str, Any], s
         ("GET", "/v1/nothing", b"", 404, "GET /v1/nothing does not exist"),
     ],
 )
-def test_what_is_no_request_at_all(client: httpx.Client, method: str, path: str, content: bytes, status: int, message: str) -> None:
-    response = client.request(method, path, content=content, headers={"content-type": "application/json"})
+def test_what_is_no_request_at_all(
+    client: httpx.Client, method: str, path: str, content: bytes, status: int, message: str
+) -> None:
+    response = client.request(
+        method, path, content=content, headers={"content-type": "application/json"}
+    )
     assert response.status_code == status
     assert message in response.json()["error"]["message"]
 
@@ -441,8 +563,15 @@ def test_what_is_no_request_at_all(client: httpx.Client, method: str, path: str,
 
 def test_openais_client_through_serve(client: httpx.Client, root: str) -> None:
     recorded = golden(root, 1)
-    openai_client = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="there are no keys yet", max_retries=0)
-    request = {"model": "gpt", "prompt": recorded["prompt"], "max_tokens": recorded["max_tokens"], "temperature": 0}
+    openai_client = openai.OpenAI(
+        base_url=f"{client.base_url}/v1", api_key="there are no keys yet", max_retries=0
+    )
+    request = {
+        "model": "gpt",
+        "prompt": recorded["prompt"],
+        "max_tokens": recorded["max_tokens"],
+        "temperature": 0,
+    }
     messages = openai_client.completions.create(**request, stream=True)
     assert "".join(message.choices[0].text for message in messages) == recorded["text"]
     with pytest.raises(openai.NotFoundError, match="model 'gtp' is not served here"):
@@ -457,7 +586,9 @@ def test_status_tells_the_replicas_and_their_load(client: httpx.Client) -> None:
         body = {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0}
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=client.base_url, timeout=60, limits=limits) as many:
-            texts = [asyncio.create_task(many.post("/v1/completions", json=body)) for _ in range(40)]
+            texts = [
+                asyncio.create_task(many.post("/v1/completions", json=body)) for _ in range(40)
+            ]
             while not all(text.done() for text in texts):
                 deployments = (await many.get("/status")).json()["deployments"]
                 if deployments["Text"]["waiting"]:
@@ -470,21 +601,44 @@ def test_status_tells_the_replicas_and_their_load(client: httpx.Client) -> None:
     assert deployments["Gateway"] == {**idle, "slots": None, "running": None, "waiting": None}
     assert deployments["Pictures"] == {**idle, "slots": 1, "running": 0, "waiting": 0}
     assert deployments["Text"]["waiting"] in range(1, 33)
-    assert deployments["Text"] == {**idle, "slots": 8, "running": 8, "waiting": deployments["Text"]["waiting"]}
-    until(lambda: client.get("/status").json()["deployments"]["Text"] == {**idle, "slots": 8, "running": 0, "waiting": 0})
-    assert client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 3, "stream": True}).is_success
+    assert deployments["Text"] == {
+        **idle,
+        "slots": 8,
+        "running": 8,
+        "waiting": deployments["Text"]["waiting"],
+    }
+    until(
+        lambda: (
+            client.get("/status").json()["deployments"]["Text"]
+            == {**idle, "slots": 8, "running": 0, "waiting": 0}
+        )
+    )
+    assert client.post(
+        "/v1/completions", json={"prompt": PROMPT, "max_tokens": 3, "stream": True}
+    ).is_success
     latency = client.get("/status").json()["latency_ms"]
     assert 0 < latency["text_first_token"]["p50"] <= latency["text_first_token"]["p99"]
 
 
-def test_a_request_is_logged_on_its_machine_with_the_id_that_it_came_with(client: httpx.Client) -> None:
+def test_a_request_is_logged_on_its_machine_with_the_id_that_it_came_with(
+    client: httpx.Client,
+) -> None:
     request_id = uuid.uuid4().hex
-    response = client.post("/v1/completions", json={"prompt": "SECRET", "max_tokens": 3}, headers={"X-Request-ID": request_id})
+    response = client.post(
+        "/v1/completions",
+        json={"prompt": "SECRET", "max_tokens": 3},
+        headers={"X-Request-ID": request_id},
+    )
     assert response.headers.get_list("x-request-id") == [request_id]
     logs = Path("/tmp").glob("kiln-*/session_latest/logs/worker-*.out")  # of the session's cluster
     (line,) = (line for log in logs for line in log.read_text().splitlines() if request_id in line)
     logged = json.loads(line)
-    assert (logged["route"], logged["status"], logged["tokens"], logged["client"]) == ("/v1/completions", 200, 3, "127.0.0.1")
+    assert (logged["route"], logged["status"], logged["tokens"], logged["client"]) == (
+        "/v1/completions",
+        200,
+        3,
+        "127.0.0.1",
+    )
     assert "SECRET" not in line
 
 
@@ -526,8 +680,12 @@ def test_failures_are_answers(error: Exception, status: int, kind: str) -> None:
         (RuntimeError("secret"), "the server failed at this request, and its log says why"),
     ],
 )
-def test_a_failure_in_mid_stream_is_the_streams_last_message(error: Exception, message: str) -> None:
-    response = ask(build_app(Failing(error), None), "POST", "/v1/completions", json={"stream": True})
+def test_a_failure_in_mid_stream_is_the_streams_last_message(
+    error: Exception, message: str
+) -> None:
+    response = ask(
+        build_app(Failing(error), None), "POST", "/v1/completions", json={"stream": True}
+    )
     first, last = events(response)
     assert first["choices"][0]["text"] == "To be"
     assert (last["error"]["message"], last["error"]["type"]) == (message, "server_error")
@@ -540,21 +698,37 @@ def test_a_model_that_is_away_does_not_hide_the_other(root: str, error: Exceptio
     app = build_app(Failing(error), pictures)  # type: ignore[arg-type]  # which returns its refusals: none are asked for
     assert ask(app, "GET", "/health").json() == {"status": "ok", "models": ["dcgan/1"]}
     (model,) = ask(app, "GET", "/v1/models").json()["data"]
-    assert (model["id"], model["providers"], model["quantization"]) == ("dcgan", ["CPUExecutionProvider"], None)
+    assert (model["id"], model["providers"], model["quantization"]) == (
+        "dcgan",
+        ["CPUExecutionProvider"],
+        None,
+    )
     assert ask(app, "GET", "/v1/models/dcgan").json() == model
-    for path in ("gpt", "gpt/sample", "gpt/versions", "gpt/versions/1/sample"):  # which it may be that is away
-        refused = ask(build_app(Failing(error), pictures, catalog=Catalog()), "GET", f"/v1/models/{path}")  # type: ignore[arg-type]
+    for path in (
+        "gpt",
+        "gpt/sample",
+        "gpt/versions",
+        "gpt/versions/1/sample",
+    ):  # which it may be that is away
+        refused = ask(
+            build_app(Failing(error), pictures, catalog=Catalog()), "GET", f"/v1/models/{path}"
+        )  # type: ignore[arg-type]
         assert refused.status_code == (503 if isinstance(error, Unavailable) else 500)
 
 
 def test_a_bundle_outside_of_a_registry_has_no_versions(root: str, tmp_path: Path) -> None:
     pictures = Pictures(threads=1)
-    asyncio.run(pictures.reconfigure({"uri": str(shutil.copytree(f"{root}/dcgan/1", tmp_path / "by-hand"))}))
+    asyncio.run(
+        pictures.reconfigure({"uri": str(shutil.copytree(f"{root}/dcgan/1", tmp_path / "by-hand"))})
+    )
     app = build_app(None, pictures, catalog=Catalog())  # type: ignore[arg-type]
     for path in ("versions", "versions/1/sample"):
         refused = ask(app, "GET", f"/v1/models/dcgan/{path}")
         assert refused.status_code == 404
-        assert "dcgan is served from a folder that is in no registry" in refused.json()["error"]["message"]
+        assert (
+            "dcgan is served from a folder that is in no registry"
+            in refused.json()["error"]["message"]
+        )
 
 
 def test_a_replica_whose_engine_died_is_not_healthy(root: str) -> None:
@@ -586,7 +760,10 @@ class Swaps:
 
 @pytest.mark.parametrize(
     ("make", "session_type", "uri"),
-    [(lambda: Text(slots=1, threads=1, timeout_s=60), TextSession, "gpt/2"), (lambda: Pictures(threads=1), ImageSession, "dcgan/1")],
+    [
+        (lambda: Text(slots=1, threads=1, timeout_s=60), TextSession, "gpt/2"),
+        (lambda: Pictures(threads=1), ImageSession, "dcgan/1"),
+    ],
     ids=["text", "pictures"],
 )
 def test_of_swaps_that_overlap_the_last_wins_and_one_to_the_same_is_none(
@@ -627,7 +804,14 @@ def test_probabilities_are_those_of_transformers(root: str) -> None:
         await replica.reconfigure({"uri": f"{root}/gpt/2"})
         transport = httpx.ASGITransport(build_app(replica, None))  # type: ignore[arg-type]  # which returns its refusals: there are none
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            how = {"prompt": PROMPT, "max_tokens": 24, "temperature": 1.0, "seed": 2, "top_k": 0, "logprobs": 3}
+            how = {
+                "prompt": PROMPT,
+                "max_tokens": 24,
+                "temperature": 1.0,
+                "seed": 2,
+                "top_k": 0,
+                "logprobs": 3,
+            }
             return (await http.post("/v1/completions", json=how)).json()["choices"][0]
 
     choice = asyncio.run(scenario())
@@ -637,7 +821,9 @@ def test_probabilities_are_those_of_transformers(root: str) -> None:
     ids = {spelled(tokenizer, token): token for token in range(tokenizer.get_vocab_size())}
     prompt, tokens = tokenizer.encode(PROMPT).ids, [ids[token] for token in told["tokens"]]
     with torch.no_grad():
-        expected = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = (
+            model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        )
     np.testing.assert_allclose(told["token_logprobs"], expected[range(24), tokens], atol=1e-4)
     for row, top, token in zip(expected, told["top_logprobs"], told["tokens"], strict=True):
         np.testing.assert_allclose([*top.values()][:3], row.topk(3).values, atol=1e-4)
@@ -661,7 +847,16 @@ def test_for_a_client_that_has_gone_no_token_is_begun(root: str) -> None:
             return decode(*step)
 
         replica.session.decode = held  # type: ignore[assignment,method-assign]
-        gone, body = asyncio.Event(), {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0, "n": 1, "stream": True}
+        gone, body = (
+            asyncio.Event(),
+            {
+                "prompt": PROMPT,
+                "max_tokens": CONTEXT - 40,
+                "temperature": 0,
+                "n": 1,
+                "stream": True,
+            },
+        )
         messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
 
         async def receive() -> Any:
@@ -674,7 +869,13 @@ def test_for_a_client_that_has_gone_no_token_is_begun(root: str) -> None:
             pass
 
         headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "query_string": b"",
+            "headers": headers,
+        }
         app = build_app(replica, None)  # type: ignore[arg-type]
         asked = asyncio.create_task(app(scope, receive, send))
         while engine.generated < 6:  # the prompt's, and five steps'
@@ -700,7 +901,9 @@ def test_a_class_is_taken_by_its_very_name_first(tmp_path: Path, root: str) -> N
     async def labels() -> list[str | None]:
         pictures = Pictures(threads=1)
         await pictures.reconfigure({"uri": str(folder)})
-        answers = [await pictures.draw(ImagesRequest(label=label)) for label in ("Bag", "bag", "SHOE")]
+        answers = [
+            await pictures.draw(ImagesRequest(label=label)) for label in ("Bag", "bag", "SHOE")
+        ]
         return [answer[1].labels[0] for answer in answers if isinstance(answer, tuple)]
 
     assert asyncio.run(labels()) == ["Bag", "bag", "shoe"]
@@ -751,9 +954,15 @@ class Load:
                 request(client)
 
 
-def test_a_version_swaps_in_place_and_no_request_is_lost(client: httpx.Client, root: str, address: launch.Address) -> None:
+def test_a_version_swaps_in_place_and_no_request_is_lost(
+    client: httpx.Client, root: str, address: launch.Address
+) -> None:
     texts = {version: golden(root, version)["text"] for version in (1, 2)}
-    short = {"prompt": golden(root, 1)["prompt"], "max_tokens": golden(root, 1)["max_tokens"], "temperature": 0}
+    short = {
+        "prompt": golden(root, 1)["prompt"],
+        "max_tokens": golden(root, 1)["max_tokens"],
+        "temperature": 0,
+    }
     assert golden(root, 2)["prompt"] == short["prompt"]
     long = {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0}
     whole = complete(client, **long)["choices"][0]["text"]
@@ -799,26 +1008,39 @@ def test_a_bundle_that_answers_wrongly_does_not_take_down_what_is_served(
     bundle.write(folder, bundle.read(folder))
     bad = str(tmp_path / "models")
     registry.publish(bad, "gpt", folder)
-    with pytest.raises(ValueError, match=r"gpt/1 cannot be served: .* gives other text than golden\.json"):
+    with pytest.raises(
+        ValueError, match=r"gpt/1 cannot be served: .* gives other text than golden\.json"
+    ):
         launch.choose(bad)
 
     (_, _, uri), good = registry.resolve(bad, "gpt"), launch.choose(root)
-    chosen = good | {"gpt": launch.Chosen("gpt", 1, uri, bundle.read(uri))}  # as where replicas' machines are not like this one
+    chosen = good | {
+        "gpt": launch.Chosen("gpt", 1, uri, bundle.read(uri))
+    }  # as where replicas' machines are not like this one
     with pytest.raises(ValueError, match=r"the models could not be served"):
         launch.deploy(chosen, address, Options(max_replicas=1))
     recorded = golden(root, 1)
-    answer = complete(client, prompt=recorded["prompt"], max_tokens=recorded["max_tokens"], temperature=0)
-    assert (answer["system_fingerprint"], answer["choices"][0]["text"]) == ("gpt/1", recorded["text"])
+    answer = complete(
+        client, prompt=recorded["prompt"], max_tokens=recorded["max_tokens"], temperature=0
+    )
+    assert (answer["system_fingerprint"], answer["choices"][0]["text"]) == (
+        "gpt/1",
+        recorded["text"],
+    )
 
 
-def test_prometheus_finds_what_was_counted(client: httpx.Client, root: str, address: launch.Address) -> None:
+def test_prometheus_finds_what_was_counted(
+    client: httpx.Client, root: str, address: launch.Address
+) -> None:
     def scrape() -> dict[str, list[dict[str, str]]]:
         samples: dict[str, list[dict[str, str]]] = {}
         text = httpx.get(launch.metrics_url(), timeout=60, trust_env=False).text
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name.startswith("ray_raykiln_") and sample.value > 0:
-                    samples.setdefault(sample.name.removeprefix("ray_raykiln_"), []).append(sample.labels)
+                    samples.setdefault(sample.name.removeprefix("ray_raykiln_"), []).append(
+                        sample.labels
+                    )
         return samples
 
     wanted = {
@@ -836,10 +1058,15 @@ def test_prometheus_finds_what_was_counted(client: httpx.Client, root: str, addr
     def counted() -> bool:
         """Ray exports every few seconds."""
         found = scrape()
-        return all(any(labels.items() <= one.items() for one in found.get(name, [])) for name, labels in wanted.items())
+        return all(
+            any(labels.items() <= one.items() for one in found.get(name, []))
+            for name, labels in wanted.items()
+        )
 
     draw(client)
-    with client.stream("POST", "/v1/completions", json={"max_tokens": CONTEXT - 40, "stream": True}) as response:
+    with client.stream(
+        "POST", "/v1/completions", json={"max_tokens": CONTEXT - 40, "stream": True}
+    ) as response:
         lines = response.iter_lines()
         for _ in range(3):  # messages: time between tokens
             next(lines), next(lines)
@@ -852,7 +1079,16 @@ def test_prometheus_finds_what_was_counted(client: httpx.Client, root: str, addr
 def test_commands_change_and_show_what_a_cluster_serves(
     client: httpx.Client, root: str, address: launch.Address, command: Callable[..., Any]
 ) -> None:
-    up = ["serve", "up", "--storage", str(Path(root).parent), "--max-replicas", "1", "--port", str(address.port)]
+    up = [
+        "serve",
+        "up",
+        "--storage",
+        str(Path(root).parent),
+        "--max-replicas",
+        "1",
+        "--port",
+        str(address.port),
+    ]
     try:
         changed = command(*up, "--text", "gpt/2", "--detach")
         assert (changed.returncode, changed.stderr) == (0, "")
@@ -863,14 +1099,25 @@ def test_commands_change_and_show_what_a_cluster_serves(
         assert status.returncode == 0
         assert "gpt/2" in status.stdout
         assert re.search(r"Text +│ HEALTHY +│ 1 of 1 +│ 8 +│ 0 +│ 0 ", status.stdout), status.stdout
-        assert re.search(r"text_first_token +│ [0-9]+\.[0-9] +│ [0-9]+\.[0-9] ", status.stdout), status.stdout
+        assert re.search(r"text_first_token +│ [0-9]+\.[0-9] +│ [0-9]+\.[0-9] ", status.stdout), (
+            status.stdout
+        )
         refused = command(*up)
-        assert (refused.returncode, "this cluster serves already: change what it serves with --detach" in refused.stderr) == (2, True)
+        assert (
+            refused.returncode,
+            "this cluster serves already: change what it serves with --detach" in refused.stderr,
+        ) == (2, True)
         elsewhere = command(*up[:-1], str(free_port()), "--detach")
-        assert (elsewhere.returncode, f"Serve runs on this cluster at {address.url} already" in elsewhere.stderr) == (2, True)
+        assert (
+            elsewhere.returncode,
+            f"Serve runs on this cluster at {address.url} already" in elsewhere.stderr,
+        ) == (2, True)
         launch.deploy(launch.choose(root), address, Options(max_replicas=1, blocklist=["verboten"]))
         open_again = command(*up, "--detach")
-        assert (open_again.returncode, "has a blocklist of 1 phrases: give --blocklist again" in open_again.stderr) == (2, True)
+        assert (
+            open_again.returncode,
+            "has a blocklist of 1 phrases: give --blocklist again" in open_again.stderr,
+        ) == (2, True)
         assert client.post("/v1/completions", json={"prompt": "verboten"}).status_code == 400
     finally:
         launch.deploy(launch.choose(root), address, Options(max_replicas=1))
@@ -880,7 +1127,9 @@ def test_commands_change_and_show_what_a_cluster_serves(
 def text_replica() -> psutil.Process:
     """Its process, in the session's cluster and no other of this machine."""
     (replica,) = (
-        process for process in psutil.Process().children(recursive=True) if "ServeReplica:raykiln:Text" in "".join(process.cmdline()[:1])
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "ServeReplica:raykiln:Text" in "".join(process.cmdline()[:1])
     )
     return replica
 
@@ -907,31 +1156,46 @@ def test_a_replica_that_hangs_leaves_the_status_and_up_without_its_answer(
     until(lambda: slots(client) == 8)
 
 
-def test_a_killed_replica_ends_its_streams_with_a_sentence_and_is_replaced(client: httpx.Client) -> None:
+def test_a_killed_replica_ends_its_streams_with_a_sentence_and_is_replaced(
+    client: httpx.Client,
+) -> None:
     body = {"prompt": PROMPT, "max_tokens": CONTEXT - 40, "temperature": 0, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()
         next(lines)
         text_replica().kill()
         *_, last = (line for line in lines if line)
-    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the text model does not answer just now: try again in a moment"
+    assert (
+        json.loads(last.removeprefix("data: "))["error"]["message"]
+        == "the text model does not answer just now: try again in a moment"
+    )
     until(lambda: slots(client) is None)
     until(lambda: slots(client) == 8)
     until(lambda: client.post("/v1/completions", json={"max_tokens": 1}).status_code == 200)
 
 
 def test_the_default_is_production_or_else_the_newest(root: str, tmp_path: Path) -> None:
-    assert {kind: chosen.reference for kind, chosen in launch.choose(root).items()} == {"gpt": "gpt/1", "gan": "dcgan/1"}
+    assert {kind: chosen.reference for kind, chosen in launch.choose(root).items()} == {
+        "gpt": "gpt/1",
+        "gan": "dcgan/1",
+    }
     assert launch.choose(root, text="gpt/2")["gpt"].version == 2
     shutil.copytree(Path(root) / "gpt", tmp_path / "gpt", ignore=shutil.ignore_patterns("aliases"))
-    assert {kind: chosen.reference for kind, chosen in launch.choose(str(tmp_path)).items()} == {"gpt": "gpt/2"}
+    assert {kind: chosen.reference for kind, chosen in launch.choose(str(tmp_path)).items()} == {
+        "gpt": "gpt/2"
+    }
 
 
-def test_a_name_that_stands_for_nothing_is_passed_over(root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_name_that_stands_for_nothing_is_passed_over(
+    root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     copy = Path(shutil.copytree(root, tmp_path / "models"))
     shutil.copytree(copy / "gpt/2", copy / "other/1")
     storage.write_json(str(copy / "other/aliases/production.json"), {"version": 7})
-    assert {kind: chosen.reference for kind, chosen in launch.choose(str(copy)).items()} == {"gpt": "gpt/1", "gan": "dcgan/1"}
+    assert {kind: chosen.reference for kind, chosen in launch.choose(str(copy)).items()} == {
+        "gpt": "gpt/1",
+        "gan": "dcgan/1",
+    }
     assert "other is passed over: model 'other' has no version 7" in caplog.text
     caplog.clear()
     assert launch.choose(str(copy), text="gpt/2", images="dcgan")["gpt"].reference == "gpt/2"
@@ -941,7 +1205,9 @@ def test_a_name_that_stands_for_nothing_is_passed_over(root: str, tmp_path: Path
 def test_what_cannot_be_served_is_refused_with_a_sentence(root: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no model to serve: train one and export it"):
         launch.choose(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="--text dcgan is a bundle of kind gan: give it one of kind gpt"):
+    with pytest.raises(
+        ValueError, match="--text dcgan is a bundle of kind gan: give it one of kind gpt"
+    ):
         launch.choose(root, text="dcgan")
     with pytest.raises(ValueError, match="gpt"):
         launch.choose(root, text="gpt/9")
@@ -950,34 +1216,68 @@ def test_what_cannot_be_served_is_refused_with_a_sentence(root: str, tmp_path: P
     graph.write_bytes(graph.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match=r"gpt/1/model\.onnx .*damaged"):
         launch.choose(str(tmp_path / "models"))
-    with pytest.raises(ValueError, match=r"model\.onnx .*damaged"):  # and a replica looks for itself
-        asyncio.run(Text(slots=1, threads=1, timeout_s=1).reconfigure({"uri": str(tmp_path / "models/gpt/1")}))
-    for replica, uri in ((Text(slots=1, threads=1, timeout_s=1, providers=["cuda"]), "gpt/2"), (Pictures(1, ["cuda"]), "dcgan/1")):
+    with pytest.raises(
+        ValueError, match=r"model\.onnx .*damaged"
+    ):  # and a replica looks for itself
+        asyncio.run(
+            Text(slots=1, threads=1, timeout_s=1).reconfigure(
+                {"uri": str(tmp_path / "models/gpt/1")}
+            )
+        )
+    for replica, uri in (
+        (Text(slots=1, threads=1, timeout_s=1, providers=["cuda"]), "gpt/2"),
+        (Pictures(1, ["cuda"]), "dcgan/1"),
+    ):
         with pytest.raises(ValueError, match="execution provider 'cuda' is not in this build"):
             asyncio.run(replica.reconfigure({"uri": f"{root}/{uri}"}))
 
 
-def test_up_says_what_is_wrong_and_ends(command: Callable[..., Any], root: str, tmp_path: Path) -> None:
+def test_up_says_what_is_wrong_and_ends(
+    command: Callable[..., Any], root: str, tmp_path: Path
+) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        taken = command("serve", "up", "--storage", str(Path(root).parent), "--port", port, RAY_ADDRESS="")
+        taken = command(
+            "serve", "up", "--storage", str(Path(root).parent), "--port", port, RAY_ADDRESS=""
+        )
     assert (taken.returncode, "Traceback" in taken.stderr) == (2, False)
     assert f"127.0.0.1:{port} cannot be used" in taken.stderr
     no_port = command("serve", "up", "--port", "70000", RAY_ADDRESS="")
-    assert (no_port.returncode, "'70000' is not a port: use a number from 1 to 65535" in no_port.stderr) == (2, True)
-    no_gpu = command("serve", "up", "--providers", "cuda", "--storage", str(Path(root).parent), RAY_ADDRESS="")
-    assert (no_gpu.returncode, "cannot be served: execution provider 'cuda' is not in this build" in no_gpu.stderr) == (2, True)
+    assert (
+        no_port.returncode,
+        "'70000' is not a port: use a number from 1 to 65535" in no_port.stderr,
+    ) == (2, True)
+    no_gpu = command(
+        "serve", "up", "--providers", "cuda", "--storage", str(Path(root).parent), RAY_ADDRESS=""
+    )
+    assert (
+        no_gpu.returncode,
+        "cannot be served: execution provider 'cuda' is not in this build" in no_gpu.stderr,
+    ) == (2, True)
     detached = command("serve", "up", "--detach", "--storage", str(tmp_path), RAY_ADDRESS="")
     assert "--detach needs a cluster to stay on" in detached.stderr
-    nothing = command("serve", "up", "--blocklist", str(tmp_path / "none.txt"), "--storage", str(Path(root).parent), RAY_ADDRESS="")
-    assert (nothing.returncode, f"the blocklist {tmp_path}/none.txt cannot be read" in nothing.stderr) == (2, True)
+    nothing = command(
+        "serve",
+        "up",
+        "--blocklist",
+        str(tmp_path / "none.txt"),
+        "--storage",
+        str(Path(root).parent),
+        RAY_ADDRESS="",
+    )
+    assert (
+        nothing.returncode,
+        f"the blocklist {tmp_path}/none.txt cannot be read" in nothing.stderr,
+    ) == (2, True)
     fast = command("serve", "up", "--fast", "--storage", str(tmp_path), RAY_ADDRESS="127.0.0.1:1")
     assert (fast.returncode, "--fast is for a private cluster" in fast.stderr) == (2, True)
 
 
-def test_status_of_another_openai_server_is_a_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_of_another_openai_server_is_a_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Other(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -994,19 +1294,40 @@ def test_status_of_another_openai_server_is_a_sentence(capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("mode", [[], ["--fast"]], ids=["default", "fast"])
-def test_a_private_server_ends_with_ctrl_c_and_leaves_no_process(root: str, tmp_path: Path, mode: list[str]) -> None:
+def test_a_private_server_ends_with_ctrl_c_and_leaves_no_process(
+    root: str, tmp_path: Path, mode: list[str]
+) -> None:
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     (tmp_path / "blocked.txt").write_text("verboten\n")
     options = [*mode, "--blocklist", str(tmp_path / "blocked.txt")]
-    arguments = [sys.executable, "-m", "serve", "up", "--storage", str(Path(root).parent), "--port", str(port), *options]
+    arguments = [
+        sys.executable,
+        "-m",
+        "serve",
+        "up",
+        "--storage",
+        str(Path(root).parent),
+        "--port",
+        str(port),
+        *options,
+    ]
     with open(tmp_path / "out", "w") as out:
-        server = psutil.Popen(arguments, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        server = psutil.Popen(
+            arguments, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
+        )
     try:
-        until(lambda: server.poll() is not None or "Ctrl-C ends it" in (tmp_path / "out").read_text())
+        until(
+            lambda: server.poll() is not None or "Ctrl-C ends it" in (tmp_path / "out").read_text()
+        )
         assert server.poll() is None, (tmp_path / "out").read_text()
-        assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok", "models": ["gpt/1", "dcgan/1"]}
-        blocked = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "It is VERBOTEN."})
+        assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {
+            "status": "ok",
+            "models": ["gpt/1", "dcgan/1"],
+        }
+        blocked = httpx.post(
+            f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "It is VERBOTEN."}
+        )
         assert (blocked.status_code, blocked.json()["error"]["code"]) == (400, "content_filter")
         processes = server.children(recursive=True)
         assert any("Text" in process.name() or "raylet" in process.name() for process in processes)
@@ -1032,17 +1353,26 @@ def check_fast_mode(processes: list[psutil.Process], port: int, recorded: dict[s
         if socket.status == "LISTEN"
     }
     assert ("haproxy", ("127.0.0.1", port)) in listening
-    direct = [address.ip for _, address in listening if 30_000 <= address.port <= 31_000]  # the gateway's own port
+    direct = [
+        address.ip for _, address in listening if 30_000 <= address.port <= 31_000
+    ]  # the gateway's own port
     assert direct == ["127.0.0.1"]
     scratch = Path(haproxy[0].cmdline()[haproxy[0].cmdline().index("-f") + 1]).parents[1]
     assert scratch.stat().st_mode & 0o777 == 0o700
     assert list(scratch.glob("*/admin.sock"))
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        body = {"prompt": recorded["prompt"], "max_tokens": recorded["max_tokens"], "temperature": 0}
+        body = {
+            "prompt": recorded["prompt"],
+            "max_tokens": recorded["max_tokens"],
+            "temperature": 0,
+        }
         *messages, _ = stream(client, **body)
         assert "".join(message["choices"][0]["text"] for message in messages) == recorded["text"]
         response = client.get("/status", headers={"X-Request-ID": "mine"})
         assert response.headers.get_list("x-request-id") == ["mine"]
         assert response.json()["deployments"]["Text"]["slots"] == 8
-        assert client.post("/v1/completions", json={"max_tokens": 0}).json()["error"]["param"] == "max_tokens"
+        assert (
+            client.post("/v1/completions", json={"max_tokens": 0}).json()["error"]["param"]
+            == "max_tokens"
+        )
     return scratch

@@ -73,12 +73,16 @@ def test_it_knows_its_model(session: TextSession) -> None:
     assert session.manifest["model"]["vocab_size"] == session.vocab_size == 320
 
 
-def test_prefill_is_transformers(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+def test_prefill_is_transformers(
+    session: TextSession, rows: list[list[int]], expected: np.ndarray
+) -> None:
     for slot, length in zip(range(SLOTS), (1, 2, 7, 30, 63, 64), strict=True):
         near(session.prefill(slot, rows[slot][:length]), expected[slot, length - 1])
 
 
-def test_prefill_in_chunks_is_prefill(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+def test_prefill_in_chunks_is_prefill(
+    session: TextSession, rows: list[list[int]], expected: np.ndarray
+) -> None:
     start = 0
     for size in (1, 5, 30, 1, 27):
         answer = session.prefill(3, rows[0][start : start + size], start)
@@ -86,20 +90,26 @@ def test_prefill_in_chunks_is_prefill(session: TextSession, rows: list[list[int]
         near(answer, expected[0, start - 1])
 
 
-def test_decode_is_transformers_at_every_length(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+def test_decode_is_transformers_at_every_length(
+    session: TextSession, rows: list[list[int]], expected: np.ndarray
+) -> None:
     near(session.prefill(0, rows[0][:1]), expected[0, 0])
     for length in range(1, session.context):
         near(session.decode([0], [rows[0][length]], [length])[0], expected[0, length])
 
 
-def test_a_row_is_the_same_to_the_bit_in_any_company(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+def test_a_row_is_the_same_to_the_bit_in_any_company(
+    session: TextSession, rows: list[list[int]], expected: np.ndarray
+) -> None:
     lengths = [9, 3, 40, 1, 25, 60]
     companies = [[2], [2, 0], [0, 1, 2], [5, 2], [1, 2, 3, 4], [4, 2, 5, 0, 3, 1]]
     answers = []
     for slots in companies:
         for slot in range(SLOTS):
             session.prefill(slot, rows[slot][: lengths[slot]])
-        logits = session.decode(slots, [rows[slot][lengths[slot]] for slot in slots], [lengths[slot] for slot in slots])
+        logits = session.decode(
+            slots, [rows[slot][lengths[slot]] for slot in slots], [lengths[slot] for slot in slots]
+        )
         for slot, answer in zip(slots, logits, strict=True):
             near(answer, expected[slot, lengths[slot]])
         answers.append(logits[slots.index(2)])
@@ -107,24 +117,34 @@ def test_a_row_is_the_same_to_the_bit_in_any_company(session: TextSession, rows:
         np.testing.assert_array_equal(answer, answers[0])
 
 
-def test_8_bits_answer_the_same_to_the_bit_in_any_company(tmp_path: Path, rows: list[list[int]], expected: np.ndarray) -> None:
+def test_8_bits_answer_the_same_to_the_bit_in_any_company(
+    tmp_path: Path, rows: list[list[int]], expected: np.ndarray
+) -> None:
     """With one scale for all rows of a batch, as dynamic quantisation has, they would not."""
     session = TextSession(tiny_gpt_bundle(tmp_path, weights="int8"), slots=SLOTS)
     alone = session.prefill(2, rows[2][:40])
-    assert 0.05 * np.abs(expected).max() > np.abs(alone - expected[2, 39]).max() > 1e-5 * np.abs(expected).max()
+    assert (
+        0.05 * np.abs(expected).max()
+        > np.abs(alone - expected[2, 39]).max()
+        > 1e-5 * np.abs(expected).max()
+    )
     session.prefill(2, rows[2][:16])
     np.testing.assert_array_equal(session.prefill(2, rows[2][16:40], start=16), alone)
     answers = []
     for slots in ([2], [2, 0], [5, 2], [4, 2, 5, 0, 3, 1]):
         for slot in slots:
             session.prefill(slot, rows[slot][: 40 + slot])
-        logits = session.decode(slots, [rows[slot][40 + slot] for slot in slots], [40 + slot for slot in slots])
+        logits = session.decode(
+            slots, [rows[slot][40 + slot] for slot in slots], [40 + slot for slot in slots]
+        )
         answers.append(logits[slots.index(2)])
     for answer in answers[1:]:
         np.testing.assert_array_equal(answer, answers[0])
 
 
-def test_slots_left_out_of_a_step_keep_what_they_hold(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+def test_slots_left_out_of_a_step_keep_what_they_hold(
+    session: TextSession, rows: list[list[int]], expected: np.ndarray
+) -> None:
     session.prefill(1, rows[1][:63])  # full but for one
     session.prefill(2, rows[2][:10])
     for slot in (0, 3):
@@ -135,7 +155,9 @@ def test_slots_left_out_of_a_step_keep_what_they_hold(session: TextSession, rows
     near(session.prefill(2, rows[2][10:14], start=10), expected[2, 13])
 
 
-def test_a_slot_forgets_its_last_tenant(session: TextSession, rows: list[list[int]], expected: np.ndarray) -> None:
+def test_a_slot_forgets_its_last_tenant(
+    session: TextSession, rows: list[list[int]], expected: np.ndarray
+) -> None:
     session.prefill(0, rows[5])
     near(session.prefill(0, rows[0][:3]), expected[0, 2])
     near(session.decode([0], [rows[0][3]], [3])[0], expected[0, 3])
@@ -155,10 +177,14 @@ def test_a_growing_cache_keeps_what_it_holds_and_changes_no_bit(
         company = [1, 0] if length < 10 else [0]
         step = company, [rows[slot][length] for slot in company], [length] * len(company)
         np.testing.assert_array_equal(growing.decode(*step), plain.decode(*step))
-    np.testing.assert_array_equal(growing.prefill(1, rows[1][10:20], 10), plain.prefill(1, rows[1][10:20], 10))
+    np.testing.assert_array_equal(
+        growing.prefill(1, rows[1][10:20], 10), plain.prefill(1, rows[1][10:20], 10)
+    )
 
 
-def test_a_cache_shrinks_again_and_changes_no_bit(gpt_folder: Path, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_shrinks_again_and_changes_no_bit(
+    gpt_folder: Path, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("models.runtime.FIRST_TOKENS", 4)
     session = TextSession(gpt_folder, slots=2)
     first = [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])]
@@ -166,48 +192,69 @@ def test_a_cache_shrinks_again_and_changes_no_bit(gpt_folder: Path, rows: list[l
     assert session.release()
     assert (session.room, grown) == (4, session.context)
     assert not session.release(), "there is nothing to give back"
-    for before, after in zip(first, [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])], strict=True):
+    for before, after in zip(
+        first, [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])], strict=True
+    ):
         np.testing.assert_array_equal(before, after)
 
 
 def test_a_copied_slot_is_the_same_to_the_bit(session: TextSession, rows: list[list[int]]) -> None:
-    expected = [session.prefill(4, rows[0][:30]), session.prefill(4, rows[0][30:40], 30), session.decode([4], [rows[0][40]], [40])[0]]
+    expected = [
+        session.prefill(4, rows[0][:30]),
+        session.prefill(4, rows[0][30:40], 30),
+        session.decode([4], [rows[0][40]], [40])[0],
+    ]
     session.prefill(4, rows[0][:30])
     session.prefill(1, rows[1])  # another tenant's leavings
     untouched = session.prefill(5, rows[5][:20])
     session.copy(4, 1, 30)
-    answers = [expected[0], session.prefill(1, rows[0][30:40], 30), session.decode([1], [rows[0][40]], [40])[0]]
+    answers = [
+        expected[0],
+        session.prefill(1, rows[0][30:40], 30),
+        session.decode([1], [rows[0][40]], [40])[0],
+    ]
     np.testing.assert_array_equal(answers, expected)
     session.copy(5, 1, 10)
     np.testing.assert_array_equal(session.prefill(5, rows[5][:20]), untouched)
 
 
-def test_memory_that_python_sees_only_as_a_copy_is_not_copied_in(gpt_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_python_sees_only_as_a_copy_is_not_copied_in(
+    gpt_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert TextSession(gpt_folder, slots=2).copies
     numpy = ort.OrtValue.numpy
     monkeypatch.setattr(ort.OrtValue, "numpy", lambda value: numpy(value).copy())
     assert not TextSession(gpt_folder, slots=2).copies
 
 
-def test_a_cleared_slot_no_longer_spoils_who_takes_it_and_the_others_keep_what_they_hold(gpt_folder: Path, rows: list[list[int]]) -> None:
+def test_a_cleared_slot_no_longer_spoils_who_takes_it_and_the_others_keep_what_they_hold(
+    gpt_folder: Path, rows: list[list[int]]
+) -> None:
     session = TextSession(gpt_folder, slots=2)
     expected = session.prefill(1, rows[1][:20])
     following = session.decode([1], [rows[1][20]], [20])[0]
     session.prefill(1, rows[1][:20])
     for cache in session._caches.values():
         cache.numpy()[0] = np.nan
-    assert np.isnan(session.prefill(0, rows[1][:20])).all(), "masked positions are not without effect: 0 x NaN is NaN"
+    assert np.isnan(session.prefill(0, rows[1][:20])).all(), (
+        "masked positions are not without effect: 0 x NaN is NaN"
+    )
     session.clear(0)
     np.testing.assert_array_equal(session.prefill(0, rows[1][:20]), expected)
     np.testing.assert_array_equal(session.decode([1], [rows[1][20]], [20])[0], following)
 
 
-def test_texts_and_probabilities_are_the_same_to_the_bit_alone_and_in_company(gpt_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_and_probabilities_are_the_same_to_the_bit_alone_and_in_company(
+    gpt_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through the engine: with prompts' beginnings taken over from other slots, and with a cache that grows."""
     monkeypatch.setattr("models.runtime.FIRST_TOKENS", 16)
     ends = ["", " glorious", " made glorious summer", "\n", " of"]
     requests = [
-        ("Now is the winter of our discontent" + end, Sampling(max_tokens=12, temperature=temperature, seed=seed, logprobs=5))
+        (
+            "Now is the winter of our discontent" + end,
+            Sampling(max_tokens=12, temperature=temperature, seed=seed, logprobs=5),
+        )
         for seed, end in enumerate(ends)
         for temperature in (0.0, 1.0)
     ]
@@ -234,11 +281,15 @@ def test_texts_and_probabilities_are_the_same_to_the_bit_alone_and_in_company(gp
     session.release()
     alone = [asyncio.run(answers([request]))[0] for request in requests]
     assert together == alone
-    assert all(len(text.logprobs) == text.completion_tokens > 0 for texts in alone for text in texts)
+    assert all(
+        len(text.logprobs) == text.completion_tokens > 0 for texts in alone for text in texts
+    )
     assert shared < computed
 
 
-def test_two_threads_answer_alike(gpt_folder: Path, rows: list[list[int]], expected: np.ndarray) -> None:
+def test_two_threads_answer_alike(
+    gpt_folder: Path, rows: list[list[int]], expected: np.ndarray
+) -> None:
     near(TextSession(gpt_folder, slots=1, threads=2).prefill(0, rows[0]), expected[0, -1])
 
 
@@ -266,7 +317,9 @@ def test_golden_text_is_replayed(session: TextSession) -> None:
 def test_another_answer_than_the_golden_one_is_refused(tmp_path: Path, part: str) -> None:
     folder = tiny_gpt_bundle(tmp_path / "gpt")
     golden = json.loads((folder / "golden.json").read_text())
-    golden[part] = golden[part] + "!" if part == "text" else [*golden[part][:-1], golden[part][-1] ^ 1]
+    golden[part] = (
+        golden[part] + "!" if part == "text" else [*golden[part][:-1], golden[part][-1] ^ 1]
+    )
     (folder / "golden.json").write_text(json.dumps(golden))
     bundle.write(folder, bundle.read(folder))
     with pytest.raises(ValueError, match=r"golden\.json recorded at its export"):
@@ -274,7 +327,9 @@ def test_another_answer_than_the_golden_one_is_refused(tmp_path: Path, part: str
 
 
 @pytest.mark.parametrize("ends", [False, True])
-def test_a_close_choice_may_turn_on_another_processor(tmp_path: Path, session: TextSession, ends: bool) -> None:
+def test_a_close_choice_may_turn_on_another_processor(
+    tmp_path: Path, session: TextSession, ends: bool
+) -> None:
     """The last golden token, or the end of the text, is changed for one that lies behind: that may be as much as two logits can be off."""
     folder = tiny_gpt_bundle(tmp_path / "gpt")
     golden = json.loads((folder / "golden.json").read_text())
@@ -292,15 +347,23 @@ def test_a_close_choice_may_turn_on_another_processor(tmp_path: Path, session: T
     (folder / "golden.json").write_text(json.dumps(golden))
     manifest = bundle.read(folder)
     for tolerance, fits in ((0.501 * behind, True), (0.499 * behind, False)):
-        bundle.write(folder, manifest | {"parity": manifest["parity"] | {"tolerance": float(tolerance)}})
-        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"gives other tokens than golden\.json"):
+        bundle.write(
+            folder, manifest | {"parity": manifest["parity"] | {"tolerance": float(tolerance)}}
+        )
+        with (
+            contextlib.nullcontext()
+            if fits
+            else pytest.raises(ValueError, match=r"gives other tokens than golden\.json")
+        ):
             TextSession(folder, slots=1).replay_golden()
 
 
 # ---------------------------------------------------------------- damaged or unfit bundles
 
 
-@pytest.mark.parametrize("file", ["model.onnx", "tokenizer.json", "golden.json", "transformers/model.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["model.onnx", "tokenizer.json", "golden.json", "transformers/model.safetensors"]
+)
 def test_a_flipped_byte_is_refused(tmp_path: Path, file: str) -> None:
     folder = tiny_gpt_bundle(tmp_path / "gpt")
     content = bytearray((folder / file).read_bytes())
@@ -330,17 +393,30 @@ def test_kinds_are_not_mixed_up(gpt_folder: Path, gan_folder: Path) -> None:
     ("provider", "sentence"),
     [
         ("rocket", "'rocket' is no execution provider: use tensorrt, cuda, cpu$"),
-        ("cuda", "'cuda' is not in this build of ONNX Runtime, which has cpu: install onnxruntime-gpu"),
+        (
+            "cuda",
+            "'cuda' is not in this build of ONNX Runtime, which has cpu: install onnxruntime-gpu",
+        ),
     ],
 )
-def test_a_provider_that_is_not_there_is_named(gan_folder: Path, monkeypatch: pytest.MonkeyPatch, provider: str, sentence: str) -> None:
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["AzureExecutionProvider", "CPUExecutionProvider"])
+def test_a_provider_that_is_not_there_is_named(
+    gan_folder: Path, monkeypatch: pytest.MonkeyPatch, provider: str, sentence: str
+) -> None:
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers",
+        lambda: ["AzureExecutionProvider", "CPUExecutionProvider"],
+    )
     with pytest.raises(ValueError, match=sentence):
         ImageSession(gan_folder, providers=[provider, "cpu"])
 
 
 def test_providers_come_best_first_and_the_cpu_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    has = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "AzureExecutionProvider", "CPUExecutionProvider"]
+    has = [
+        "TensorrtExecutionProvider",
+        "CUDAExecutionProvider",
+        "AzureExecutionProvider",
+        "CPUExecutionProvider",
+    ]
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: has)
     tensorrt, cuda, _, cpu = has
     assert choose_providers() == [tensorrt, cuda, cpu]
@@ -348,13 +424,23 @@ def test_providers_come_best_first_and_the_cpu_last(monkeypatch: pytest.MonkeyPa
     assert choose_providers(["cpu"]) == [cpu]
 
 
-def test_a_gpu_that_does_not_start_is_refused_where_it_was_asked_for(gan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_does_not_start_is_refused_where_it_was_asked_for(
+    gan_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ONNX Runtime built for CUDA takes the CPU where there is no GPU, and says nothing. This build, told that it was built so, does too."""
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Specified provider 'CUDAExecutionProvider' is not in available provider names")
+        warnings.filterwarnings(
+            "ignore",
+            message="Specified provider 'CUDAExecutionProvider' is not in available provider names",
+        )
         assert ImageSession(gan_folder).providers == ["CPUExecutionProvider"]
-        with pytest.raises(ValueError, match="CUDAExecutionProvider does not start on this machine"):
+        with pytest.raises(
+            ValueError, match="CUDAExecutionProvider does not start on this machine"
+        ):
             ImageSession(gan_folder, providers=["cuda"])
 
 
@@ -373,7 +459,9 @@ def test_a_seed_is_a_picture_alone_or_in_company(gan_folder: Path) -> None:
     assert not np.array_equal(session.pictures(2**64 - 1, 1), session.pictures(2**64 - 2, 1))
 
 
-def test_every_session_draws_the_same_to_the_bit_alone_or_in_a_batch(conditional_folder: Path) -> None:
+def test_every_session_draws_the_same_to_the_bit_alone_or_in_a_batch(
+    conditional_folder: Path,
+) -> None:
     """Two replicas on like machines: the graph's own floats, before they are rounded to grey levels."""
     one, other = ImageSession(conditional_folder), ImageSession(conditional_folder, threads=2)
     latents, labels = seeded_latents(7, 33, 16), np.arange(33) % 3
@@ -382,7 +470,9 @@ def test_every_session_draws_the_same_to_the_bit_alone_or_in_a_batch(conditional
         np.testing.assert_array_equal(other.run(latents[:batch], labels[:batch]), alone[:batch])
 
 
-def test_truncation_changes_a_seeds_picture_alike_alone_and_in_company(conditional_folder: Path) -> None:
+def test_truncation_changes_a_seeds_picture_alike_alone_and_in_company(
+    conditional_folder: Path,
+) -> None:
     session = ImageSession(conditional_folder)
     plain, typical = session.pictures(7, 4), session.pictures(7, 4, truncation=0.5)
     assert not np.array_equal(plain, typical)
@@ -393,33 +483,46 @@ def test_truncation_changes_a_seeds_picture_alike_alone_and_in_company(condition
 
 def test_truncated_pictures_of_a_class_are_more_alike(conditional_folder: Path) -> None:
     session = ImageSession(conditional_folder)
-    spread = [session.pictures(0, 32, 1, truncation).std(axis=0).mean() for truncation in (None, 1.0, 0.3, 0.05)]
+    spread = [
+        session.pictures(0, 32, 1, truncation).std(axis=0).mean()
+        for truncation in (None, 1.0, 0.3, 0.05)
+    ]
     assert spread == sorted(spread, reverse=True)
     assert spread[-1] < spread[0] / 3
 
 
 @pytest.mark.parametrize("truncation", [None, 0.7])
-def test_an_interpolation_leads_from_one_seeds_picture_to_the_others(conditional_folder: Path, truncation: float | None) -> None:
+def test_an_interpolation_leads_from_one_seeds_picture_to_the_others(
+    conditional_folder: Path, truncation: float | None
+) -> None:
     session = ImageSession(conditional_folder)
     way = session.interpolation(7, 8, 9, truncation=truncation)
     for end, seed in ((way[0], 7), (way[-1], 8)):
-        np.testing.assert_array_equal(end, session.pictures(seed, 1, 7 % 3, truncation)[0])  # both in the class of the first
+        np.testing.assert_array_equal(
+            end, session.pictures(seed, 1, 7 % 3, truncation)[0]
+        )  # both in the class of the first
     np.testing.assert_array_equal(session.interpolation(8, 7, 9, 7 % 3, truncation)[0], way[-1])
     np.testing.assert_array_equal(session.interpolation(7, 8, 5, truncation=truncation), way[::2])
     strides = np.abs(np.diff(way.astype(int), axis=0)).mean(axis=(1, 2, 3))
-    assert strides.max() < np.abs(way[0].astype(int) - way[-1]).mean() / 2, "a jump instead of a walk"
+    assert strides.max() < np.abs(way[0].astype(int) - way[-1]).mean() / 2, (
+        "a jump instead of a walk"
+    )
 
 
 def test_an_interpolation_without_classes_and_its_limits(gan_folder: Path) -> None:
     session = ImageSession(gan_folder)
-    np.testing.assert_array_equal(session.interpolation(1, 2, 2), [session.pictures(1, 1)[0], session.pictures(2, 1)[0]])
+    np.testing.assert_array_equal(
+        session.interpolation(1, 2, 2), [session.pictures(1, 1)[0], session.pictures(2, 1)[0]]
+    )
     with pytest.raises(ValueError, match="steps is 1"):
         session.interpolation(1, 2, 1)
     with pytest.raises(ValueError, match="seed is -2"):
         session.interpolation(1, -2, 3)
 
 
-def test_a_session_keeps_its_bundles_sample(gpt_folder: Path, gan_folder: Path, tmp_path: Path) -> None:
+def test_a_session_keeps_its_bundles_sample(
+    gpt_folder: Path, gan_folder: Path, tmp_path: Path
+) -> None:
     assert ImageSession(gan_folder).sample == (gan_folder / "sample.png").read_bytes()
     assert TextSession(gpt_folder, slots=1).sample == (gpt_folder / "sample.txt").read_bytes()
     bare = tiny_gan_bundle(tmp_path / "gan")
@@ -440,7 +543,9 @@ def test_classes(conditional_folder: Path) -> None:
     by_label = [session.pictures(7, 1, label)[0] for label in range(3)]
     assert not np.array_equal(by_label[0], by_label[1])
     mixed = session.pictures(7, 3)
-    assert [int(np.argmin([np.abs(picture.astype(int) - mixed[0]).sum() for picture in by_label]))] == [7 % 3]
+    assert [
+        int(np.argmin([np.abs(picture.astype(int) - mixed[0]).sum() for picture in by_label]))
+    ] == [7 % 3]
     np.testing.assert_array_equal(session.pictures(7, 1), mixed[:1])
     with pytest.raises(ValueError, match="the model has the classes 0 to 2"):
         session.pictures(7, 1, 3)
@@ -453,13 +558,20 @@ def test_an_unconditional_model_has_no_classes(gan_folder: Path) -> None:
         ImageSession(gan_folder).pictures(7, 1, 0)
 
 
-@pytest.mark.parametrize(("seed", "count", "sentence"), [(-1, 1, "seed is -1"), (2**64, 1, "seed is"), (0, 0, "count is 0")])
-def test_a_seed_or_count_out_of_range_is_named(gan_folder: Path, seed: int, count: int, sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("seed", "count", "sentence"),
+    [(-1, 1, "seed is -1"), (2**64, 1, "seed is"), (0, 0, "count is 0")],
+)
+def test_a_seed_or_count_out_of_range_is_named(
+    gan_folder: Path, seed: int, count: int, sentence: str
+) -> None:
     with pytest.raises(ValueError, match=sentence):
         ImageSession(gan_folder).pictures(seed, count)
 
 
-def test_golden_pictures_are_replayed(gan_folder: Path, conditional_folder: Path, tmp_path: Path) -> None:
+def test_golden_pictures_are_replayed(
+    gan_folder: Path, conditional_folder: Path, tmp_path: Path
+) -> None:
     for folder in (gan_folder, conditional_folder):
         ImageSession(folder).replay_golden()
     folder = tiny_gan_bundle(tmp_path / "gan")
@@ -467,7 +579,9 @@ def test_golden_pictures_are_replayed(gan_folder: Path, conditional_folder: Path
     golden["images"][0][0][14][14] += 0.01
     (folder / "golden.json").write_text(json.dumps(golden))
     bundle.write(folder, bundle.read(folder))
-    with pytest.raises(ValueError, match=r"draws pictures 0.01 away from those golden\.json recorded"):
+    with pytest.raises(
+        ValueError, match=r"draws pictures 0.01 away from those golden\.json recorded"
+    ):
         ImageSession(folder).replay_golden()
 
 
@@ -482,6 +596,8 @@ TextSession({str(gpt_folder)!r}).replay_golden()
 ImageSession({str(gan_folder)!r}).replay_golden()
 assert not {{"torch", "transformers", "ray"}} & set(sys.modules), "imported"
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == done.stderr == ""

@@ -16,7 +16,11 @@ VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more 
 
 @pytest.fixture(params=["folder", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path) if request.param == "folder" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    return (
+        str(tmp_path)
+        if request.param == "folder"
+        else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    )
 
 
 def test_files_are_written_read_listed_and_deleted(root: str, tmp_path: Path) -> None:
@@ -44,7 +48,9 @@ def test_what_has_not_changed_is_not_copied_again(root: str, tmp_path: Path) -> 
     for name in ("curves.jsonl", "samples/1.png", "samples/2.png"):
         storage.write_bytes(folder / name, name.encode())
     storage.upload_changed(folder, there, before)
-    assert storage.files(there) == {name: len(name) for name in ("curves.jsonl", "samples/1.png", "samples/2.png")}
+    assert storage.files(there) == {
+        name: len(name) for name in ("curves.jsonl", "samples/1.png", "samples/2.png")
+    }
     storage.delete(storage.join(there, "samples", "1.png"))  # to see whether it is written again
     (folder / "curves.jsonl").write_text("a line more")
     storage.write_bytes(folder / "samples" / "3.png", b"")
@@ -56,7 +62,13 @@ def test_what_has_not_changed_is_not_copied_again(root: str, tmp_path: Path) -> 
 def test_checkpoints_live_there_too(root: str) -> None:
     checkpoints = Checkpointer(root, {}, keep_last=2)
     for step in (1, 2, 3):
-        checkpoints.save(step, {"model": {"w": torch.full((2,), float(step))}, "optimizer": {"state": {}, "param_groups": []}})
+        checkpoints.save(
+            step,
+            {
+                "model": {"w": torch.full((2,), float(step))},
+                "optimizer": {"state": {}, "param_groups": []},
+            },
+        )
     checkpoints.join()
     assert storage.names(storage.join(root, "checkpoints")) == ["step_000002", "step_000003"]
     step, state = checkpoints.load() or pytest.fail("nothing was loaded")
@@ -71,12 +83,17 @@ def test_an_unknown_scheme_and_damaged_json_are_sentences(tmp_path: Path) -> Non
         storage.read_json(tmp_path / "a.json")
 
 
-def test_storage_that_cannot_be_opened_is_not_taken_for_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_cannot_be_opened_is_not_taken_for_damaged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def away(uri: str) -> None:
         raise OSError(f"no route to {uri}")
 
     monkeypatch.setattr(storage.fs, "FileSystem", SimpleNamespace(from_uri=away))
-    with pytest.raises(OSError, match=r"storage 's3://bucket/x' cannot be opened: no route to s3://bucket/x\. Use a folder"):
+    with pytest.raises(
+        OSError,
+        match=r"storage 's3://bucket/x' cannot be opened: no route to s3://bucket/x\. Use a folder",
+    ):
         storage.read_json("s3://KEY:SECRET@bucket/x")
 
 
@@ -94,11 +111,24 @@ def test_keys_in_a_uri_are_not_shown(uri: str, shown: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_road_runs_on_an_object_store(bucket: str, tmp_path: Path, command: Callable[..., Any]) -> None:
+def test_the_road_runs_on_an_object_store(
+    bucket: str, tmp_path: Path, command: Callable[..., Any]
+) -> None:
     (tmp_path / "corpus.txt").write_text("".join(f"{number}: {VERSE}" for number in range(120)))
     store = f"{bucket}/store"
     # A private cluster: its workers inherit this store's address and keys.
-    train = ["train", "gpt", "--config", "gpt-tiny", "--run.name", "r", "--data.source", f"{tmp_path}/corpus.txt", "--storage", store]
+    train = [
+        "train",
+        "gpt",
+        "--config",
+        "gpt-tiny",
+        "--run.name",
+        "r",
+        "--data.source",
+        f"{tmp_path}/corpus.txt",
+        "--storage",
+        store,
+    ]
     for steps, said in (("20", "run r: starts"), ("30", "run r: goes on from step 20")):
         done = command(*train, "--steps", steps, RAY_ADDRESS="")
         assert done.returncode == 0, done.stderr
@@ -106,4 +136,8 @@ def test_the_road_runs_on_an_object_store(bucket: str, tmp_path: Path, command: 
     assert command("train", "export", "r", "--storage", store, RAY_ADDRESS="").returncode == 0
     verified = command("models", "verify", "gpt", "--storage", store)
     assert "all as published" in verified.stdout
-    assert {"runs/r/metrics.jsonl", "runs/r/report.md", "models/gpt/1/manifest.json"} <= storage.files(store).keys()
+    assert {
+        "runs/r/metrics.jsonl",
+        "runs/r/report.md",
+        "models/gpt/1/manifest.json",
+    } <= storage.files(store).keys()

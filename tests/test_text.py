@@ -25,7 +25,9 @@ def data(*source: object, **values: Any) -> TextData:
 
 def held(source: TextData) -> tuple[list[str], list[str]]:
     found = [pair for piece in text.pieces(source) for pair in text.documents(piece, source)]
-    return [words for words, heldout in found if not heldout], [words for words, heldout in found if heldout]
+    return [words for words, heldout in found if not heldout], [
+        words for words, heldout in found if heldout
+    ]
 
 
 # ---------------------------------------------------------------- shipped
@@ -34,7 +36,12 @@ def held(source: TextData) -> tuple[list[str], list[str]]:
 def test_the_shipped_plays_are_split_by_the_file() -> None:
     train, heldout = held(TextData())
     assert (len(train), len(heldout)) == (34, 4)
-    assert sorted(play.splitlines()[0] for play in heldout) == ["# Hamlet", "# Richard III", "# The Tempest", "# Twelfth Night"]
+    assert sorted(play.splitlines()[0] for play in heldout) == [
+        "# Hamlet",
+        "# Richard III",
+        "# The Tempest",
+        "# Twelfth Night",
+    ]
 
 
 def test_a_damaged_shipped_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +51,9 @@ def test_a_damaged_shipped_file_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "shakespeare.parquet").write_bytes(b"half")
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     shipped.shipped.cache_clear()
-    with pytest.raises(ValueError, match=r"shakespeare.parquet, which ships with raykiln, is missing or damaged"):
+    with pytest.raises(
+        ValueError, match=r"shakespeare.parquet, which ships with raykiln, is missing or damaged"
+    ):
         text.pieces(TextData())
     shipped.shipped.cache_clear()
 
@@ -54,7 +63,8 @@ def test_a_damaged_shipped_file_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_cleaning_keeps_case_punctuation_and_meaning() -> None:
     assert (
-        text.clean('Hello, WORLD! "Quotes"—dashes… (brackets) & 100%\tTab\n') == 'Hello, WORLD! "Quotes"—dashes… (brackets) & 100%\tTab\n'
+        text.clean('Hello, WORLD! "Quotes"—dashes… (brackets) & 100%\tTab\n')
+        == 'Hello, WORLD! "Quotes"—dashes… (brackets) & 100%\tTab\n'
     )
     assert text.clean("cafe\u0301") == "caf\u00e9"
     assert text.clean("a\r\nb\rc\x00\x07d\ufeff") == "a\nb\ncd"
@@ -84,9 +94,13 @@ def test_gpt2s_tokenizer_ships() -> None:
 
 def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
     documents = [f"{VERSE}{number}\n" for number in range(40)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": words}) + "\n" for words in documents))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": words}) + "\n" for words in documents)
+    )
     pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet", row_group_size=7)
-    from_lines, from_rows = (held(data(tmp_path / name, heldout_fraction=0.2)) for name in ("a.jsonl", "a.parquet"))
+    from_lines, from_rows = (
+        held(data(tmp_path / name, heldout_fraction=0.2)) for name in ("a.jsonl", "a.parquet")
+    )
     assert from_lines == from_rows
     assert sorted(from_lines[0] + from_lines[1]) == sorted(documents)
     assert 1 <= len(from_lines[1]) <= 20
@@ -105,7 +119,9 @@ def test_one_long_line_and_files_too_small_for_a_window_are_trained_on(tmp_path:
     (train,), (heldout,) = held(data(tmp_path / "line.txt", heldout_fraction=0.1))
     assert 0.05 < len(heldout) / len(train + heldout) < 0.15
     (tmp_path / "solid.txt").write_text("x" * 1000)
-    assert [len(part) for part in (held(data(tmp_path / "solid.txt", heldout_fraction=0.1))[0][0])] == [1] * 900
+    assert [
+        len(part) for part in (held(data(tmp_path / "solid.txt", heldout_fraction=0.1))[0][0])
+    ] == [1] * 900
 
 
 def test_splits_that_folders_name_are_kept(tmp_path: Path) -> None:
@@ -134,7 +150,10 @@ def test_a_tokenizer_that_truncates_loses_nothing_here(ray_address: str, tmp_pat
     tokenizer = text.tokenizer_for(source, text.pieces(source))
     tokenizer.enable_truncation(4)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    uri = text.prepare(data(tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json")), str(tmp_path / "store"))
+    uri = text.prepare(
+        data(tmp_path / "a.txt", tokenizer=str(tmp_path / "tokenizer.json")),
+        str(tmp_path / "store"),
+    )
     assert storage.read_json(f"{uri}/dataset.json")["splits"]["train"]["tokens"] > 100
 
 
@@ -142,7 +161,11 @@ def test_a_tokenizer_that_truncates_loses_nothing_here(ray_address: str, tmp_pat
     ("name", "content", "sentence"),
     [
         ("empty.txt", b"", r"empty\.txt is empty"),
-        ("picture.png", b"\x89PNG", r"picture\.png is not one of the files expected here \(\.txt, \.md"),
+        (
+            "picture.png",
+            b"\x89PNG",
+            r"picture\.png is not one of the files expected here \(\.txt, \.md",
+        ),
         ("latin.txt", "caf\xe9".encode("latin1"), r"latin\.txt is not UTF-8 text \(byte 3\)"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', r"broken\.jsonl: line 2 is not JSON"),
         ("other.jsonl", b'{"body": "a"}\n', r"other\.jsonl: line 1 has no text under 'text'"),
@@ -159,7 +182,10 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing is there at .*/missing"):
         text.pieces(data(tmp_path / "missing"))
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match=r"other\.parquet has no column 'text': data.text_column must be one of \['body'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"other\.parquet has no column 'text': data.text_column must be one of \['body'\]",
+    ):
         text.pieces(data(tmp_path / "other.parquet"))
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     with pytest.raises(ValueError, match=r"numbers\.parquet: row 0 of row group 0 has no text"):
@@ -195,10 +221,15 @@ def test_packed_tokens_are_the_documents(packed: tuple[TextData, str, str]) -> N
     meta = storage.read_json(folder / "dataset.json")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for split, documents in zip(("train", "heldout"), held(source), strict=True):
-        shards = [np.fromfile(folder / shard["file"], meta["dtype"]) for shard in meta["splits"][split]["shards"]]
+        shards = [
+            np.fromfile(folder / shard["file"], meta["dtype"])
+            for shard in meta["splits"][split]["shards"]
+        ]
         assert [tokenizer.decode(list(shard[1:])) for shard in shards] == documents
         assert all(shard[0] == meta["eos_token_id"] for shard in shards)
-        assert meta["splits"][split]["text_bytes"] == sum(len(words.encode()) for words in documents)
+        assert meta["splits"][split]["text_bytes"] == sum(
+            len(words.encode()) for words in documents
+        )
 
 
 def test_it_is_packed_once_under_a_fingerprint(packed: tuple[TextData, str, str]) -> None:
@@ -207,7 +238,10 @@ def test_it_is_packed_once_under_a_fingerprint(packed: tuple[TextData, str, str]
     assert text.prepare(source, root) == uri
     assert (Path(uri) / "train-00000.bin").stat().st_mtime_ns == before
     found = text.pieces(source)
-    marks = {text.fingerprint(source.model_copy(update=change), found) for change in ({}, {"vocab_size": 301}, {"heldout_fraction": 0.06})}
+    marks = {
+        text.fingerprint(source.model_copy(update=change), found)
+        for change in ({}, {"vocab_size": 301}, {"heldout_fraction": 0.06})
+    }
     assert len(marks) == 3
     file = Path(source.source[0]) / "a.txt"
     original = file.read_text()
@@ -216,24 +250,35 @@ def test_it_is_packed_once_under_a_fingerprint(packed: tuple[TextData, str, str]
     file.write_text(original)
 
 
-def test_a_bad_file_stops_the_packing_with_its_sentence(packed: tuple[TextData, str, str], tmp_path: Path) -> None:
+def test_a_bad_file_stops_the_packing_with_its_sentence(
+    packed: tuple[TextData, str, str], tmp_path: Path
+) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' * 30 + "bad\n")
     given = data(tmp_path / "a.jsonl", tokenizer="gpt2")
     with pytest.raises(ValueError, match=r"^.*a\.jsonl: line 31 is not JSON"):
         text.prepare(given, str(tmp_path / "store"))
 
 
-def test_every_heldout_token_is_judged_once_at_any_number_of_workers(packed: tuple[TextData, str, str]) -> None:
+def test_every_heldout_token_is_judged_once_at_any_number_of_workers(
+    packed: tuple[TextData, str, str],
+) -> None:
     tokens = text.Tokens(fetch(packed[2]), "heldout", context=16)
     expected = sorted(int(token) for token in np.concatenate(tokens.shards)[1:])
     for world_size in (1, 2, 3):
-        windows = [window for rank in range(world_size) for window in tokens.every_window(rank, world_size)]
-        assert sorted(int(target) for _, targets in windows for target in targets if target >= 0) == expected
+        windows = [
+            window for rank in range(world_size) for window in tokens.every_window(rank, world_size)
+        ]
+        assert (
+            sorted(int(target) for _, targets in windows for target in targets if target >= 0)
+            == expected
+        )
         assert all(len(inputs) == len(targets) == 16 for inputs, targets in windows)
 
 
 @pytest.mark.parametrize("context", [16, 2000])  # within a shard, and over the border of the two
-def test_windows_are_consecutive_tokens_and_shift_with_the_epoch(packed: tuple[TextData, str, str], context: int) -> None:
+def test_windows_are_consecutive_tokens_and_shift_with_the_epoch(
+    packed: tuple[TextData, str, str], context: int
+) -> None:
     tokens = text.Tokens(fetch(packed[2]), "train", context)
     order = Order(len(tokens), seed=1)
     stream = np.concatenate(tokens.shards).astype(np.int64)
@@ -242,7 +287,12 @@ def test_windows_are_consecutive_tokens_and_shift_with_the_epoch(packed: tuple[T
         windows = tokens.batch(order, np.arange(epoch * len(tokens), (epoch + 1) * len(tokens)))
         assert windows.shape == (len(tokens), context + 1)
         return {
-            next(at for at in range(len(stream) - context) if np.array_equal(stream[at : at + context + 1], window)) for window in windows
+            next(
+                at
+                for at in range(len(stream) - context)
+                if np.array_equal(stream[at : at + context + 1], window)
+            )
+            for window in windows
         }
 
     assert starts(0) != starts(1)

@@ -34,11 +34,15 @@ def kiln(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(kiln: str, **values: Any) -> configs.Config:
-    return configs.load("gpt", "gpt-tiny", {"data.source": f"{kiln}/corpus.txt", "data.vocab_size": 300, **values})
+    return configs.load(
+        "gpt", "gpt-tiny", {"data.source": f"{kiln}/corpus.txt", "data.vocab_size": 300, **values}
+    )
 
 
 def arguments(kiln: str, *more: str) -> list[str]:
-    shape = [word for key, value in (DROPOUT | TWO_WORKERS).items() for word in (f"--{key}", str(value))]
+    shape = [
+        word for key, value in (DROPOUT | TWO_WORKERS).items() for word in (f"--{key}", str(value))
+    ]
     data = ["--data.source", f"{kiln}/corpus.txt", "--data.vocab_size", "300"]
     return ["gpt", "--config", "gpt-tiny", *data, *shape, "--storage", kiln, *more]
 
@@ -52,7 +56,9 @@ def killed(kiln: str, command: Callable[..., CompletedProcess[str]]) -> Complete
     return command("train", "verify-resume", *arguments(kiln, "--keep", "--seed", "3"), timeout=900)
 
 
-def test_a_run_that_is_killed_in_every_way_equals_a_straight_one(killed: CompletedProcess[str]) -> None:
+def test_a_run_that_is_killed_in_every_way_equals_a_straight_one(
+    killed: CompletedProcess[str],
+) -> None:
     assert killed.returncode == 0, killed.stdout + killed.stderr
     *_, verdict = killed.stdout.splitlines()
     # Every step has its loss, gradient norm and learning rate, and the last one two figures more.
@@ -60,17 +66,24 @@ def test_a_run_that_is_killed_in_every_way_equals_a_straight_one(killed: Complet
     assert verdict.endswith("tensors, bit for bit")
     table = killed.stdout.split("seconds to the next step\n")[1].splitlines()[:4]
     assert sum(line.startswith("the driver") for line in table) == 1
-    assert sum("step 12's checkpoint" in line and " step 6 " in line for line in table) == 1, "gone on from an unfinished checkpoint"
+    assert sum("step 12's checkpoint" in line and " step 6 " in line for line in table) == 1, (
+        "gone on from an unfinished checkpoint"
+    )
 
 
 def test_a_broken_restore_is_found(kiln: str, killed: CompletedProcess[str]) -> None:
     config = verify.shortened(config_of(kiln, **DROPOUT, **TWO_WORKERS), 24)
     (straight,) = (name for name in storage.names(f"{kiln}/runs") if name.endswith("-straight"))
-    verdict = verify.verify(config, kiln, verify.plan_kills(["upload"], config), straight=straight, sabotage="order")
+    verdict = verify.verify(
+        config, kiln, verify.plan_kills(["upload"], config), straight=straight, sabotage="order"
+    )
     assert not verdict.equal
     # Killed in the upload of step 12's checkpoint, gone on from step 6: step 7 is the first that can differ.
     assert " at step 7: " in str(verdict.first_difference)
-    assert "(after the kill of worker 0 in the upload of step 12's checkpoint, gone on from step 6)" in str(verdict.first_difference)
+    assert (
+        "(after the kill of worker 0 in the upload of step 12's checkpoint, gone on from step 6)"
+        in str(verdict.first_difference)
+    )
     assert {straight, verdict.killed} <= set(storage.names(f"{kiln}/runs"))
     *_, said, runs = verify.report(verdict, 24).splitlines()
     assert said == f"different: {verdict.first_difference}"
@@ -80,16 +93,25 @@ def test_a_broken_restore_is_found(kiln: str, killed: CompletedProcess[str]) -> 
 
 @pytest.mark.slow
 def test_a_gan_too_and_a_straight_run_serves_again(ray_address: str, tmp_path: Path) -> None:
-    config = verify.shortened(configs.load("gan", "gan-tiny", {"parallel.workers": 2, "batch.micro_size": 4}), 12)
+    config = verify.shortened(
+        configs.load("gan", "gan-tiny", {"parallel.workers": 2, "batch.micro_size": 4}), 12
+    )
     root = str(tmp_path)
     first = verify.verify(config, root, verify.plan_kills(["worker", "driver"], config), keep=True)
     assert first.equal, first.first_difference
     assert len(first.recoveries_s) == 2
-    again = verify.verify(config, root, verify.plan_kills(["upload", "random", "random"], config, seed=1), straight=first.straight)
+    again = verify.verify(
+        config,
+        root,
+        verify.plan_kills(["upload", "random", "random"], config, seed=1),
+        straight=first.straight,
+    )
     assert again.equal, again.first_difference
     assert storage.names(f"{root}/runs") == sorted([first.straight, first.killed])
     # Before the first checkpoint: started over.
-    early = verify.verify(config, root, [Fault(1), Fault(2, target="driver", rank=1)], straight=first.straight)
+    early = verify.verify(
+        config, root, [Fault(1), Fault(2, target="driver", rank=1)], straight=first.straight
+    )
     assert early.equal, early.first_difference
     assert [kill.resumed_from for kill in early.kills] == [0, 0]
 
@@ -100,7 +122,9 @@ def test_a_broken_restore_of_what_is_spread_is_found(kiln: str, stage: int) -> N
     spread = {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage}
     config, straight = verify.shortened(config_of(kiln, **TWO_WORKERS, **spread), 8), None
     for what in faults.SABOTAGES:
-        verdict = verify.verify(config, kiln, verify.plan_kills(["upload"], config), straight=straight, sabotage=what)
+        verdict = verify.verify(
+            config, kiln, verify.plan_kills(["upload"], config), straight=straight, sabotage=what
+        )
         straight = verdict.straight
         assert not verdict.equal
         # Gone on from step 2; moments change an update, which the next step is the first to feel.
@@ -114,16 +138,27 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def straight(kiln: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[configs.Config, str, str, list[dict[str, float]]]:
+def straight(
+    kiln: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[configs.Config, str, str, list[dict[str, float]]]:
     """A run of one process: its config, data set, folder and rows."""
-    config = config_of(kiln, steps=STEPS, **{"checkpoint.every": STEPS // 2, "checkpoint.keep_last": 5, "log.every": 1})
+    config = config_of(
+        kiln,
+        steps=STEPS,
+        **{"checkpoint.every": STEPS // 2, "checkpoint.keep_last": 5, "log.every": 1},
+    )
     dataset, uri = launch.prepare(config, kiln), str(tmp_path_factory.mktemp("straight"))
     return config, dataset, uri, workers.run(config, dataset, uri).rows
 
 
-@pytest.mark.parametrize(("what", "first"), [(None, None), ("order", 4), ("weights", 4), ("optimizer", 5)])
+@pytest.mark.parametrize(
+    ("what", "first"), [(None, None), ("order", 4), ("weights", 4), ("optimizer", 5)]
+)
 def test_each_broken_restore_shows_in_the_first_step_that_it_can_change(
-    straight: tuple[configs.Config, str, str, list[dict[str, float]]], tmp_path: Path, what: str | None, first: int | None
+    straight: tuple[configs.Config, str, str, list[dict[str, float]]],
+    tmp_path: Path,
+    what: str | None,
+    first: int | None,
 ) -> None:
     config, dataset, uri, rows = straight
     shutil.copytree(f"{uri}/checkpoints/step_000003", tmp_path / "checkpoints/step_000003")
@@ -132,10 +167,17 @@ def test_each_broken_restore_shows_in_the_first_step_that_it_can_change(
     assert start is not None
     broken, state = faults.sabotage(what, config, start[1]) if what else (config, start[1])
     recorder = workers.Kept()
-    gpt.train(workers.Alone(broken, strategy.build(config), checkpoints, recorder, dataset), (start[0], state))
+    gpt.train(
+        workers.Alone(broken, strategy.build(config), checkpoints, recorder, dataset),
+        (start[0], state),
+    )
     recorded = [row for row in rows if row["step"] <= STEPS // 2] + recorder.rows
     figures = [item.step for item in compare.figures(rows, recorded) if item.difference]
-    tensors = [item for item in compare.checkpoints(uri, str(tmp_path)) if item.difference and item.step == STEPS]
+    tensors = [
+        item
+        for item in compare.checkpoints(uri, str(tmp_path))
+        if item.difference and item.step == STEPS
+    ]
     # Moments change an update, which the next step's loss is the first to feel.
     assert min(figures, default=None) == first
     assert bool(tensors) == (what is not None)
@@ -151,9 +193,19 @@ ROWS = [
 
 
 def test_what_depends_on_the_clock_is_not_compared() -> None:
-    later = [{tag: value + (tag in {"time", "tokens_per_s", "data_s", "mfu"}) for tag, value in row.items()} for row in ROWS]
+    later = [
+        {
+            tag: value + (tag in {"time", "tokens_per_s", "data_s", "mfu"})
+            for tag, value in row.items()
+        }
+        for row in ROWS
+    ]
     compared = list(compare.figures(ROWS, later))
-    assert [item.what for item in compared] == ["loss at step 1", "heldout_loss at step 2", "loss at step 2"]
+    assert [item.what for item in compared] == [
+        "loss at step 1",
+        "heldout_loss at step 2",
+        "loss at step 2",
+    ]
     assert not any(item.difference for item in compared)
 
 
@@ -170,7 +222,9 @@ def test_a_step_that_is_missing_is_a_difference() -> None:
         ("heldout_loss at step 2", "only in the straight run", math.inf)
     ]
     assert not missing[0].within(1.0)
-    assert [item.difference for item in compare.figures(ROWS[:2], ROWS) if item.difference] == ["only in the killed run"]
+    assert [item.difference for item in compare.figures(ROWS[:2], ROWS) if item.difference] == [
+        "only in the killed run"
+    ]
 
 
 def test_every_bit_of_a_state_counts() -> None:
@@ -180,15 +234,32 @@ def test_every_bit_of_a_state_counts() -> None:
     state = {"model": {"a": tensor, "b": torch.tensor(1.0)}, "model_progress": {"updates": 3}}
 
     def differences(**changed: Any) -> list[tuple[str, str]]:
-        return [(item.what, item.difference) for item in compare.states(9, state, state | changed) if item.difference]
+        return [
+            (item.what, item.difference)
+            for item in compare.states(9, state, state | changed)
+            if item.difference
+        ]
 
     assert differences() == []
-    assert differences(model={"a": nearly, "b": torch.tensor(1.0)}) == [("model a in the checkpoint of step 9", "differs by up to 5.0e-01")]
+    assert differences(model={"a": nearly, "b": torch.tensor(1.0)}) == [
+        ("model a in the checkpoint of step 9", "differs by up to 5.0e-01")
+    ]
     assert differences(model={"a": tensor.mul(-1).mul(-1).sub(0), "b": torch.tensor(1.0)}) == []
-    assert len(differences(model={"a": tensor * torch.tensor([[1, 1], [-1, 1]]), "b": torch.tensor(1.0)})) == 1, "-0.0 is not 0.0"
-    assert differences(model={"a": tensor}) == [("model b in the checkpoint of step 9", "only in the straight run")]
+    assert (
+        len(
+            differences(
+                model={"a": tensor * torch.tensor([[1, 1], [-1, 1]]), "b": torch.tensor(1.0)}
+            )
+        )
+        == 1
+    ), "-0.0 is not 0.0"
+    assert differences(model={"a": tensor}) == [
+        ("model b in the checkpoint of step 9", "only in the straight run")
+    ]
     assert len(differences(model={"a": tensor.double(), "b": torch.tensor(1.0)})) == 1
-    assert differences(model_progress={"updates": 4}) == [("model_progress updates in the checkpoint of step 9", "3 straight, 4 killed")]
+    assert differences(model_progress={"updates": 4}) == [
+        ("model_progress updates in the checkpoint of step 9", "3 straight, 4 killed")
+    ]
 
 
 def test_a_tensor_is_judged_by_its_largest_magnitude() -> None:
@@ -203,7 +274,10 @@ def test_a_tensor_is_judged_by_its_largest_magnitude() -> None:
 
 def test_a_verdict_names_the_kill_before_the_difference(tmp_path: Path) -> None:
     for name, second in (("straight", 2.4), ("killed", 2.3)):
-        storage.write_bytes(tmp_path / name / "metrics.jsonl", f'{{"step": 1, "loss": 2.5}}\n{{"step": 2, "loss": {second}}}\n'.encode())
+        storage.write_bytes(
+            tmp_path / name / "metrics.jsonl",
+            f'{{"step": 1, "loss": 2.5}}\n{{"step": 2, "loss": {second}}}\n'.encode(),
+        )
         checkpoints = Checkpointer(str(tmp_path / name), {})
         checkpoints.save(2, {"model": {"w": torch.ones(1)}})
         checkpoints.join()
@@ -218,9 +292,16 @@ def test_a_verdict_names_the_kill_before_the_difference(tmp_path: Path) -> None:
     assert verify.judge(str(tmp_path / "straight"), str(tmp_path / "killed"), kills, 0.1).equal
 
 
-def test_nothing_is_proven_by_a_kill_that_never_happened_or_runs_without_figures(tmp_path: Path) -> None:
-    storage.write_json(faults.place(str(tmp_path), 0), {"step": 2, "time": 1.0, "recovered": 3.0, "resumed_from": 0})
-    with pytest.raises(verify.Unproven, match=r"the kill of the driver in the middle of step 5 never happened"):
+def test_nothing_is_proven_by_a_kill_that_never_happened_or_runs_without_figures(
+    tmp_path: Path,
+) -> None:
+    storage.write_json(
+        faults.place(str(tmp_path), 0),
+        {"step": 2, "time": 1.0, "recovered": 3.0, "resumed_from": 0},
+    )
+    with pytest.raises(
+        verify.Unproven, match=r"the kill of the driver in the middle of step 5 never happened"
+    ):
         verify._kills(str(tmp_path), [Fault(2), Fault(5, target="driver")])
     storage.write_bytes(tmp_path / "metrics.jsonl", b"")
     with pytest.raises(verify.Unproven, match=r"has 0 figures and 0 tensors to compare"):
@@ -233,7 +314,11 @@ def test_nothing_is_proven_by_a_kill_that_never_happened_or_runs_without_figures
 def test_kills_come_between_the_checkpoints() -> None:
     config = verify.shortened(configs.load("gpt", "gpt-tiny", {"parallel.workers": 2}), 24)
     assert (config.steps, config.checkpoint.every) == (24, 6)
-    assert verify.plan_kills(["worker", "upload", "driver"], config) == [Fault(15, rank=1), Fault(12, "upload"), Fault(21, target="driver")]
+    assert verify.plan_kills(["worker", "upload", "driver"], config) == [
+        Fault(15, rank=1),
+        Fault(12, "upload"),
+        Fault(21, target="driver"),
+    ]
     draws = verify.plan_kills(["random"] * 50, config, seed=1)
     assert draws == verify.plan_kills(["random"] * 50, config, seed=1)
     assert {fault.rank for fault in draws} == {0, 1}

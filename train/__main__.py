@@ -26,7 +26,11 @@ USAGE_OPTIONS = """options beside the config's keys below:
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in {"-h", "--help"}:
-        print(USAGE.format(presets=", ".join(sorted(file.stem for file in configs.PRESETS.glob("*.yaml")))))
+        print(
+            USAGE.format(
+                presets=", ".join(sorted(file.stem for file in configs.PRESETS.glob("*.yaml")))
+            )
+        )
         return 0 if argv else 2
     command, *rest = argv
     if command in configs.KINDS:
@@ -40,11 +44,15 @@ def main(argv: list[str]) -> int:
     if command == "extractor":
         return extractor(rest)
     near = configs.nearest(command, [*configs.KINDS, "verify-resume", "export", "extractor"])
-    raise ValueError(f"there is no command {command!r}{near}: use gpt, gan, verify-resume, export or extractor")
+    raise ValueError(
+        f"there is no command {command!r}{near}: use gpt, gan, verify-resume, export or extractor"
+    )
 
 
 def train(kind: str, argv: list[str]) -> int:
-    options = argparse.ArgumentParser(prog=f"python -m train {kind}", add_help=False, allow_abbrev=False)
+    options = argparse.ArgumentParser(
+        prog=f"python -m train {kind}", add_help=False, allow_abbrev=False
+    )
     options.add_argument("--config")
     options.add_argument("--storage", default=cli.storage_default())
     options.add_argument("--dry-run", action="store_true")
@@ -62,12 +70,20 @@ def train(kind: str, argv: list[str]) -> int:
 
     print(plan(config))
     try:
-        summary = launch.fit(config, given.storage, stem=Path(given.config).stem if given.config else kind)
+        summary = launch.fit(
+            config, given.storage, stem=Path(given.config).stem if given.config else kind
+        )
     except launch.TrainingFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-    figures = "  ".join(f"{name} {value:,.4g}" for name, value in summary["metrics"].items() if report.is_headline(name))
-    print(f"run {summary['run']} is complete: {summary['steps']} steps in {summary['seconds']:.0f} s  {figures}")
+    figures = "  ".join(
+        f"{name} {value:,.4g}"
+        for name, value in summary["metrics"].items()
+        if report.is_headline(name)
+    )
+    print(
+        f"run {summary['run']} is complete: {summary['steps']} steps in {summary['seconds']:.0f} s  {figures}"
+    )
     print(f"its report: {storage.join(given.storage, 'runs', summary['run'], 'report.md')}")
     print(f"export it: python -m train export {summary['run']}")
     return 0
@@ -77,14 +93,18 @@ def plan(config: configs.Config) -> str:
     """What will be done, in one paragraph: derived values included."""
     parallel = config.parallel
     device = "GPU" if parallel.gpu else "CPU"
-    strategy = f"DeepSpeed ZeRO {parallel.zero_stage}" if parallel.strategy == "deepspeed" else "DDP"
+    strategy = (
+        f"DeepSpeed ZeRO {parallel.zero_stage}" if parallel.strategy == "deepspeed" else "DDP"
+    )
     text = (
         f"plan: {config.steps} steps of {config.batch.global_size} samples on {parallel.workers} {device} worker(s) ({strategy}, {parallel.precision}), "
         f"micro-batches of {config.micro_size}, {config.accumulation} accumulated"
     )
     if isinstance(config, configs.GptConfig):
         tokens, size = config.tokens_per_step * config.steps, config.model
-        parameters = (config.data.known_vocab_size + size.context) * size.width + 12 * size.layers * size.width**2
+        parameters = (
+            config.data.known_vocab_size + size.context
+        ) * size.width + 12 * size.layers * size.width**2
         text += f"; {config.tokens_per_step:,} tokens a step, {tokens:,} in all"
         if size.pretrained is None:
             # 6 operations a parameter and token; a checkpoint holds each parameter and Adam's two moments in fp32.
@@ -96,8 +116,16 @@ def export(argv: list[str]) -> int:
     options = argparse.ArgumentParser(prog="python -m train export", allow_abbrev=False)
     options.add_argument("run", help="the run's name")
     options.add_argument("--name", help="the model's name in the registry; by default gpt or gan")
-    options.add_argument("--checkpoint", default="newest", help="newest, best (on held-out data; see checkpoint.keep_best), or a step")
-    options.add_argument("--weights", default="fp32", help="of a GPT's graph: fp32, or int8 (faster on a CPU; its cost is measured)")
+    options.add_argument(
+        "--checkpoint",
+        default="newest",
+        help="newest, best (on held-out data; see checkpoint.keep_best), or a step",
+    )
+    options.add_argument(
+        "--weights",
+        default="fp32",
+        help="of a GPT's graph: fp32, or int8 (faster on a CPU; its cost is measured)",
+    )
     options.add_argument("--storage", default=cli.storage_default())
     given = options.parse_args(argv)
 
@@ -115,7 +143,9 @@ def export(argv: list[str]) -> int:
 
 def extractor(argv: list[str]) -> int:
     """Trains or finds the extractor of a GAN config's data."""
-    options = argparse.ArgumentParser(prog="python -m train extractor", add_help=False, allow_abbrev=False)
+    options = argparse.ArgumentParser(
+        prog="python -m train extractor", add_help=False, allow_abbrev=False
+    )
     options.add_argument("--config")
     options.add_argument("--storage", default=cli.storage_default())
     given, rest = options.parse_known_args(argv)

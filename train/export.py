@@ -29,7 +29,9 @@ from train.run import checkpoint
 from train.run.report import TIMES
 
 LIBRARIES = ("torch", "onnx", "onnxruntime", "transformers")
-HELDOUT_TOKENS = 8192  # what 8 bits cost is told to four digits by so many, both graphs being given the same
+HELDOUT_TOKENS = (
+    8192  # what 8 bits cost is told to four digits by so many, both graphs being given the same
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Exported:
     manifest: bundle.Manifest
 
 
-def export(run: str, storage: str, name: str | None = None, which: str = "newest", weights: str = "fp32") -> Exported:
+def export(
+    run: str, storage: str, name: str | None = None, which: str = "newest", weights: str = "fp32"
+) -> Exported:
     """Publishes a complete checkpoint of a run.
 
     Args:
@@ -59,11 +63,17 @@ def export(run: str, storage: str, name: str | None = None, which: str = "newest
     if name is not None:
         registry.check_name("model name", name)
     saved = _choose(storage, run, which)
-    settings = config.build(config.KINDS[saved.config["kind"]], _without_kind(saved.config), f"the checkpoint of run {run}")
+    settings = config.build(
+        config.KINDS[saved.config["kind"]],
+        _without_kind(saved.config),
+        f"the checkpoint of run {run}",
+    )
     if weights not in WEIGHTS:
         raise ValueError(f"--weights {weights}: use {' or '.join(WEIGHTS)}")
     if weights != "fp32" and settings.kind != "gpt":
-        raise ValueError(f"--weights {weights} is for a GPT, and run {run!r} is a {settings.kind}: leave it out")
+        raise ValueError(
+            f"--weights {weights} is for a GPT, and run {run!r} is a {settings.kind}: leave it out"
+        )
     dataset, lineage = _dataset(storage, run)
     with tempfile.TemporaryDirectory(prefix="raykiln-export-") as scratch:
         files = Path(scratch)
@@ -80,7 +90,9 @@ def export(run: str, storage: str, name: str | None = None, which: str = "newest
     return Exported(name, version, uri, bundle.read(uri))
 
 
-def _gpt_files(settings: config.GptConfig, state: State, dataset: str, folder: Path, weights: str) -> dict[str, Any]:
+def _gpt_files(
+    settings: config.GptConfig, state: State, dataset: str, folder: Path, weights: str
+) -> dict[str, Any]:
     prepared = fetch(dataset)
     model = build(settings, read_json(prepared / "dataset.json"))
     gpt.restore(model, state["model_ema" if "model_ema" in state else "model"])
@@ -91,10 +103,14 @@ def _gpt_files(settings: config.GptConfig, state: State, dataset: str, folder: P
 def _heldout(tokens: text.Tokens) -> np.ndarray:
     """About `HELDOUT_TOKENS` tokens: whole windows of the model's context, spread evenly over the held-out text."""
     stride = max(tokens.num_windows * tokens.context // HELDOUT_TOKENS, 1)
-    return np.concatenate([inputs[targets >= 0] for inputs, targets in tokens.every_window(0, stride)])
+    return np.concatenate(
+        [inputs[targets >= 0] for inputs, targets in tokens.every_window(0, stride)]
+    )
 
 
-def _gan_files(settings: config.GanConfig, state: State, dataset: str, folder: Path) -> dict[str, Any]:
+def _gan_files(
+    settings: config.GanConfig, state: State, dataset: str, folder: Path
+) -> dict[str, Any]:
     facts = read_json(join(dataset, "dataset.json"))
     generator = Generator(shape(settings, facts))
     generator.load_state_dict(dict(state["generator_ema"]))
@@ -108,11 +124,19 @@ def _choose(storage: str, run: str, which: str) -> checkpoint.Manifest:
     known = names(join(storage, "runs"))
     if run not in known:
         close = difflib.get_close_matches(run, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}" if known else "there is none; train one first"
+        hint = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else f"there are {', '.join(known)}"
+            if known
+            else "there is none; train one first"
+        )
         raise ValueError(f"run {run!r} is not in {join(storage, 'runs')}: {hint}")
     found = checkpoint.complete(join(storage, "runs", run))
     if not found:
-        raise ValueError(f"run {run!r} has no complete checkpoint yet: wait for its first one, or start it again so that it goes on")
+        raise ValueError(
+            f"run {run!r} has no complete checkpoint yet: wait for its first one, or start it again so that it goes on"
+        )
     if which == "newest":
         return found[0]
     if which == "best":
@@ -125,18 +149,24 @@ def _choose(storage: str, run: str, which: str) -> checkpoint.Manifest:
     for saved in found:
         if str(saved.step) == which:
             return saved
-    raise ValueError(f"--checkpoint {which}: run {run!r} has newest, best, and steps {', '.join(str(saved.step) for saved in found)}")
+    raise ValueError(
+        f"--checkpoint {which}: run {run!r} has newest, best, and steps {', '.join(str(saved.step) for saved in found)}"
+    )
 
 
 def _dataset(storage: str, run: str) -> tuple[str, dict[str, Any]]:
     """The URI of the run's data set, and the run's lineage.json."""
     place = join(storage, "runs", run, "lineage.json")
     if not exists(place):
-        raise ValueError(f"run {run!r} has no lineage.json, so its data set is not known: start it again so that it goes on")
+        raise ValueError(
+            f"run {run!r} has no lineage.json, so its data set is not known: start it again so that it goes on"
+        )
     lineage = read_json(place)
     uri = join(storage, "data", f"{lineage['dataset']['name']}-{lineage['dataset']['fingerprint']}")
     if not exists(join(uri, "dataset.json")):
-        raise ValueError(f"the data set of run {run!r} is not at {uri} any more: start the run again, which prepares it")
+        raise ValueError(
+            f"the data set of run {run!r} is not at {uri} any more: start the run again, which prepares it"
+        )
     return uri, lineage
 
 

@@ -62,9 +62,15 @@ def fit(
     refuse_missing(config)
     with open_run(config, root, stem or config.kind) as run:
         say = (lambda *_: None) if quiet else print
-        say(f"run {run.name}: " + (f"goes on from step {run.start}" if run.start else "starts") + f", in {run.uri}")
+        say(
+            f"run {run.name}: "
+            + (f"goes on from step {run.start}" if run.start else "starts")
+            + f", in {run.uri}"
+        )
         if summary := _complete(config, run):
-            say(f"it has all its {config.steps} steps: nothing to do (more --steps, or another --run.name)")
+            say(
+                f"it has all its {config.steps} steps: nothing to do (more --steps, or another --run.name)"
+            )
             return summary
         refuse_impossible(config, connect())
         begun = time.monotonic()
@@ -77,10 +83,14 @@ def fit(
         begun = time.monotonic()
         try:
             with metrics.watch(run.name, config.steps, _SPEED[config.kind], quiet) as feed:
-                final = _train(config, run, dataset, judge, feed, callbacks or [], plan or [], sabotage)
+                final = _train(
+                    config, run, dataset, judge, feed, callbacks or [], plan or [], sabotage
+                )
         except TrainingFailed as failure:
             with suppress(OSError):  # it may be the disk that is full
-                report.write(run.uri, _summary(config, run, dataset, begun, {}) | {"failed": str(failure)})
+                report.write(
+                    run.uri, _summary(config, run, dataset, begun, {}) | {"failed": str(failure)}
+                )
             raise
         summary = _summary(config, run, dataset, begun, final)
         storage.write_json(storage.join(run.uri, "summary.json"), summary)
@@ -88,7 +98,9 @@ def fit(
         return summary
 
 
-def _summary(config: Config, run: Run, dataset: str, begun: float, final: dict[str, Any]) -> dict[str, Any]:
+def _summary(
+    config: Config, run: Run, dataset: str, begun: float, final: dict[str, Any]
+) -> dict[str, Any]:
     """What there is to say of a run at its end, or where it failed: then perhaps before its workers had written a line."""
     starts = metrics.starts(run.uri)
     return {
@@ -109,7 +121,12 @@ def _complete(config: Config, run: Run) -> dict[str, Any] | None:
         return None
     summary = storage.read_json(storage.join(run.uri, "summary.json"))
     dataset = storage.read_json(storage.join(run.uri, "lineage.json"))["dataset"]["uri"]
-    return summary if summary["steps"] == config.steps and storage.exists(storage.join(dataset, "dataset.json")) else None
+    return (
+        summary
+        if summary["steps"] == config.steps
+        and storage.exists(storage.join(dataset, "dataset.json"))
+        else None
+    )
 
 
 _SPEED = {"gpt": "tokens_per_s", "gan": "images_per_s"}
@@ -132,13 +149,18 @@ def refuse_missing(config: Config) -> None:
     if isinstance(config, GanConfig) and config.quality.inception is not None:
         from train.gan import quality
 
-        quality.inception(config.quality.inception, "cpu")  # the workers load it late, at the first judgement
+        quality.inception(
+            config.quality.inception, "cpu"
+        )  # the workers load it late, at the first judgement
 
 
 def refuse_impossible(config: Config, private: bool) -> None:
     """Ray would wait for ever for what the machine does not have; a real cluster may still grow, so there it waits aloud."""
     parallel, have = config.parallel, ray.cluster_resources()
-    needs = {"CPU": parallel.workers * parallel.cpus_per_worker, "GPU": parallel.workers if parallel.gpu else 0}
+    needs = {
+        "CPU": parallel.workers * parallel.cpus_per_worker,
+        "GPU": parallel.workers if parallel.gpu else 0,
+    }
     for kind, amount in needs.items():
         if amount <= have.get(kind, 0):
             continue
@@ -147,7 +169,11 @@ def refuse_impossible(config: Config, private: bool) -> None:
         if private:
             raise ValueError(
                 f"{sentence}: use fewer workers"
-                + (", or parallel.gpu false" if kind == "GPU" else ", or a smaller parallel.cpus_per_worker")
+                + (
+                    ", or parallel.gpu false"
+                    if kind == "GPU"
+                    else ", or a smaller parallel.cpus_per_worker"
+                )
             )
         print(f"{sentence}: waiting for nodes to join", flush=True)
 
@@ -170,7 +196,10 @@ def _lineage(run: Run, dataset: str) -> dict[str, Any]:
     place = storage.join(run.uri, "lineage.json")
     facts = storage.read_json(storage.join(dataset, "dataset.json"))
     if not run.start or not storage.exists(place):
-        return {"dataset": {"name": facts["name"], "fingerprint": facts["fingerprint"], "uri": dataset}, "commit": _commit()}
+        return {
+            "dataset": {"name": facts["name"], "fingerprint": facts["fingerprint"], "uri": dataset},
+            "commit": _commit(),
+        }
     lineage = storage.read_json(place)
     before = lineage["dataset"]["fingerprint"]
     if before != facts["fingerprint"]:
@@ -205,7 +234,13 @@ def _commit() -> str | None:
     git = shutil.which("git")
     if git is None:
         return None
-    done = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    done = subprocess.run(
+        [git, "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
     return done.stdout.strip() or None
 
 
@@ -218,7 +253,14 @@ def _refuse_misfit(config: Config, dataset: str) -> None:
 
 
 def _train(
-    config: Config, run: Run, dataset: str, judge: str, feed: Any, callbacks: list[Any], plan: list[faults.Fault], sabotage: str | None
+    config: Config,
+    run: Run,
+    dataset: str,
+    judge: str,
+    feed: Any,
+    callbacks: list[Any],
+    plan: list[faults.Fault],
+    sabotage: str | None,
 ) -> dict[str, Any]:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -244,7 +286,10 @@ def _train(
         scaling_config=ray.train.ScalingConfig(
             num_workers=parallel.workers,
             use_gpu=parallel.gpu,
-            resources_per_worker={"CPU": parallel.cpus_per_worker, **({"GPU": 1} if parallel.gpu else {})},
+            resources_per_worker={
+                "CPU": parallel.cpus_per_worker,
+                **({"GPU": 1} if parallel.gpu else {}),
+            },
         ),
         run_config=ray.train.RunConfig(
             name="ray",  # Ray Train's own state; checkpoints are ours (train/run/checkpoint.py)
@@ -257,12 +302,19 @@ def _train(
     try:
         final = trainer.fit().return_value  # type: ignore[attr-defined]  # new in Ray 2.60, not in its annotations yet
     except TrainingFailedError as error:
-        raise TrainingFailed(f"run {run.name} failed: {_cause(error)}; what it has saved is in {run.uri}, and {go_on}") from error
-    except (KeyboardInterrupt, SystemExit) as stop:  # Ray makes sys.exit(0) of Ctrl-C, as if the run were complete
+        raise TrainingFailed(
+            f"run {run.name} failed: {_cause(error)}; what it has saved is in {run.uri}, and {go_on}"
+        ) from error
+    except (
+        KeyboardInterrupt,
+        SystemExit,
+    ) as stop:  # Ray makes sys.exit(0) of Ctrl-C, as if the run were complete
         print(f"stopped: {go_on}", flush=True)
         raise KeyboardInterrupt from stop
     if "halted" in final:
-        raise TrainingFailed(f"run {run.name} failed: {final['halted']}; what it has saved is in {run.uri}, and {go_on}")
+        raise TrainingFailed(
+            f"run {run.name} failed: {final['halted']}; what it has saved is in {run.uri}, and {go_on}"
+        )
     return final
 
 
@@ -302,7 +354,18 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
             start = start[0], state
         recorder = _recorder(payload, spread, start)
         try:
-            return loop(Worker(config, spread, checkpoints, recorder, payload["dataset"], payload["extractor"], reached), start)
+            return loop(
+                Worker(
+                    config,
+                    spread,
+                    checkpoints,
+                    recorder,
+                    payload["dataset"],
+                    payload["extractor"],
+                    reached,
+                ),
+                start,
+            )
         finally:
             recorder.close()
     except Halt as sentence:
@@ -311,7 +374,9 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
         return {"halted": str(sentence)}  # Ray Train would start the workers again for an exception
 
 
-def _recorder(payload: dict[str, Any], spread: Strategy, start: tuple[int, State] | None) -> metrics.Silent:
+def _recorder(
+    payload: dict[str, Any], spread: Strategy, start: tuple[int, State] | None
+) -> metrics.Silent:
     """What records on rank 0, a silent one elsewhere.
 
     Raises:
@@ -321,9 +386,19 @@ def _recorder(payload: dict[str, Any], spread: Strategy, start: tuple[int, State
     if spread.rank == 0:
         log = payload["config"]["log"]
         name = payload["run"].rsplit("/", 1)[-1]
-        copy = {"mode": log["wandb"], "project": log["wandb_project"], "name": name, "config": payload["config"]}
+        copy = {
+            "mode": log["wandb"],
+            "project": log["wandb_project"],
+            "name": name,
+            "config": payload["config"],
+        }
         try:
-            recorder = metrics.Recorder(payload["run"], start[0] if start else 0, payload["feed"], copy if log["wandb"] != "off" else None)
+            recorder = metrics.Recorder(
+                payload["run"],
+                start[0] if start else 0,
+                payload["feed"],
+                copy if log["wandb"] != "off" else None,
+            )
         except OSError as error:
             problem = error
     if spread.sum([float(problem is not None)])[0]:

@@ -5,7 +5,9 @@ from typing import Any
 VERSIONS = "check the versions of torch, onnxscript and onnxruntime against requirements.lock"
 
 
-def judge(differences: dict[str, float], tolerance: float, what: str, way_out: str = VERSIONS) -> dict[str, Any]:
+def judge(
+    differences: dict[str, float], tolerance: float, what: str, way_out: str = VERSIONS
+) -> dict[str, Any]:
     """A manifest's `parity`.
 
     Args:
@@ -18,7 +20,9 @@ def judge(differences: dict[str, float], tolerance: float, what: str, way_out: s
         ValueError: a difference is above the tolerance, or not a number.
     """
     # NaN counts as the worst: it compares as neither larger nor smaller.
-    worst = max(differences, key=lambda case: (differences[case] != differences[case], differences[case]))
+    worst = max(
+        differences, key=lambda case: (differences[case] != differences[case], differences[case])
+    )
     if not differences[worst] <= tolerance:
         raise ValueError(
             f"the exported graph's {what} are {differences[worst]:.2g} from torch's own ({worst}), where {tolerance:.2g} is allowed: "

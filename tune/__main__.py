@@ -22,7 +22,9 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     kind, *rest = argv
     if kind not in configs.KINDS:
-        raise ValueError(f"there is no kind of run {kind!r}{configs.nearest(kind, list(configs.KINDS))}: use gpt or gan")
+        raise ValueError(
+            f"there is no kind of run {kind!r}{configs.nearest(kind, list(configs.KINDS))}: use gpt or gan"
+        )
     given, keys = _parser(kind).parse_known_args(rest)
 
     from tune import launch, space
@@ -31,9 +33,13 @@ def main(argv: list[str]) -> int:
     base = configs.merge(base, configs.parse(kind, keys))
     stem = Path(given.config).stem if given.config else kind
     name = given.name or f"{stem}-search-{time.strftime('%Y%m%d-%H%M%S')}"
-    plan = launch.Plan(kind, base, space.read(given.space), given.num_samples, name, given.max_concurrent)
+    plan = launch.Plan(
+        kind, base, space.read(given.space), given.num_samples, name, given.max_concurrent
+    )
     if given.dry_run:
-        print(f"search {name}: {space.size(plan.space, plan.num_samples)} trials of at most {plan.steps} steps for the least {plan.metric}")
+        print(
+            f"search {name}: {space.size(plan.space, plan.num_samples)} trials of at most {plan.steps} steps for the least {plan.metric}"
+        )
         for key, distribution in plan.space.items():
             print(f"  {key}: {distribution.name} {list(distribution.values)}")
         return 0
@@ -49,7 +55,9 @@ def main(argv: list[str]) -> int:
 
 
 def _parser(kind: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m tune {kind}", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tune {kind}", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--config")
     parser.add_argument("--space", default=kind)
     parser.add_argument("--num-samples", type=int, default=8)
@@ -62,8 +70,13 @@ def _parser(kind: str) -> argparse.ArgumentParser:
 
 def _report(summary: dict[str, Any], kind: str) -> None:
     best, metric = summary["best"], summary["metric"]
-    print(f"search {summary['search']} is complete: {summary['trials']} trials, {summary['failed']} failed")
-    values = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in best["values"].items())
+    print(
+        f"search {summary['search']} is complete: {summary['trials']} trials, {summary['failed']} failed"
+    )
+    values = "  ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in best["values"].items()
+    )
     print(f"best: run {best['run']}, {metric} {best['score']:.4f} at step {best['step']}  {values}")
     print(f"curves: tensorboard --logdir {summary['uri']}")
     print(f"train it: python -m train {kind} --config {summary['uri']}/best.yaml")

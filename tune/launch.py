@@ -29,8 +29,13 @@ from tune import results
 from tune import space as spaces
 from tune.table import Progress
 
-METRICS = {"gpt": "heldout_bits_per_byte", "gan": "heldout_frechet_distance"}  # both: the smaller the better
-DRIVER = {"node:__internal_head__": 0.001}  # on the head, which outlives spot nodes; Tune wants some resource to be named
+METRICS = {
+    "gpt": "heldout_bits_per_byte",
+    "gan": "heldout_frechet_distance",
+}  # both: the smaller the better
+DRIVER = {
+    "node:__internal_head__": 0.001
+}  # on the head, which outlives spot nodes; Tune wants some resource to be named
 JUDGEMENTS = 8  # a trial's results; after 1, 2 and 4 of them the worse half is stopped
 
 
@@ -62,9 +67,13 @@ class Plan:
         if self.num_samples < 1:
             raise ValueError(f"--num-samples is {self.num_samples}: a search takes at least one")
         if self.max_concurrent is not None and self.max_concurrent < 1:
-            raise ValueError(f"--max-concurrent is {self.max_concurrent}: a search runs at least one trial at a time")
+            raise ValueError(
+                f"--max-concurrent is {self.max_concurrent}: a search runs at least one trial at a time"
+            )
         if self.steps < 2:
-            raise ValueError(f"steps is {self.steps}: a search takes at least two, the first to tell which trials go on")
+            raise ValueError(
+                f"steps is {self.steps}: a search takes at least two, the first to tell which trials go on"
+            )
         self.config({}, run=f"{self.name}-00000")
         spaces.check(self.space, self.kind, self.base)
 
@@ -72,7 +81,9 @@ class Plan:
         """The config with `values` (dotted keys) drawn; as a trial's, named and judged often, where `run` is given."""
         drawn = configs.merge(self.base, configs.nested(values))
         if run is not None:
-            drawn = configs.merge(drawn, configs.nested({"run.name": run, "log.eval_every": self.rung}))
+            drawn = configs.merge(
+                drawn, configs.nested({"run.name": run, "log.eval_every": self.rung})
+            )
         return configs.build(configs.KINDS[self.kind], drawn, f"search {self.name}")
 
     @property
@@ -90,8 +101,16 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """What must be the same for a search to be resumed, as JSON."""
-        space = {key: {distribution.name: list(distribution.values)} for key, distribution in self.space.items()}
-        return {"kind": self.kind, "config": self.config({}).model_dump(mode="json"), "space": space, "num_samples": self.num_samples}
+        space = {
+            key: {distribution.name: list(distribution.values)}
+            for key, distribution in self.space.items()
+        }
+        return {
+            "kind": self.kind,
+            "config": self.config({}).model_dump(mode="json"),
+            "space": space,
+            "num_samples": self.num_samples,
+        }
 
 
 def search(plan: Plan, root: str) -> dict[str, Any]:
@@ -106,7 +125,9 @@ def search(plan: Plan, root: str) -> dict[str, Any]:
     """
     root = storage.absolute(root)  # trials run in other processes' working directories
     uri = storage.join(root, "searches", plan.name)
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C interrupts; Tune's handler would call what it has a result
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = (
+        "1"  # Ctrl-C interrupts; Tune's handler would call what it has a result
+    )
     _refuse_another_plan(plan, uri)
     launch.refuse_missing(plan.config({}))
     with _cluster() as private:
@@ -132,7 +153,9 @@ def at_once(plan: Plan, nodes: list[dict[str, Any]], private: bool) -> int:
     """
     fit = fitting(plan.config({}), nodes)
     if private and fit == 0:
-        raise ValueError(f"{_misfit(plan.config({}), nodes)}: use fewer workers, or a larger cluster")
+        raise ValueError(
+            f"{_misfit(plan.config({}), nodes)}: use fewer workers, or a larger cluster"
+        )
     if private:
         return min(plan.max_concurrent or fit, fit)
     if fit == 0:
@@ -154,7 +177,9 @@ def fitting(config: configs.Config, nodes: list[dict[str, Any]]) -> int:
 def run_trial(values: dict[str, Any], plan: Plan, root: str) -> None:
     """What Tune calls for each trial: a run of Ray Train that tells Tune its results."""
     name = ray.tune.get_context().get_trial_name()
-    if results.summary(root, name):  # complete in a search that was killed before Tune wrote that down
+    if results.summary(
+        root, name
+    ):  # complete in a search that was killed before Tune wrote that down
         # Each judgement at its own step: the last one alone would be held against other trials' early ones.
         for row in metrics.read(storage.join(root, "runs", name)):
             if plan.metric in row:
@@ -165,7 +190,10 @@ def run_trial(values: dict[str, Any], plan: Plan, root: str) -> None:
 
 def _misfit(config: configs.Config, nodes: list[dict[str, Any]]) -> str:
     parallel = config.parallel
-    have = {kind: sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"]) for kind in ("CPU", "GPU")}
+    have = {
+        kind: sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"])
+        for kind in ("CPU", "GPU")
+    }
     gpus = f" and {parallel.workers} GPUs" if parallel.gpu else ""
     return (
         f"one trial needs {parallel.workers * parallel.cpus_per_worker:g} CPUs{gpus} (parallel.workers {parallel.workers}), and the cluster has "
@@ -180,7 +208,9 @@ def _refuse_another_plan(plan: Plan, uri: str) -> None:
     before, now = storage.read_json(path), plan.record()
     for part in now:
         if before[part] != now[part]:
-            raise ValueError(f"search {plan.name} was begun with another {part}: give it the old one to go on, or use another --name")
+            raise ValueError(
+                f"search {plan.name} was begun with another {part}: give it the old one to go on, or use another --name"
+            )
 
 
 # ---------------------------------------------------------------- the cluster
@@ -218,12 +248,24 @@ def _cluster() -> Iterator[bool]:
 
 
 def _tuner(plan: Plan, root: str, uri: str, num_trials: int) -> ray.tune.Tuner:
-    trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, plan=plan, root=root), DRIVER)
+    trainable = ray.tune.with_resources(
+        ray.tune.with_parameters(run_trial, plan=plan, root=root), DRIVER
+    )
     if ray.tune.Tuner.can_restore(uri):
-        ignored = "" if plan.max_concurrent is None else " (--max-concurrent counts only where a search begins)"
-        print(f"search {plan.name} goes on in {uri}, as many trials at once as when it began{ignored}", flush=True)
+        ignored = (
+            ""
+            if plan.max_concurrent is None
+            else " (--max-concurrent counts only where a search begins)"
+        )
+        print(
+            f"search {plan.name} goes on in {uri}, as many trials at once as when it began{ignored}",
+            flush=True,
+        )
         return ray.tune.Tuner.restore(uri, trainable, resume_unfinished=True, resume_errored=True)
-    print(f"search {plan.name}: {spaces.size(plan.space, plan.num_samples)} trials, {num_trials} at once, in {uri}", flush=True)
+    print(
+        f"search {plan.name}: {spaces.size(plan.space, plan.num_samples)} trials, {num_trials} at once, in {uri}",
+        flush=True,
+    )
     return ray.tune.Tuner(
         trainable,
         param_space=spaces.domains(plan.space),
@@ -231,7 +273,9 @@ def _tuner(plan: Plan, root: str, uri: str, num_trials: int) -> ray.tune.Tuner:
             metric=plan.metric,
             mode="min",
             num_samples=plan.num_samples,
-            search_alg=BasicVariantGenerator(max_concurrent=num_trials, random_state=plan.config({}).run.seed),
+            search_alg=BasicVariantGenerator(
+                max_concurrent=num_trials, random_state=plan.config({}).run.seed
+            ),
             scheduler=_halving(plan),
             trial_name_creator=run_name,
             trial_dirname_creator=run_name,
@@ -251,7 +295,13 @@ def _halving(plan: Plan) -> ASHAScheduler:
     No trial is stopped at its last result: its run still has its checkpoint and summary to write. So the scheduler does
     not end trials at max_t, and max_t is one short, which keeps a rung off the last step.
     """
-    return ASHAScheduler(time_attr="step", max_t=plan.steps - 1, grace_period=plan.rung, reduction_factor=2, stop_last_trials=False)
+    return ASHAScheduler(
+        time_attr="step",
+        max_t=plan.steps - 1,
+        grace_period=plan.rung,
+        reduction_factor=2,
+        stop_last_trials=False,
+    )
 
 
 def run_name(trial: Trial) -> str:
@@ -262,12 +312,28 @@ def run_name(trial: Trial) -> str:
 def _conclude(plan: Plan, grid: ray.tune.ResultGrid, root: str, uri: str) -> dict[str, Any]:
     """Writes down what the trials came to; the search's summary."""
     trials = results.outcomes(grid, plan.metric, root)
-    storage.write_bytes(storage.join(uri, "trials.csv"), results.to_csv(trials, plan.metric, list(plan.space)).encode())
+    storage.write_bytes(
+        storage.join(uri, "trials.csv"),
+        results.to_csv(trials, plan.metric, list(plan.space)).encode(),
+    )
     best = results.best(trials)
     if best is None:
-        cause = str(grid.errors[0]).strip().splitlines()[-1] if grid.errors else "no trial was judged"
-        raise SearchFailed(f"search {plan.name} has no result: {cause}; its trials are in {uri}/trials.csv")
+        cause = (
+            str(grid.errors[0]).strip().splitlines()[-1] if grid.errors else "no trial was judged"
+        )
+        raise SearchFailed(
+            f"search {plan.name} has no result: {cause}; its trials are in {uri}/trials.csv"
+        )
     header = f"# The best of search {plan.name}: run {best.run}, {plan.metric} {best.score:.4f} at step {best.step}.\n"
-    storage.write_bytes(storage.join(uri, "best.yaml"), (header + configs.dump(plan.config(best.values))).encode())
+    storage.write_bytes(
+        storage.join(uri, "best.yaml"), (header + configs.dump(plan.config(best.values))).encode()
+    )
     failed = sum(trial.status == "failed" for trial in trials)
-    return {"search": plan.name, "uri": uri, "trials": len(trials), "failed": failed, "metric": plan.metric, "best": asdict(best)}
+    return {
+        "search": plan.name,
+        "uri": uri,
+        "trials": len(trials),
+        "failed": failed,
+        "metric": plan.metric,
+        "best": asdict(best),
+    }

@@ -43,13 +43,34 @@ def outcomes(grid: ResultGrid, metric: str, root: str) -> list[Outcome]:
     for number in range(len(grid)):
         result = grid[number]
         run = run_of(result.path)
-        heard, seconds = result.metrics or {}, round((result.metrics or {}).get("time_total_s", 0.0), 1)
+        heard, seconds = (
+            result.metrics or {},
+            round((result.metrics or {}).get("time_total_s", 0.0), 1),
+        )
         complete = summary(root, run)
         if complete and not result.error:
-            found.append(Outcome(run, "finished", complete["steps"], complete["metrics"].get(metric), seconds, result.config or {}))
+            found.append(
+                Outcome(
+                    run,
+                    "finished",
+                    complete["steps"],
+                    complete["metrics"].get(metric),
+                    seconds,
+                    result.config or {},
+                )
+            )
         else:
             status: Literal["failed", "stopped"] = "failed" if result.error else "stopped"
-            found.append(Outcome(run, status, int(heard.get("step", 0)), heard.get(metric), seconds, result.config or {}))
+            found.append(
+                Outcome(
+                    run,
+                    status,
+                    int(heard.get("step", 0)),
+                    heard.get(metric),
+                    seconds,
+                    result.config or {},
+                )
+            )
     return sorted(found, key=lambda outcome: outcome.run)
 
 
@@ -66,7 +87,11 @@ def summary(root: str, run: str) -> dict[str, Any] | None:
 
 def best(trials: list[Outcome]) -> Outcome | None:
     """The one with the smallest finite score, None where there is none (a diverged run's is NaN)."""
-    judged = [(trial.score, number) for number, trial in enumerate(trials) if trial.score is not None and math.isfinite(trial.score)]
+    judged = [
+        (trial.score, number)
+        for number, trial in enumerate(trials)
+        if trial.score is not None and math.isfinite(trial.score)
+    ]
     return trials[min(judged)[1]] if judged else None
 
 
@@ -77,5 +102,14 @@ def to_csv(trials: list[Outcome], metric: str, keys: list[str]) -> str:
     table.writerow(["run", "status", "step", metric, "seconds", *keys])
     for trial in trials:
         score = "" if trial.score is None else trial.score
-        table.writerow([trial.run, trial.status, trial.step, score, trial.seconds, *(trial.values.get(key, "") for key in keys)])
+        table.writerow(
+            [
+                trial.run,
+                trial.status,
+                trial.step,
+                score,
+                trial.seconds,
+                *(trial.values.get(key, "") for key in keys),
+            ]
+        )
     return text.getvalue()

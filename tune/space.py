@@ -29,7 +29,10 @@ DISTRIBUTIONS: dict[str, Callable[..., Any]] = {
 LISTS = {"choice", "grid"}
 # What the search itself decides: names and rungs of trials, and how many fit beside each other.
 RESERVED = ("run.name", "run.resume", "steps", "parallel.", "log.eval_every")
-JUDGED_BY = {"gpt": (), "gan": ("data.", "quality.")}  # a GAN's figures are of one data set, its extractor and a number of pictures
+JUDGED_BY = {
+    "gpt": (),
+    "gan": ("data.", "quality."),
+}  # a GAN's figures are of one data set, its extractor and a number of pictures
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ def read(name: str) -> Space:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{path} names no keys to search: write lines like `optim.lr: {{loguniform: [1.0e-4, 1.0e-2]}}`")
+        raise ValueError(
+            f"{path} names no keys to search: write lines like `optim.lr: {{loguniform: [1.0e-4, 1.0e-2]}}`"
+        )
     return {key: _distribution(entry, f"{path}: {key}") for key, entry in entries.items()}
 
 
@@ -89,11 +94,17 @@ def check(space: Space, kind: str, base: dict[str, Any]) -> None:
         if key not in valid:
             raise ValueError(f"search space: there is no key {key}{configs.nearest(key, valid)}")
         if key.startswith(RESERVED):
-            raise ValueError(f"search space: {key} says how trials run and is the same for all: give it as --{key}, not in the space")
+            raise ValueError(
+                f"search space: {key} says how trials run and is the same for all: give it as --{key}, not in the space"
+            )
         if key.startswith(JUDGED_BY[kind]):
-            raise ValueError(f"search space: {key} changes what trials are judged by, so they could not be compared: give it as --{key}")
+            raise ValueError(
+                f"search space: {key} changes what trials are judged by, so they could not be compared: give it as --{key}"
+            )
         for value in distribution.extremes():
-            configs.build(model, configs.merge(base, configs.nested({key: value})), f"search space, {key}")
+            configs.build(
+                model, configs.merge(base, configs.nested({key: value})), f"search space, {key}"
+            )
 
 
 def domains(space: Space) -> dict[str, Any]:
@@ -111,10 +122,14 @@ def size(space: Space, num_samples: int) -> int:
 
 def _distribution(entry: Any, where: str) -> Distribution:
     if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in DISTRIBUTIONS:
-        raise ValueError(f"{where} is {entry!r}: write one of {', '.join(DISTRIBUTIONS)} with its values, as in {{uniform: [0, 1]}}")
+        raise ValueError(
+            f"{where} is {entry!r}: write one of {', '.join(DISTRIBUTIONS)} with its values, as in {{uniform: [0, 1]}}"
+        )
     [(name, values)] = entry.items()
     if not isinstance(values, list) or not values or (name not in LISTS and len(values) != 2):
-        raise ValueError(f"{where}: {name} takes {'a list of values' if name in LISTS else 'two bounds'}, not {values!r}")
+        raise ValueError(
+            f"{where}: {name} takes {'a list of values' if name in LISTS else 'two bounds'}, not {values!r}"
+        )
     if name not in LISTS:
         _check_bounds(name, values, where)
     return Distribution(name, tuple(values))
@@ -124,11 +139,17 @@ def _check_bounds(name: str, bounds: list[Any], where: str) -> None:
     kinds = int if name == "randint" else (int, float)
     for bound in bounds:
         if isinstance(bound, str):
-            raise ValueError(f"{where}: {bound!r} is text to YAML: write numbers as 1.0e-4, with a point")
+            raise ValueError(
+                f"{where}: {bound!r} is text to YAML: write numbers as 1.0e-4, with a point"
+            )
         if not isinstance(bound, kinds) or isinstance(bound, bool):
-            raise ValueError(f"{where}: {name} takes {'whole ' if name == 'randint' else ''}numbers, not {bound!r}")
+            raise ValueError(
+                f"{where}: {name} takes {'whole ' if name == 'randint' else ''}numbers, not {bound!r}"
+            )
     low, high = bounds
     if not low < high:
-        raise ValueError(f"{where}: the bounds {low} and {high} leave nothing between them: the lower one comes first")
+        raise ValueError(
+            f"{where}: the bounds {low} and {high} leave nothing between them: the lower one comes first"
+        )
     if name == "loguniform" and low <= 0:
         raise ValueError(f"{where}: loguniform's lower bound is {low}: it must be above 0")

@@ -24,12 +24,19 @@ class Progress(Callback):
     def __init__(self, metric: str, keys: list[str], steps: int) -> None:
         self._metric, self._keys, self._steps = metric, keys, steps
 
-    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
         if not sys.stdout.isatty():
             values = "  ".join(f"{key} {_short(trial.config[key])}" for key in self._keys)
-            print(f"{trial}: step {result['step']:.0f}/{self._steps}  {self._metric} {result[self._metric]:.4f}  {values}", flush=True)
+            print(
+                f"{trial}: step {result['step']:.0f}/{self._steps}  {self._metric} {result[self._metric]:.4f}  {values}",
+                flush=True,
+            )
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
         if not sys.stdout.isatty():
             print(f"{trial}: failed", flush=True)
 
@@ -54,15 +61,32 @@ class Progress(Callback):
 
     def table(self, trials: list[Trial]) -> Table:
         """All trials that have begun, the best so far marked."""
-        table = Table("trial", "status", *self._keys, "step", self._metric, title="Search", title_justify="left")
-        scores = {trial: trial.last_result[self._metric] for trial in trials if self._metric in (trial.last_result or {})}
+        table = Table(
+            "trial",
+            "status",
+            *self._keys,
+            "step",
+            self._metric,
+            title="Search",
+            title_justify="left",
+        )
+        scores = {
+            trial: trial.last_result[self._metric]
+            for trial in trials
+            if self._metric in (trial.last_result or {})
+        }
         best = min(scores, key=scores.__getitem__, default=None)
         for trial in sorted(trials, key=str):
             step = (trial.last_result or {}).get("step", 0)
             score = f"{scores[trial]:.4f}" if trial in scores else ""
             values = [_short(trial.config[key]) for key in self._keys]
             table.add_row(
-                str(trial), self._status(trial, step), *values, f"{step:.0f}/{self._steps}", score, style="bold" if trial is best else None
+                str(trial),
+                self._status(trial, step),
+                *values,
+                f"{step:.0f}/{self._steps}",
+                score,
+                style="bold" if trial is best else None,
             )
         return table
 

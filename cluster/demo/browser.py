@@ -47,7 +47,9 @@ class Browser:
         """A command of WebDriver's; its value."""
         response = self.http.request(method, path, json=body)
         if not response.is_success:
-            raise RuntimeError(f"chromedriver answered {method} {path} with {response.status_code}: {response.text}")
+            raise RuntimeError(
+                f"chromedriver answered {method} {path} with {response.status_code}: {response.text}"
+            )
         return response.json()["value"]
 
     def open(self, url: str) -> None:
@@ -85,15 +87,34 @@ def _binary() -> str | None:
 def started(width: int, height: int) -> Iterator[Browser]:
     """A browser with a window of so many pixels, for as long as the block; `is_installed` must hold."""
     port = machine.free_port(None, 9515)
-    with tempfile.TemporaryDirectory(prefix="raykiln-chromium-", ignore_cleanup_errors=True) as profile:
-        driver = psutil.Popen([str(shutil.which("chromedriver")), f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory(
+        prefix="raykiln-chromium-", ignore_cleanup_errors=True
+    ) as profile:
+        driver = psutil.Popen(
+            [str(shutil.which("chromedriver")), f"--port={port}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             # Tries again until it listens.
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, transport=httpx.HTTPTransport(retries=10)) as http:
+            with httpx.Client(
+                base_url=f"http://127.0.0.1:{port}",
+                timeout=60,
+                transport=httpx.HTTPTransport(retries=10),
+            ) as http:
                 browser = Browser(http)
-                arguments = [*OPTIONS, f"--window-size={width},{height}", f"--user-data-dir={profile}"]
-                wanted = {"goog:chromeOptions": {"binary": _binary(), "args": arguments}, "goog:loggingPrefs": {"browser": "ALL"}}
-                session = browser.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+                arguments = [
+                    *OPTIONS,
+                    f"--window-size={width},{height}",
+                    f"--user-data-dir={profile}",
+                ]
+                wanted = {
+                    "goog:chromeOptions": {"binary": _binary(), "args": arguments},
+                    "goog:loggingPrefs": {"browser": "ALL"},
+                }
+                session = browser.call(
+                    "POST", "/session", {"capabilities": {"alwaysMatch": wanted}}
+                )
                 http.base_url = f"{http.base_url}/session/{session['sessionId']}"
                 yield browser
         finally:

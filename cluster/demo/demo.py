@@ -61,9 +61,14 @@ class Demo:
                 head, _ = local.up(str(self.folder), num_cpus=max(2, os.cpu_count() or 1))
                 head.join(self.environment)
                 self.say(f"its dashboard: {head.dashboard.url} (token in {head.home / 'token'})")
-            for kind, what in (("gpt", "a GPT on Shakespeare's plays"), ("gan", "a WGAN-GP on Fashion-MNIST")):
+            for kind, what in (
+                ("gpt", "a GPT on Shakespeare's plays"),
+                ("gan", "a WGAN-GP on Fashion-MNIST"),
+            ):
                 with self.leg(f"train {what}"):
-                    self.command("train", kind, "--config", f"{kind}-{self.preset}", "--run.name", runs[kind])
+                    self.command(
+                        "train", kind, "--config", f"{kind}-{self.preset}", "--run.name", runs[kind]
+                    )
                 with self.leg(f"export the {kind}"):
                     self.command("train", "export", runs[kind])
             port = machine.free_port(None, 8000)
@@ -73,11 +78,15 @@ class Demo:
                 try:
                     answers = self.ask(f"http://127.0.0.1:{port}")
                 except httpx.HTTPError as error:
-                    raise ValueError(f"the demo stopped: the endpoint did not answer as it should ({error})") from error
+                    raise ValueError(
+                        f"the demo stopped: the endpoint did not answer as it should ({error})"
+                    ) from error
             summary = self.summarise(runs, answers, time.monotonic() - begun)
             self.show(summary, port)
             if stay:
-                self.screen.print(f"\nThe studio page is at [bold]http://localhost:{port}[/] until you press Ctrl-C.")
+                self.screen.print(
+                    f"\nThe studio page is at [bold]http://localhost:{port}[/] until you press Ctrl-C."
+                )
                 signal.pause()
             return summary
         finally:
@@ -87,7 +96,10 @@ class Demo:
         """Text as it streams, a sheet with a row of pictures a class, the page; all left in the folder."""
         # The proxy that a company's environment names is not the way to one's own machine.
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-            models = {model["kind"]: model for model in client.get("/v1/models").raise_for_status().json()["data"]}
+            models = {
+                model["kind"]: model
+                for model in client.get("/v1/models").raise_for_status().json()["data"]
+            }
             # A token is a byte at least: this many fit into the context whatever the tokenizer makes of the prompt.
             room = models["gpt"]["model"]["context"] - len(PROMPT.encode())
             text, seconds, tokens = self._stream_text(client, min(200, room))
@@ -124,7 +136,9 @@ class Demo:
                     continue
                 message = json.loads(line.removeprefix("data: "))
                 if "error" in message:
-                    raise ValueError(f"the demo stopped: the endpoint broke off its text ({message['error']['message']})")
+                    raise ValueError(
+                        f"the demo stopped: the endpoint broke off its text ({message['error']['message']})"
+                    )
                 tokens = (message.get("usage") or {}).get("completion_tokens", tokens)
                 for choice in message["choices"]:
                     text += choice["text"]
@@ -132,12 +146,22 @@ class Demo:
         self.screen.print()
         return text, time.monotonic() - begun, tokens
 
-    def _draw_rows(self, client: httpx.Client, classes: list[str | None]) -> list[list[Image.Image]]:
+    def _draw_rows(
+        self, client: httpx.Client, classes: list[str | None]
+    ) -> list[list[Image.Image]]:
         rows: list[list[Image.Image]] = []
         for number, label in enumerate(classes):
-            body = {"n": PICTURES_PER_CLASS, "seed": 100 + number, **({"label": label} if label is not None else {})}
-            found = client.post("/v1/images/generations", json=body).raise_for_status().json()["data"]
-            rows.append([Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) for item in found])
+            body = {
+                "n": PICTURES_PER_CLASS,
+                "seed": 100 + number,
+                **({"label": label} if label is not None else {}),
+            }
+            found = (
+                client.post("/v1/images/generations", json=body).raise_for_status().json()["data"]
+            )
+            rows.append(
+                [Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) for item in found]
+            )
         return rows
 
     def _photograph(self, url: str) -> str | None:
@@ -158,16 +182,30 @@ class Demo:
 
     # ---------------------------------------------------------------- what is left behind
 
-    def summarise(self, runs: dict[str, str], answers: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def summarise(
+        self, runs: dict[str, str], answers: dict[str, Any], seconds: float
+    ) -> dict[str, Any]:
         """Gathers what was measured, and writes it down."""
-        measured = {kind: storage.read_json(self.folder / "runs" / name / "summary.json")["metrics"] for kind, name in runs.items()}
+        measured = {
+            kind: storage.read_json(self.folder / "runs" / name / "summary.json")["metrics"]
+            for kind, name in runs.items()
+        }
         for kind, name in runs.items():
-            shutil.copy(self.folder / "runs" / name / "curves.png", self.folder / f"curves-{kind}.png")
+            shutil.copy(
+                self.folder / "runs" / name / "curves.png", self.folder / f"curves-{kind}.png"
+            )
         summary = {
             "seconds": round(seconds, 1),
             "legs_s": self.legs,
             "heldout_bits_per_byte": measured["gpt"]["heldout_bits_per_byte"],
-            **{tag: measured["gan"][tag] for tag in ("heldout_frechet_distance", "heldout_frechet_distance_floor", "heldout_recall")},
+            **{
+                tag: measured["gan"][tag]
+                for tag in (
+                    "heldout_frechet_distance",
+                    "heldout_frechet_distance_floor",
+                    "heldout_recall",
+                )
+            },
             "train_tokens_per_s": measured["gpt"]["tokens_per_s"],
             "train_images_per_s": measured["gan"]["images_per_s"],
             "served_tokens_per_s": answers["tokens_per_s"],
@@ -177,7 +215,9 @@ class Demo:
                 "text": str(self.folder / "text.txt"),
                 "pictures": str(self.folder / "pictures.png"),
                 "curves": [str(self.folder / f"curves-{kind}.png") for kind in runs],
-                "reports": [str(self.folder / "runs" / name / "report.md") for name in runs.values()],
+                "reports": [
+                    str(self.folder / "runs" / name / "report.md") for name in runs.values()
+                ],
                 "page": answers["page"],
             },
             "runs": runs,
@@ -190,22 +230,34 @@ class Demo:
         for leg, seconds in self.legs.items():
             table.add_row(leg, f"{seconds:.0f} s")
         table.add_section()
-        table.add_row("held-out text", f"{summary['heldout_bits_per_byte']:.2f} bits a byte (four plays it never saw)")
+        table.add_row(
+            "held-out text",
+            f"{summary['heldout_bits_per_byte']:.2f} bits a byte (four plays it never saw)",
+        )
         table.add_row(
             "held-out pictures",
             f"Frechet distance {summary['heldout_frechet_distance']:.2f} ({summary['heldout_frechet_distance_floor']:.2f} between real and real), "
             f"recall {summary['heldout_recall']:.2f}",
         )
-        table.add_row("training", f"{summary['train_tokens_per_s']:,.0f} tokens/s, {summary['train_images_per_s']:,.0f} images/s")
         table.add_row(
-            "serving", f"{summary['served_tokens_per_s']:,.0f} tokens/s to one reader, {summary['served_pictures_per_s']:,.0f} pictures/s"
+            "training",
+            f"{summary['train_tokens_per_s']:,.0f} tokens/s, {summary['train_images_per_s']:,.0f} images/s",
+        )
+        table.add_row(
+            "serving",
+            f"{summary['served_tokens_per_s']:,.0f} tokens/s to one reader, {summary['served_pictures_per_s']:,.0f} pictures/s",
         )
         table.add_section()
         files = summary["files"]
         table.add_row("text", _short(files["text"]))
         table.add_row("pictures", _short(files["pictures"]))
         table.add_row("curves", "  ".join(map(_short, files["curves"])))
-        table.add_row("page", _short(files["page"]) if files["page"] else f"python -m serve up --storage {_short(str(self.folder))}")
+        table.add_row(
+            "page",
+            _short(files["page"])
+            if files["page"]
+            else f"python -m serve up --storage {_short(str(self.folder))}",
+        )
         table.add_row("all of it", _short(str(self.folder / "summary.json")))
         self.screen.print(table)
 
@@ -229,10 +281,16 @@ class Demo:
             ValueError: the command failed; it has said why.
         """
         words = (*words, "--storage", str(self.folder))
-        self.screen.print(f"$ python -m {' '.join(_short(word) for word in words)}", style="dim", markup=False)
-        code = subprocess.run([sys.executable, "-m", *words], env=self.environment, check=False).returncode
+        self.screen.print(
+            f"$ python -m {' '.join(_short(word) for word in words)}", style="dim", markup=False
+        )
+        code = subprocess.run(
+            [sys.executable, "-m", *words], env=self.environment, check=False
+        ).returncode
         if code:
-            raise ValueError(f"the demo stopped: `python -m {words[0]} {words[1]}` ended with exit code {code}, see above")
+            raise ValueError(
+                f"the demo stopped: `python -m {words[0]} {words[1]}` ended with exit code {code}, see above"
+            )
 
     def end(self) -> None:
         """Ends the demo's cluster; a second Ctrl-C must not leave half of it."""
@@ -268,10 +326,16 @@ def _sheet(rows: list[list[Image.Image]]) -> Image.Image:
     """The pictures side by side, doubled so that one sees them; one row a class."""
     width, height = rows[0][0].size
     scale, gap = max(1, 64 // width), 4
-    sheet = Image.new("RGB", (len(rows[0]) * (width * scale + gap) + gap, len(rows) * (height * scale + gap) + gap), "white")
+    sheet = Image.new(
+        "RGB",
+        (len(rows[0]) * (width * scale + gap) + gap, len(rows) * (height * scale + gap) + gap),
+        "white",
+    )
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            large = picture.convert("RGB").resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            large = picture.convert("RGB").resize(
+                (width * scale, height * scale), Image.Resampling.NEAREST
+            )
             sheet.paste(large, (gap + x * (width * scale + gap), gap + y * (height * scale + gap)))
     return sheet
 

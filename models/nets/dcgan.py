@@ -30,11 +30,17 @@ class DcganConfig:
 
     def __post_init__(self) -> None:
         if self.image_size not in BASE_SIZES:
-            raise ValueError(f"image_size {self.image_size} is not supported: use one of {', '.join(map(str, BASE_SIZES))}")
+            raise ValueError(
+                f"image_size {self.image_size} is not supported: use one of {', '.join(map(str, BASE_SIZES))}"
+            )
         if self.channels not in (1, 3):
-            raise ValueError(f"channels {self.channels} is not supported: use 1 (grey) or 3 (colour)")
+            raise ValueError(
+                f"channels {self.channels} is not supported: use 1 (grey) or 3 (colour)"
+            )
         if min(self.latent_dim, self.width) < 1 or self.num_classes < 0:
-            raise ValueError(f"latent_dim and width must be positive and num_classes at least 0, not {self}")
+            raise ValueError(
+                f"latent_dim and width must be positive and num_classes at least 0, not {self}"
+            )
         if self.norm not in ("group", "batch") or self.critic_norm not in ("none", "layer"):
             raise ValueError(f"norm is group or batch and critic_norm none or layer, not {self}")
 
@@ -62,7 +68,9 @@ class Generator(nn.Module):
         self.config = config
         *inner, widest = config.widths
         norm = GlobalBatchNorm if config.norm == "batch" else partial(nn.GroupNorm, 1)
-        self.embed = nn.Embedding(config.num_classes, config.latent_dim) if config.num_classes else None
+        self.embed = (
+            nn.Embedding(config.num_classes, config.latent_dim) if config.num_classes else None
+        )
         inputs = config.latent_dim * (2 if self.embed else 1)
         stages: list[nn.Module] = [
             nn.Linear(inputs, widest * config.base_size**2, bias=False),
@@ -71,8 +79,15 @@ class Generator(nn.Module):
             nn.ReLU(),
         ]
         for width in reversed(inner):
-            stages += [nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False), norm(width), nn.ReLU()]
-        stages += [nn.ConvTranspose2d(config.width, config.channels, 4, stride=2, padding=1), nn.Tanh()]
+            stages += [
+                nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),
+                norm(width),
+                nn.ReLU(),
+            ]
+        stages += [
+            nn.ConvTranspose2d(config.width, config.channels, 4, stride=2, padding=1),
+            nn.Tanh(),
+        ]
         self.stages = nn.Sequential(*stages)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:

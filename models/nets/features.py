@@ -18,7 +18,9 @@ SURE = 0.9  # the probability from which on a picture counts as of its likeliest
 class ExtractorConfig:
     """The shape of the net; `Extractor(ExtractorConfig(**arguments))` rebuilds one from `dataclasses.asdict`."""
 
-    size: int = 32  # pixels a side that the convolutions see, whatever the pictures have; one of SIZES
+    size: int = (
+        32  # pixels a side that the convolutions see, whatever the pictures have; one of SIZES
+    )
     channels: int = 1  # 1: grey, 3: colour
     num_classes: int = 10  # what it is trained to tell apart
     num_modes: int = 0  # clusters of real features that stand for the modes; 0: the classes do
@@ -26,11 +28,17 @@ class ExtractorConfig:
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:
-            raise ValueError(f"an extractor's size is one of {', '.join(map(str, SIZES))}, not {self.size}")
+            raise ValueError(
+                f"an extractor's size is one of {', '.join(map(str, SIZES))}, not {self.size}"
+            )
         if self.channels not in (1, 3):
-            raise ValueError(f"an extractor's channels are 1 (grey) or 3 (colour), not {self.channels}")
+            raise ValueError(
+                f"an extractor's channels are 1 (grey) or 3 (colour), not {self.channels}"
+            )
         if min(self.num_classes, self.width) < 1 or self.num_modes < 0:
-            raise ValueError(f"an extractor needs at least one class and one feature map, and no negative number of modes, not {self}")
+            raise ValueError(
+                f"an extractor needs at least one class and one feature map, and no negative number of modes, not {self}"
+            )
 
     @property
     def num_features(self) -> int:
@@ -94,10 +102,14 @@ class Extractor(nn.Module):
         size = (self.config.size, self.config.size)
         if images.shape[-2:] == size:
             return images
-        return functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+        return functional.interpolate(
+            images, size, mode="bicubic", antialias=True, align_corners=False
+        )
 
 
 def _convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
     )

@@ -18,7 +18,13 @@ LOGITS_AT_ONCE = 2**23  # 32 MiB in fp32; on CPU smaller and larger pieces are s
 
 
 def build(
-    vocab_size: int, context: int, width: int, layers: int, heads: int, dropout: float = 0.0, eos_token_id: int | None = None
+    vocab_size: int,
+    context: int,
+    width: int,
+    layers: int,
+    heads: int,
+    dropout: float = 0.0,
+    eos_token_id: int | None = None,
 ) -> GPT2LMHeadModel:
     """A GPT-2 with fresh weights: initialised as in the paper, from torch's current seed."""
     return GPT2LMHeadModel(
@@ -45,7 +51,9 @@ def read_config(folder: str) -> GPT2Config:
         ValueError: there is no GPT-2 in it.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"model.pretrained: {folder} has no config.json: expected a folder written by save_pretrained")
+        raise ValueError(
+            f"model.pretrained: {folder} has no config.json: expected a folder written by save_pretrained"
+        )
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, GPT2Config):
         raise ValueError(f"model.pretrained: {folder} holds a {config.model_type}, not a GPT-2")
@@ -62,9 +70,13 @@ def load(folder: str, dropout: float = 0.0) -> GPT2LMHeadModel:
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
     config.use_cache = False
     try:
-        return GPT2LMHeadModel.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        return GPT2LMHeadModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
     except Exception as error:  # transformers raises many unrelated types for a damaged folder
-        raise ValueError(f"model.pretrained: {folder} can't be loaded as a GPT-2: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"model.pretrained: {folder} can't be loaded as a GPT-2: {str(error).splitlines()[0]}"
+        ) from error
 
 
 class NextTokenLoss(nn.Module):
@@ -79,7 +91,12 @@ class NextTokenLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, reduction: Literal["mean", "sum"] = "mean") -> torch.Tensor:
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> torch.Tensor:
         """The loss, a scalar of at least fp32.
 
         Args:
@@ -87,7 +104,9 @@ class NextTokenLoss(nn.Module):
             targets: the ids that follow them (B, T); -100 is not judged.
             reduction: "mean" over the judged tokens, or "sum".
         """
-        hidden = self.model.transformer(input_ids=inputs).last_hidden_state.flatten(0, 1)  # (B T, D)
+        hidden = self.model.transformer(input_ids=inputs).last_hidden_state.flatten(
+            0, 1
+        )  # (B T, D)
         targets = targets.flatten()
         rows = max(LOGITS_AT_ONCE // self.model.config.vocab_size, 1)
         if len(targets) > rows and torch.is_grad_enabled():
@@ -113,10 +132,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int
+    ) -> torch.Tensor:
         """hidden (N, D), weight (V, D), targets (N) -> a scalar; `rows` of the N at a time."""
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        )
         wide = torch.promote_types(dtype, torch.float32)
         nats = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden)
@@ -130,11 +153,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 log_p = F.log_softmax(states @ head.T, dim=-1, dtype=wide)  # (rows, V)
                 nats += F.nll_loss(log_p, targets[piece], ignore_index=IGNORED, reduction="sum")
                 logits_grad = log_p.exp_()
-                logits_grad.scatter_add_(1, classes.masked_fill(ignored, 0), torch.full_like(classes, -1, dtype=wide))
+                logits_grad.scatter_add_(
+                    1, classes.masked_fill(ignored, 0), torch.full_like(classes, -1, dtype=wide)
+                )
                 lowered = logits_grad.masked_fill_(ignored, 0).to(dtype)
                 hidden_grad[piece] = lowered @ head
                 if dtype == wide:
-                    weight_grad.addmm_(lowered.T, states)  # without a product of the weight's size beside it
+                    weight_grad.addmm_(
+                        lowered.T, states
+                    )  # without a product of the weight's size beside it
                 else:
                     weight_grad += lowered.T @ states
         ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
@@ -151,8 +178,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Matrices with weight decay, vectors (biases, norms) without."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
-        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+        {
+            "params": [parameter for parameter in parameters if parameter.dim() >= 2],
+            "weight_decay": weight_decay,
+        },
+        {
+            "params": [parameter for parameter in parameters if parameter.dim() < 2],
+            "weight_decay": 0.0,
+        },
     ]
 
 
@@ -163,7 +196,13 @@ def restore(model: GPT2LMHeadModel, state: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def sample(
-    model: GPT2LMHeadModel, ids: list[int], num_tokens: int, temperature: float = 0.7, top_k: int = 50, top_p: float = 1.0, seed: int = 0
+    model: GPT2LMHeadModel,
+    ids: list[int],
+    num_tokens: int,
+    temperature: float = 0.7,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> list[int]:
     """`num_tokens` tokens after `ids`; temperature 0 takes the likeliest each time.
 
@@ -183,21 +222,29 @@ def sample(
             cache, window = None, tokens[-(model.config.n_positions // 2) :]
         else:
             window = tokens[-1:]
-        out = model(input_ids=torch.tensor([window], device=device), past_key_values=cache, use_cache=True)
+        out = model(
+            input_ids=torch.tensor([window], device=device), past_key_values=cache, use_cache=True
+        )
         cache = out.past_key_values
         tokens.append(_draw(out.logits[0, -1].float().cpu(), temperature, top_k, top_p, generator))
     model.train(training)
     return tokens[len(ids) :]
 
 
-def _draw(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+def _draw(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> int:
     """One token from logits (V): top-k, then nucleus (Holtzman et al. 2020), then a draw."""
     if temperature == 0:
         return int(logits.argmax())
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.numel())).values[-1], float("-inf"))
+        logits = logits.masked_fill(
+            logits < logits.topk(min(top_k, logits.numel())).values[-1], float("-inf")
+        )
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
-        probabilities[order[ordered.cumsum(-1) - ordered >= top_p]] = 0  # the first token to reach top_p stays
+        probabilities[order[ordered.cumsum(-1) - ordered >= top_p]] = (
+            0  # the first token to reach top_p stays
+        )
     return int(torch.multinomial(probabilities / probabilities.sum(), 1, generator=generator))

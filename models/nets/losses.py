@@ -113,5 +113,7 @@ OBJECTIVES = {
     "wgan-gp": Objective(wasserstein_critic_loss, wasserstein_generator_loss, _between),
     "lsgan": Objective(least_squares_critic_loss, least_squares_generator_loss, _at_real),
     "hinge": Objective(hinge_critic_loss, wasserstein_generator_loss, _at_real),
-    "non-saturating": Objective(non_saturating_critic_loss, non_saturating_generator_loss, _at_real),
+    "non-saturating": Objective(
+        non_saturating_critic_loss, non_saturating_generator_loss, _at_real
+    ),
 }

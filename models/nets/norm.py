@@ -34,7 +34,11 @@ class GlobalBatchNorm(nn.Module):
             mean = _mean_over_workers(wide.mean(dim=(0, 2, 3)))
             var = _mean_over_workers((wide - mean.view(-1, 1, 1)).square().mean(dim=(0, 2, 3)))
         with torch.no_grad():
-            count = inputs.numel() / inputs.shape[1] * (dist.get_world_size() if dist.is_initialized() else 1)
+            count = (
+                inputs.numel()
+                / inputs.shape[1]
+                * (dist.get_world_size() if dist.is_initialized() else 1)
+            )
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)  # unbiased, as torch's
         return self._scaled(inputs, mean, var)
@@ -64,4 +68,8 @@ def _mean(values: Tensor) -> Tensor:
 
 
 def _mean_over_workers(values: Tensor) -> Tensor:
-    return _MeanOverWorkers.apply(values) if dist.is_initialized() and dist.get_world_size() > 1 else values
+    return (
+        _MeanOverWorkers.apply(values)
+        if dist.is_initialized() and dist.get_world_size() > 1
+        else values
+    )

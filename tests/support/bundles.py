@@ -55,7 +55,9 @@ def tiny_tokenizer(path: Path) -> Tokenizer:
 def tiny_gpt(seed: int = 0, vocab_size: int = 320, context: int = 64) -> Any:
     """A GPT-2 of two layers with random weights."""
     torch.manual_seed(seed)
-    return gpt.build(vocab_size=vocab_size, context=context, width=32, layers=2, heads=2, eos_token_id=0).eval()
+    return gpt.build(
+        vocab_size=vocab_size, context=context, width=32, layers=2, heads=2, eos_token_id=0
+    ).eval()
 
 
 def learn(model: Any, ids: np.ndarray, steps: int = 60) -> None:
@@ -70,7 +72,9 @@ def learn(model: Any, ids: np.ndarray, steps: int = 60) -> None:
 
 def tiny_generator(num_classes: int = 0, seed: int = 0) -> Generator:
     torch.manual_seed(seed)
-    return Generator(DcganConfig(image_size=28, latent_dim=16, width=4, num_classes=num_classes)).eval()
+    return Generator(
+        DcganConfig(image_size=28, latent_dim=16, width=4, num_classes=num_classes)
+    ).eval()
 
 
 def tiny_gpt_bundle(folder: Path, seed: int = 0, weights: str = "fp32") -> Path:

@@ -28,7 +28,9 @@ class Here:
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
         return kept(await self.replica.complete(request, client))
 
-    async def stream(self, request: CompletionRequest, client: str) -> AsyncGenerator[tuple[str, Chunk], None]:
+    async def stream(
+        self, request: CompletionRequest, client: str
+    ) -> AsyncGenerator[tuple[str, Chunk], None]:
         async with contextlib.aclosing(self.replica.stream(request, client)) as answers:
             async for answer in answers:
                 yield kept(answer)

@@ -27,7 +27,11 @@ from cluster import machine
 MARK = "KILN_TEST_NODE"
 START_LIMIT_S = 120
 # A node that is silent for 3 s is given up; Ray's own limit would be most of a test. A timeout as long as that is for busy machines.
-HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 10_000, "health_check_failure_threshold": 3}
+HEALTH = {
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 10_000,
+    "health_check_failure_threshold": 3,
+}
 
 
 class Nodes:
@@ -64,7 +68,13 @@ class Nodes:
 
     def start_head(self) -> None:
         client = machine.free_port(None, 10101)
-        what = ["--head", f"--port={self._port}", "--num-cpus=0", "--include-dashboard=false", f"--ray-client-server-port={client}"]
+        what = [
+            "--head",
+            f"--port={self._port}",
+            "--num-cpus=0",
+            "--include-dashboard=false",
+            f"--ray-client-server-port={client}",
+        ]
         self._start("head", *what, f"--system-config={json.dumps(HEALTH)}")
         self._wait("head")
 
@@ -90,7 +100,11 @@ class Nodes:
 
     def training(self) -> list[str]:
         """The nodes on which workers of Ray Train are."""
-        return [name for name in self.alive if any("RayTrainWorker" in " ".join(one.cmdline()) for one in self._processes(name))]
+        return [
+            name
+            for name in self.alive
+            if any("RayTrainWorker" in " ".join(one.cmdline()) for one in self._processes(name))
+        ]
 
     def close(self) -> None:
         for name in list(self._parents):
@@ -102,11 +116,26 @@ class Nodes:
 
     def _start(self, name: str, *what: str) -> None:
         # Nodes that share a temp dir and start together take each other's sockets.
-        own = [f"--temp-dir={self._folder}/{name}", "--object-store-memory=100000000", "--include-log-monitor=false"]
+        own = [
+            f"--temp-dir={self._folder}/{name}",
+            "--object-store-memory=100000000",
+            "--include-log-monitor=false",
+        ]
         ports = ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
         with self._log(name).open("wb") as log:
             self._parents[name] = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *ports, *own, *what],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "ray.scripts.scripts",
+                    "start",
+                    "--block",
+                    "--disable-usage-stats",
+                    *ports,
+                    *own,
+                    *what,
+                ],
                 env=self._environment(name),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -114,7 +143,11 @@ class Nodes:
             )
 
     def _environment(self, name: str) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH")}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH")
+        }
         return {
             **inherited,
             "RAY_AUTH_MODE": "token",

@@ -51,7 +51,9 @@ def spawn(world_size: int, function: Callable[..., None], *args: Any) -> None:
     mp.spawn(_join, (world_size, free_port(), function, args), nprocs=world_size)
 
 
-def _join(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _join(
+    rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]
+) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
@@ -62,7 +64,13 @@ def _join(rank: int, world_size: int, port: int, function: Callable[..., None], 
 def run(config: configs.Config, dataset: str, run_uri: str | Path) -> Kept:
     """Trains on this process's share of the work, going on from the run's newest checkpoint; what was recorded."""
     spread = strategy.build(config)
-    checkpoints = Checkpointer(str(run_uri), config.model_dump(), spread.name, config.checkpoint.keep_last, config.checkpoint.keep_best)
+    checkpoints = Checkpointer(
+        str(run_uri),
+        config.model_dump(),
+        spread.name,
+        config.checkpoint.keep_last,
+        config.checkpoint.keep_best,
+    )
     recorder = Kept()
     loop = gpt.train if isinstance(config, configs.GptConfig) else gan.train
     judge = launch.judged_by(config, dataset, lambda line: None)

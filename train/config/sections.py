@@ -17,7 +17,11 @@ PRESETS = Path(__file__).parent.parent / "presets"
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Paths = Annotated[list[str], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Paths = Annotated[
+    list[str],
+    Field(min_length=1),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
 
 
 def _integer(value: Any) -> Any:
@@ -37,7 +41,9 @@ def _no_batch_norm(value: Any) -> Any:
 class Section(BaseModel):
     """A part of the config; unknown keys are refused and docstrings below fields become their help."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False
+    )
 
 
 class Run(Section):
@@ -141,7 +147,9 @@ class Base(Section):
     def _global_batch_divides(self) -> "Base":
         size, workers = self.batch.global_size, self.parallel.workers
         if size % workers:
-            raise ValueError(f"batch.global_size is {size}, which {workers} workers can't share evenly: use a multiple of parallel.workers")
+            raise ValueError(
+                f"batch.global_size is {size}, which {workers} workers can't share evenly: use a multiple of parallel.workers"
+            )
         share = size // workers
         if share % self.micro_size:
             raise ValueError(
@@ -183,7 +191,9 @@ class GptModel(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "GptModel":
         if self.width % self.heads:
-            raise ValueError(f"model.width is {self.width}, which {self.heads} heads (model.heads) can't share evenly")
+            raise ValueError(
+                f"model.width is {self.width}, which {self.heads} heads (model.heads) can't share evenly"
+            )
         return self
 
 
@@ -290,7 +300,9 @@ class GanOptim(Section):
 class Quality(Section):
     samples: Annotated[int, Field(ge=10)] = 2000
     """Pictures judged: generated ones against as many held-out ones, as far as there are."""
-    inception: Annotated[str | None, BeforeValidator(lambda value: value and str(Path(str(value)).absolute()))] = None
+    inception: Annotated[
+        str | None, BeforeValidator(lambda value: value and str(Path(str(value)).absolute()))
+    ] = None
     """A file with Inception's weights (torch-fidelity's weights-inception-2015-12-05-6726825d.pth), to have the FID too; needs the extra `inception`."""
 
 
@@ -309,7 +321,9 @@ class GanConfig(Base):
     def _what_a_gan_bears(self) -> "GanConfig":
         parallel = self.parallel
         if self.compile:
-            raise ValueError("compile: torch.compile can't differentiate the critic's penalty twice; leave it false for a GAN")
+            raise ValueError(
+                "compile: torch.compile can't differentiate the critic's penalty twice; leave it false for a GAN"
+            )
         if parallel.strategy == "deepspeed" and parallel.zero_stage == 3:
             raise ValueError(
                 "parallel.zero_stage is 3, whose parameters are scattered again before the critic's penalty is differentiated twice; use 0, 1 or 2"
@@ -348,13 +362,20 @@ def nearest(key: str, valid: list[str]) -> str:
     """`, did you mean ...?` for a misspelt key, or the empty string where nothing is near."""
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in valid}
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.6) or [
-        by_leaf[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.7)
+        by_leaf[leaf]
+        for leaf in difflib.get_close_matches(
+            key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.7
+        )
     ]
     return f", did you mean {close[0]}?" if close else ""
 
 
 def _no_such(what: str, key: str, valid: list[str]) -> str:
-    return f"{what} {key} is refused: {REFUSED[key]}" if key in REFUSED else f"there is no {what} {key}{nearest(key, valid)}"
+    return (
+        f"{what} {key} is refused: {REFUSED[key]}"
+        if key in REFUSED
+        else f"there is no {what} {key}{nearest(key, valid)}"
+    )
 
 
 def build(model: type[Model], values: dict[str, Any], where: str) -> Model:
@@ -372,13 +393,17 @@ def build(model: type[Model], values: dict[str, Any], where: str) -> Model:
             raise ValueError(f"{where}: {_no_such('key', key, keys(model))}") from None
         message = problem["msg"].removeprefix("Value error, ")
         raise ValueError(
-            f"{where}: {message}" if problem["type"] == "value_error" else f"{where}: {key} is {problem['input']!r}: {message}"
+            f"{where}: {message}"
+            if problem["type"] == "value_error"
+            else f"{where}: {key} is {problem['input']!r}: {message}"
         ) from None
 
 
 def _is_branch(part: int | str) -> bool:
     """Whether pydantic put a union's branch into a location (`critic_lr.constrained-float`), which is no key of ours."""
-    return isinstance(part, str) and ("[" in part or part in {"str", "float", "int"} or part.startswith("constrained"))
+    return isinstance(part, str) and (
+        "[" in part or part in {"str", "float", "int"} or part.startswith("constrained")
+    )
 
 
 def read(kind: str, config: str | None) -> tuple[dict[str, Any], str]:
@@ -400,7 +425,9 @@ def read(kind: str, config: str | None) -> tuple[dict[str, Any], str]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, not keys and values")
     if values.pop("kind", kind) != kind:
-        raise ValueError(f"{path} is the config of another kind of run: use `python -m train {'gan' if kind == 'gpt' else 'gpt'}`")
+        raise ValueError(
+            f"{path} is the config of another kind of run: use `python -m train {'gan' if kind == 'gpt' else 'gpt'}`"
+        )
     return values, str(path)
 
 
@@ -408,7 +435,11 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Nested values, those `above` winning."""
     merged = dict(below)
     for key, value in above.items():
-        merged[key] = merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        merged[key] = (
+            merge(merged[key], value)
+            if isinstance(value, dict) and isinstance(merged.get(key), dict)
+            else value
+        )
     return merged
 
 
@@ -438,7 +469,12 @@ def parse(kind: str, arguments: list[str]) -> dict[str, Any]:
             raise ValueError(_no_such("option", name, valid).replace(f" {name}", f" --{name}", 1))
     command_line = type("CommandLine", (BaseSettings, model), {})
     try:
-        return CliSettingsSource(command_line, cli_prog_name=f"python -m train {kind}", cli_parse_args=arguments, cli_exit_on_error=False)()
+        return CliSettingsSource(
+            command_line,
+            cli_prog_name=f"python -m train {kind}",
+            cli_parse_args=arguments,
+            cli_exit_on_error=False,
+        )()
     except SettingsError as error:
         raise ValueError(str(error).removeprefix("error parsing CLI: ")) from None
 
@@ -457,4 +493,6 @@ def load(kind: str, config: str | None = None, overrides: dict[str, Any] | None 
 
 def dump(config: Config) -> str:
     """The config as the YAML that `load` takes."""
-    return yaml.safe_dump({"kind": config.kind, **config.model_dump()}, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        {"kind": config.kind, **config.model_dump()}, sort_keys=False, allow_unicode=True
+    )

@@ -59,9 +59,17 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> dict[str, str]:
     else:
         folder = pattern if fixed == pattern else os.path.dirname(fixed)
         wanted = "**" if fixed == pattern else pattern.removeprefix(folder).lstrip("/")
-        below = [inside for inside in sorted(storage.files(folder)) if not any(name.startswith(".") for name in inside.split("/"))]
+        below = [
+            inside
+            for inside in sorted(storage.files(folder))
+            if not any(name.startswith(".") for name in inside.split("/"))
+        ]
         root = storage.absolute(folder)
-        found = {storage.join(root, inside): inside for inside in below if _fits(inside.split("/"), wanted.split("/"))}
+        found = {
+            storage.join(root, inside): inside
+            for inside in below
+            if _fits(inside.split("/"), wanted.split("/"))
+        }
     for uri in found:
         if not uri.lower().endswith(suffixes):
             raise ValueError(

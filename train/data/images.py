@@ -74,7 +74,11 @@ def find(data: ImageData) -> Source:
         return _from_parquet([str(shipped(f"{first}.parquet"))], data)
     if first.startswith("torchvision:") and len(data.source) == 1:
         return _from_torchvision(first.removeprefix("torchvision:"))
-    places = [str(hub_parquet(first.removeprefix("hf:")))] if first.startswith("hf:") and len(data.source) == 1 else data.source
+    places = (
+        [str(hub_parquet(first.removeprefix("hf:")))]
+        if first.startswith("hf:") and len(data.source) == 1
+        else data.source
+    )
     found: dict[str, str] = {}
     for place in places:
         matching = find_files(place, (*SUFFIXES, ".parquet"))
@@ -102,7 +106,9 @@ def _from_files(found: dict[str, str]) -> Source:
     place = {name: index for index, name in enumerate(classes)}
     if classes and not all(parts):
         stray = next(uri for uri, folders in zip(found, parts, strict=True) if not folders)
-        raise ValueError(f"{stray} lies beside the class folders {', '.join(classes[:5])}: move it into one of them")
+        raise ValueError(
+            f"{stray} lies beside the class folders {', '.join(classes[:5])}: move it into one of them"
+        )
     return Source(
         files=list(found),
         contents=lambda: ((uri, partial(storage.read_bytes, uri)) for uri in found),
@@ -145,10 +151,14 @@ def _open_parquet(uri: str, data: ImageData) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path, filesystem=filesystem)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{uri} is not a readable parquet file (truncated, or of another kind): {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{uri} is not a readable parquet file (truncated, or of another kind): {str(error).splitlines()[0]}"
+        ) from None
     schema = file.schema_arrow
     if data.image_column not in schema.names:
-        raise ValueError(f"{uri} has no column {data.image_column!r}: data.image_column must be one of {schema.names}")
+        raise ValueError(
+            f"{uri} has no column {data.image_column!r}: data.image_column must be one of {schema.names}"
+        )
     kind = schema.field(data.image_column).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
@@ -168,7 +178,14 @@ def _column(file: pq.ParquetFile, uri: str, name: str) -> list[Any] | None:
     kind = file.schema_arrow.field(name).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not any(
-        fits(kind) for fits in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+        fits(kind)
+        for fits in (
+            pa.types.is_integer,
+            pa.types.is_boolean,
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_null,
+        )
     ):
         raise ValueError(
             f"{uri} holds {kind} in column {name!r}: expected a whole number or a name in each row: change it, or name another in data.label_column"
@@ -176,7 +193,9 @@ def _column(file: pq.ParquetFile, uri: str, name: str) -> list[Any] | None:
     try:
         return file.read(columns=[name])[name].to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{uri}: column {name!r} can't be read, the file is damaged: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{uri}: column {name!r} can't be read, the file is damaged: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _class_names(schema: pa.Schema, column: str) -> dict[Any, str]:
@@ -190,7 +209,14 @@ def _class_names(schema: pa.Schema, column: str) -> dict[Any, str]:
 def _split_in_name(uri: str) -> str | None:
     """The split that a file's folder (test/0000.parquet) or name (test-00000-of-00001.parquet) says."""
     *_, folder, name = f"/{uri}".split("/")
-    return next((word for word in (folder, re.split("[-_.]", name)[0]) if word in {"train", *HELDOUT_NAMES}), None)
+    return next(
+        (
+            word
+            for word in (folder, re.split("[-_.]", name)[0])
+            if word in {"train", *HELDOUT_NAMES}
+        ),
+        None,
+    )
 
 
 def _parquet_contents(files: list[str], column: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -198,12 +224,16 @@ def _parquet_contents(files: list[str], column: str) -> Iterator[tuple[str, Call
         filesystem, path = storage.locate(uri)
         place = itertools.count()
         try:
-            for batch in pq.ParquetFile(path, filesystem=filesystem).iter_batches(batch_size=READ_AT_ONCE, columns=[column]):
+            for batch in pq.ParquetFile(path, filesystem=filesystem).iter_batches(
+                batch_size=READ_AT_ONCE, columns=[column]
+            ):
                 for value in batch.column(0).to_pylist():
                     content = value["bytes"] if isinstance(value, dict) else value
                     yield f"{uri}, row {next(place)}", partial(bytes, content or b"")
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{uri} can't be read to its end, the file is damaged: {str(error).splitlines()[0]}") from None
+            raise ValueError(
+                f"{uri} can't be read to its end, the file is damaged: {str(error).splitlines()[0]}"
+            ) from None
 
 
 def _from_torchvision(name: str) -> Source:
@@ -214,12 +244,22 @@ def _from_torchvision(name: str) -> Source:
     root = Path(torch.hub.get_dir()).parent / "datasets" / name
     build = getattr(torchvision.datasets, name, None)
     parameters = inspect.signature(build).parameters if inspect.isclass(build) else {}
-    needed = {parameter.name for parameter in parameters.values() if parameter.default is parameter.empty}
-    if "download" not in parameters or not {"train", "split"} & set(parameters) or needed - {"root"}:
+    needed = {
+        parameter.name for parameter in parameters.values() if parameter.default is parameter.empty
+    }
+    if (
+        "download" not in parameters
+        or not {"train", "split"} & set(parameters)
+        or needed - {"root"}
+    ):
         raise ValueError(
             f"data.source torchvision:{name}: torchvision downloads no data set of that name with a test split (e.g. torchvision:CIFAR10)"
         )
-    sides: list[dict[str, Any]] = [{"train": True}, {"train": False}] if "train" in parameters else [{"split": "train"}, {"split": "test"}]
+    sides: list[dict[str, Any]] = (
+        [{"train": True}, {"train": False}]
+        if "train" in parameters
+        else [{"split": "train"}, {"split": "test"}]
+    )
     try:
         sets = [build(root=str(root), download=True, **side) for side in sides]  # type: ignore[misc]
     except (OSError, RuntimeError) as error:
@@ -232,17 +272,23 @@ def _from_torchvision(name: str) -> Source:
         ) from None
     targets = [getattr(part, "targets", getattr(part, "labels", None)) for part in sets]
     labels = (
-        None if any(target is None for target in targets) else np.concatenate([np.asarray(target) for target in targets]).astype(np.int64)
+        None
+        if any(target is None for target in targets)
+        else np.concatenate([np.asarray(target) for target in targets]).astype(np.int64)
     )
     numbers = [] if labels is None else range(int(labels.max()) + 1)
     return Source(
         files=[str(path) for path in sorted(root.rglob("*")) if path.is_file()],
         contents=lambda: (
-            (f"{name} {side}[{i}]", partial(_first, part, i)) for part, side in zip(sets, sides, strict=True) for i in range(len(part))
+            (f"{name} {side}[{i}]", partial(_first, part, i))
+            for part, side in zip(sets, sides, strict=True)
+            for i in range(len(part))
         ),
         count=sum(map(len, sets)),
         labels=labels,
-        classes=[str(name) for name in getattr(sets[0], "classes", numbers)] if labels is not None else [],
+        classes=[str(name) for name in getattr(sets[0], "classes", numbers)]
+        if labels is not None
+        else [],
         heldout=np.repeat([False, True], [len(part) for part in sets]),
     )
 
@@ -286,13 +332,20 @@ def decode(content: bytes | Image.Image, where: str, size: int, channels: int) -
         )
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = ImageOps.fit(image.convert("L" if grey else "RGB"), (size, size), Image.Resampling.BICUBIC)
+    image = ImageOps.fit(
+        image.convert("L" if grey else "RGB"), (size, size), Image.Resampling.BICUBIC
+    )
     return np.asarray(image).reshape(size, size, channels)
 
 
 def fingerprint(source: Source, data: ImageData) -> str:
     """12 hex digits that change with the pictures, their classes, the split and the size."""
-    rules = {"size": stored_size(data), "channels": data.channels, "column": data.image_column, "classes": source.classes}
+    rules = {
+        "size": stored_size(data),
+        "channels": data.channels,
+        "column": data.image_column,
+        "classes": source.classes,
+    }
     digest = hashlib.sha256(f"images {FORMAT} {json.dumps(rules, sort_keys=True)}".encode())
     for uri in source.files:
         digest.update(identity(uri).encode())
@@ -338,18 +391,33 @@ def prepare(data: ImageData, root: str, conditional: bool = False) -> str:
             f"use class folders, a parquet column data.label_column ({data.label_column!r}) without gaps, or set model.conditional to false"
         )
     mark = fingerprint(source, data)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(data.source[0].rstrip("/*")).stem).strip("-").lower() or "pictures"
+    name = (
+        re.sub(r"[^A-Za-z0-9]+", "-", Path(data.source[0].rstrip("/*")).stem).strip("-").lower()
+        or "pictures"
+    )
     uri = storage.join(storage.absolute(root), "data", f"{name}-{mark}")
     if not storage.exists(storage.join(uri, "dataset.json")):
         target = storage.local_path(uri)
         if target is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".preparing-", dir=target and target.parent) as scratch:
+        with tempfile.TemporaryDirectory(
+            prefix=".preparing-", dir=target and target.parent
+        ) as scratch:
             folder = Path(scratch) / "dataset"
             folder.mkdir()
             splits = _decode_all(source, data, folder)
-            meta = {"kind": "images", "name": name, "fingerprint": mark, "source": data.source, "size": stored_size(data)}
-            _publish(folder, uri, {**meta, "channels": data.channels, "classes": source.classes, "splits": splits})
+            meta = {
+                "kind": "images",
+                "name": name,
+                "fingerprint": mark,
+                "source": data.source,
+                "size": stored_size(data),
+            }
+            _publish(
+                folder,
+                uri,
+                {**meta, "channels": data.channels, "classes": source.classes, "splits": splits},
+            )
     return uri
 
 
@@ -358,11 +426,19 @@ def _decode_all(source: Source, data: ImageData, folder: Path) -> dict[str, Any]
     size, channels = stored_size(data), data.channels
     heldout = heldout_of(source, data)
     arrays = {
-        side: np.lib.format.open_memmap(folder / f"{side}.npy", "w+", np.uint8, (int(count), size, size, channels))
+        side: np.lib.format.open_memmap(
+            folder / f"{side}.npy", "w+", np.uint8, (int(count), size, size, channels)
+        )
         for side, count in (("train", (~heldout).sum()), ("heldout", heldout.sum()))
     }
     places = dict.fromkeys(arrays, 0)
-    bar = track(_decoded(source, size, channels), "pictures", source.count, console=Console(stderr=True), transient=True)
+    bar = track(
+        _decoded(source, size, channels),
+        "pictures",
+        source.count,
+        console=Console(stderr=True),
+        transient=True,
+    )
     for picture, held in zip(bar, heldout, strict=True):
         side = "heldout" if held else "train"
         arrays[side][places[side]] = picture
@@ -373,7 +449,12 @@ def _decode_all(source: Source, data: ImageData, folder: Path) -> dict[str, Any]
         np.save(folder / "train-labels.npy", source.labels[~heldout])
         np.save(folder / "heldout-labels.npy", source.labels[heldout])
     return {
-        side: {"pictures": len(array), "sha256": {file.name: storage.sha256(file) for file in sorted(folder.glob(f"{side}*.npy"))}}
+        side: {
+            "pictures": len(array),
+            "sha256": {
+                file.name: storage.sha256(file) for file in sorted(folder.glob(f"{side}*.npy"))
+            },
+        }
         for side, array in arrays.items()
     }
 
@@ -402,7 +483,9 @@ def _publish(folder: Path, uri: str, meta: dict[str, Any]) -> None:
     try:
         os.rename(folder, target)
     except OSError:
-        if not (target / "dataset.json").is_file():  # else another driver was first: its data set is the same
+        if not (
+            target / "dataset.json"
+        ).is_file():  # else another driver was first: its data set is the same
             raise
 
 
@@ -427,8 +510,13 @@ class Pictures:
         self.size, self.horizontal_flip = size, horizontal_flip
         self.margin = self.meta["size"] - size
         count = self.meta["splits"][split]["pictures"]
-        self.pixels = _mapped(folder / f"{split}.npy", (count, self.meta["size"], self.meta["size"], self.meta["channels"]))
-        self.labels = _mapped(folder / f"{split}-labels.npy", (count,)) if self.meta["classes"] else None
+        self.pixels = _mapped(
+            folder / f"{split}.npy",
+            (count, self.meta["size"], self.meta["size"], self.meta["channels"]),
+        )
+        self.labels = (
+            _mapped(folder / f"{split}-labels.npy", (count,)) if self.meta["classes"] else None
+        )
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -465,5 +553,7 @@ def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     except (OSError, ValueError, EOFError):  # EOFError: it is empty
         array = None
     if array is None or array.shape != shape:
-        raise ValueError(f"{file} is missing or truncated: delete {file.parent} and it will be prepared again")
+        raise ValueError(
+            f"{file} is missing or truncated: delete {file.parent} and it will be prepared again"
+        )
     return array

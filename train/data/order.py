@@ -43,7 +43,9 @@ class Order:
         return found
 
 
-def positions(step: int, global_size: int, micro_size: int, rank: int, world_size: int) -> list[np.ndarray]:
+def positions(
+    step: int, global_size: int, micro_size: int, rank: int, world_size: int
+) -> list[np.ndarray]:
     """This rank's global positions in `step`, one array of `micro_size` per micro-batch.
 
     Micro-batch a of rank r holds the places [(a * world_size + r) * micro_size, ...) of the step's global
@@ -52,4 +54,7 @@ def positions(step: int, global_size: int, micro_size: int, rank: int, world_siz
     share = world_size * micro_size
     assert global_size % share == 0, (global_size, micro_size, world_size)
     start = step * global_size + rank * micro_size
-    return [np.arange(start + first, start + first + micro_size) for first in range(0, global_size, share)]
+    return [
+        np.arange(start + first, start + first + micro_size)
+        for first in range(0, global_size, share)
+    ]

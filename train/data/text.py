@@ -32,7 +32,9 @@ from train.data.shipped.files import gpt2_tokenizer, hub_parquet, shipped
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 FORMAT = 1  # part of the fingerprint: raise it when cleaning, splitting or packing changes
-TOKENIZER_SAMPLE_CHARS = 64_000_000  # more text does not change the merges of a small vocabulary noticeably
+TOKENIZER_SAMPLE_CHARS = (
+    64_000_000  # more text does not change the merges of a small vocabulary noticeably
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ def pieces(data: TextData) -> list[Piece]:
         found += _pieces_of(uri, data.text_column, True)
     doubled = {p.uri for p in found if p.heldout is False} & {p.uri for p in found if p.heldout}
     if doubled:
-        raise ValueError(f"data.heldout: {min(doubled)} is in data.source too: a file is trained on or judged on, not both")
+        raise ValueError(
+            f"data.heldout: {min(doubled)} is in data.source too: a file is trained on or judged on, not both"
+        )
     return found
 
 
@@ -104,7 +108,9 @@ def _pieces_of(uri: str, column: str, heldout: bool | None) -> list[Piece]:
     try:
         file = pq.ParquetFile(path, filesystem=filesystem)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{uri} is not a readable parquet file (truncated, or of another kind): {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{uri} is not a readable parquet file (truncated, or of another kind): {str(error).splitlines()[0]}"
+        ) from None
     names = file.schema_arrow.names
     if column not in names:
         raise ValueError(f"{uri} has no column {column!r}: data.text_column must be one of {names}")
@@ -150,7 +156,14 @@ def _raw_documents(piece: Piece, data: TextData) -> Iterator[tuple[str, bool | N
     filesystem, path = storage.locate(piece.uri)
     if piece.uri.lower().endswith(".parquet"):
         file = pq.ParquetFile(path, filesystem=filesystem)
-        columns = [data.text_column, *(["split"] if "split" in file.schema_arrow.names and data.text_column != "split" else [])]
+        columns = [
+            data.text_column,
+            *(
+                ["split"]
+                if "split" in file.schema_arrow.names and data.text_column != "split"
+                else []
+            ),
+        ]
         try:
             rows = file.read_row_group(piece.row_group, columns=columns).to_pylist()
         except (pa.ArrowInvalid, OSError) as error:
@@ -159,14 +172,23 @@ def _raw_documents(piece: Piece, data: TextData) -> Iterator[tuple[str, bool | N
             ) from None
         for place, row in enumerate(rows):
             if not isinstance(row[data.text_column], str):
-                raise ValueError(f"{piece.uri}: row {place} of row group {piece.row_group} has no text in column {data.text_column!r}")
+                raise ValueError(
+                    f"{piece.uri}: row {place} of row group {piece.row_group} has no text in column {data.text_column!r}"
+                )
             split = row.get("split")
-            yield row[data.text_column], piece.heldout if split is None or piece.heldout is not None else split in HELDOUT_NAMES
+            yield (
+                row[data.text_column],
+                piece.heldout
+                if split is None or piece.heldout is not None
+                else split in HELDOUT_NAMES,
+            )
         return
     try:
         text = storage.read_bytes(piece.uri).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{piece.uri} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv -f latin1 -t utf-8") from None
+        raise ValueError(
+            f"{piece.uri} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv -f latin1 -t utf-8"
+        ) from None
     if not piece.uri.lower().endswith(".jsonl"):
         yield text, piece.heldout
         return
@@ -180,7 +202,9 @@ def _raw_documents(piece: Piece, data: TextData) -> Iterator[tuple[str, bool | N
                 f"{piece.uri}: line {number} is not JSON: expected one object a line, with the text under {data.text_column!r}"
             ) from None
         if not isinstance(row, dict) or not isinstance(row.get(data.text_column), str):
-            raise ValueError(f"{piece.uri}: line {number} has no text under {data.text_column!r}: see data.text_column")
+            raise ValueError(
+                f"{piece.uri}: line {number} has no text under {data.text_column!r}: see data.text_column"
+            )
         yield row[data.text_column], piece.heldout
 
 
@@ -189,7 +213,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 
 def clean(text: str) -> str:
     """Unicode's composed normal form (NFC), plain line ends, no control characters; case and punctuation stay."""
-    return _CONTROL.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
+    return _CONTROL.sub(
+        "", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    )
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -208,13 +234,19 @@ def tokenizer_for(data: TextData, found: list[Piece]) -> Tokenizer:
     path = Path(data.tokenizer)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"data.tokenizer {data.tokenizer!r}: expected bpe, gpt2, or a folder or file with a tokenizer.json")
+        raise ValueError(
+            f"data.tokenizer {data.tokenizer!r}: expected bpe, gpt2, or a folder or file with a tokenizer.json"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for a malformed file
-        raise ValueError(f"data.tokenizer: {file} is not a tokenizer.json of Hugging Face's tokenizers ({error})") from None
+        raise ValueError(
+            f"data.tokenizer: {file} is not a tokenizer.json of Hugging Face's tokenizers ({error})"
+        ) from None
     if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise ValueError(f"data.tokenizer: {file} has no {END_OF_TEXT}, which separates documents: add it as a special token")
+        raise ValueError(
+            f"data.tokenizer: {file} has no {END_OF_TEXT}, which separates documents: add it as a special token"
+        )
     return tokenizer
 
 
@@ -231,7 +263,10 @@ def _train_bpe(data: TextData, found: list[Piece]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=data.vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=data.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(_training_text(data, found), trainer)
     return tokenizer
@@ -256,10 +291,18 @@ def fingerprint(data: TextData, found: list[Piece]) -> str:
     digest = hashlib.sha256(f"text {FORMAT}".encode())
     for uri in sorted({piece.uri for piece in found}):
         digest.update(identity(uri).encode())
-    rules = data.model_dump(exclude={"source", "heldout"}) | {"heldout": [piece.heldout for piece in found]}
+    rules = data.model_dump(exclude={"source", "heldout"}) | {
+        "heldout": [piece.heldout for piece in found]
+    }
     digest.update(json.dumps(rules, sort_keys=True).encode())
     tokenizer = Path(data.tokenizer)
-    for file in sorted(tokenizer.glob("tokenizer.json")) if tokenizer.is_dir() else [tokenizer] if tokenizer.is_file() else []:
+    for file in (
+        sorted(tokenizer.glob("tokenizer.json"))
+        if tokenizer.is_dir()
+        else [tokenizer]
+        if tokenizer.is_file()
+        else []
+    ):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -272,7 +315,10 @@ def prepare(data: TextData, root: str) -> str:
     """
     found = pieces(data)
     mark = fingerprint(data, found)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(data.source[0].rstrip("/*")).stem).strip("-").lower() or "text"
+    name = (
+        re.sub(r"[^A-Za-z0-9]+", "-", Path(data.source[0].rstrip("/*")).stem).strip("-").lower()
+        or "text"
+    )
     uri = storage.join(root, "data", f"{name}-{mark}")
     if storage.exists(storage.join(uri, "dataset.json")):
         return uri
@@ -326,14 +372,20 @@ def _pack(task: dict[str, Any], data: dict[str, Any], uri: str, tokenizer: str) 
     encoder.no_padding()
     end = end_of_text(encoder)
     place = task["place"]
-    piece = Piece(task["uri"], None if task["row_group"] is None else int(task["row_group"]), task["heldout"])
+    piece = Piece(
+        task["uri"], None if task["row_group"] is None else int(task["row_group"]), task["heldout"]
+    )
     shards: dict[str, dict[str, Any]] = {}
     arrays: dict[str, list[np.ndarray]] = {"train": [], "heldout": []}
     sizes = {"train": [0, 0], "heldout": [0, 0]}
     try:
         for text, heldout in documents(piece, TextData.model_validate(data)):
             split = "heldout" if heldout else "train"
-            arrays[split].append(np.array([end, *encoder.encode(text, add_special_tokens=False).ids], _dtype(encoder)))
+            arrays[split].append(
+                np.array(
+                    [end, *encoder.encode(text, add_special_tokens=False).ids], _dtype(encoder)
+                )
+            )
             sizes[split][0] += 1
             sizes[split][1] += len(text.encode())
     except (ValueError, OSError) as error:
@@ -356,7 +408,9 @@ def _pack(task: dict[str, Any], data: dict[str, Any], uri: str, tokenizer: str) 
 
 def _totals(rows: list[dict[str, Any]], split: str) -> dict[str, Any]:
     shards = [row["shards"][split] for row in rows if split in row["shards"]]
-    return {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "text_bytes")} | {"shards": shards}
+    return {
+        key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "text_bytes")
+    } | {"shards": shards}
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -387,7 +441,9 @@ class Tokens:
         for shard in self.split["shards"]:
             file = folder / shard["file"]
             if not file.is_file() or file.stat().st_size != shard["tokens"] * dtype.itemsize:
-                raise ValueError(f"{file} is missing or truncated: delete {folder} and it will be prepared again")
+                raise ValueError(
+                    f"{file} is missing or truncated: delete {folder} and it will be prepared again"
+                )
             self.shards.append(np.memmap(file, dtype, "r"))
         self._starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
 
@@ -398,9 +454,17 @@ class Tokens:
     def batch(self, order: Order, positions: np.ndarray) -> np.ndarray:
         """The windows at the global `positions`, (B, T + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
         epochs = positions // order.num_samples
-        offsets = {epoch: int(rng(order.seed, int(epoch), 1).integers(self.context)) for epoch in np.unique(epochs)}
+        offsets = {
+            epoch: int(rng(order.seed, int(epoch), 1).integers(self.context))
+            for epoch in np.unique(epochs)
+        }
         samples = order.samples(positions)
-        return np.stack([self._read(int(sample) * self.context + offsets[epoch]) for sample, epoch in zip(samples, epochs, strict=True)])
+        return np.stack(
+            [
+                self._read(int(sample) * self.context + offsets[epoch])
+                for sample, epoch in zip(samples, epochs, strict=True)
+            ]
+        )
 
     @property
     def num_windows(self) -> int:
@@ -416,7 +480,9 @@ class Tokens:
 
         The last window is short: it is padded, and its targets beyond the end are -100 (not judged).
         """
-        for start in range(rank * self.context, int(self._starts[-1]) - 1, world_size * self.context):
+        for start in range(
+            rank * self.context, int(self._starts[-1]) - 1, world_size * self.context
+        ):
             window = self._read(start)
             inputs, targets = self.nothing()
             inputs[: len(window) - 1], targets[: len(window) - 1] = window[:-1], window[1:]

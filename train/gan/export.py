@@ -47,7 +47,10 @@ def export_gan(generator: Generator, class_names: list[str], folder: Path) -> di
     write_graph(generator, folder / "model.onnx")
     graph = ImageGraph(folder / "model.onnx")
     parity = measure_parity(generator, graph)
-    save_file({name: tensor.contiguous() for name, tensor in generator.state_dict().items()}, folder / "generator.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in generator.state_dict().items()},
+        folder / "generator.safetensors",
+    )
     storage.write_json(folder / "generator.json", asdict(config))
     storage.write_json(folder / "golden.json", _golden(generator, graph))
     _write_sample(generator, graph, folder / "sample.png")
@@ -59,7 +62,14 @@ def export_gan(generator: Generator, class_names: list[str], folder: Path) -> di
         "channels": config.channels,
         "image_size": config.image_size,
     }
-    return {"kind": "gan", "inputs": inputs, "outputs": outputs, "opset": OPSET, "parity": parity, "model": shape}
+    return {
+        "kind": "gan",
+        "inputs": inputs,
+        "outputs": outputs,
+        "opset": OPSET,
+        "parity": parity,
+        "model": shape,
+    }
 
 
 def write_graph(generator: Generator, path: Path) -> None:
@@ -71,7 +81,9 @@ def write_graph(generator: Generator, path: Path) -> None:
         inputs.append(torch.zeros(2, dtype=torch.long))
     with warnings.catch_warnings():
         # The batch is named once for each input on purpose: it is the same in both.
-        warnings.filterwarnings("ignore", message="# The axis name: B will not be used", category=UserWarning)
+        warnings.filterwarnings(
+            "ignore", message="# The axis name: B will not be used", category=UserWarning
+        )
         program = torch.onnx.export(
             generator,
             tuple(inputs),
@@ -96,7 +108,9 @@ def measure_parity(generator: Generator, graph: ImageGraph) -> dict[str, Any]:
     for batch in BATCHES:
         latents, labels = _inputs(generator, batch, batch)
         with torch.no_grad():
-            expected = generator(torch.from_numpy(latents), None if labels is None else torch.from_numpy(labels)).numpy()
+            expected = generator(
+                torch.from_numpy(latents), None if labels is None else torch.from_numpy(labels)
+            ).numpy()
         differences[f"batch {batch}"] = float(np.abs(graph.run(latents, labels) - expected).max())
     return judge(differences, TOLERANCE, "pictures")
 
@@ -104,7 +118,9 @@ def measure_parity(generator: Generator, graph: ImageGraph) -> dict[str, Any]:
 def _inputs(generator: Generator, seed: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
     """The seeded latents of `count` pictures, and the classes in turn where the generator takes one."""
     classes = generator.config.num_classes
-    return seeded_latents(seed, count, generator.config.latent_dim), np.arange(count) % classes if classes else None
+    return seeded_latents(seed, count, generator.config.latent_dim), np.arange(
+        count
+    ) % classes if classes else None
 
 
 def _golden(generator: Generator, graph: ImageGraph) -> dict[str, Any]:
@@ -126,6 +142,9 @@ def _write_sample(generator: Generator, graph: ImageGraph, path: Path) -> None:
         latents = np.tile(seeded_latents(0, SAMPLE_COLUMNS, generator.config.latent_dim), (rows, 1))
         labels = np.repeat(np.arange(classes), SAMPLE_COLUMNS)
     else:
-        latents, labels = seeded_latents(0, rows * SAMPLE_COLUMNS, generator.config.latent_dim), None
+        latents, labels = (
+            seeded_latents(0, rows * SAMPLE_COLUMNS, generator.config.latent_dim),
+            None,
+        )
     images = torch.from_numpy(graph.run(latents, labels))
     save_image(images, path, nrow=SAMPLE_COLUMNS, normalize=True, value_range=(-1, 1))

@@ -79,9 +79,13 @@ def prepare(config: GanConfig, dataset: str, say: Callable[[str], None] = print)
     _refuse_too_few(meta["splits"], dataset)
     found = find(dataset, config.data.size)
     if found is None and meta["source"] == ["fashion-mnist"]:
-        found = publish(shipped("fashion-mnist-extractor.safetensors").read_bytes(), dataset, config.data.size)
+        found = publish(
+            shipped("fashion-mnist-extractor.safetensors").read_bytes(), dataset, config.data.size
+        )
     if found is None:
-        say(f"extractor: training on {meta['splits']['train']['pictures']:,} pictures, once for this data set")
+        say(
+            f"extractor: training on {meta['splits']['train']['pictures']:,} pictures, once for this data set"
+        )
         found = _train_on_cluster(config, dataset)
     say(f"extractor {found[-24:-12]}: {describe(read(found)[1])}: {found}")
     return found
@@ -89,7 +93,11 @@ def prepare(config: GanConfig, dataset: str, say: Callable[[str], None] = print)
 
 def find(dataset: str, size: int) -> str | None:
     """The extractor that lies beside a data set whose pictures are seen with `size` pixels a side, None where there is none."""
-    names = [name for name in storage.names(dataset) if name.startswith(_stem(size)) and name.endswith(".safetensors")]
+    names = [
+        name
+        for name in storage.names(dataset)
+        if name.startswith(_stem(size)) and name.endswith(".safetensors")
+    ]
     return storage.join(dataset, names[0]) if names else None
 
 
@@ -119,7 +127,9 @@ def pack(extractor: Extractor, card: Card) -> bytes:
     """An extractor's file: safetensors with its config and card in the header."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in extractor.state_dict().items()}
     about = {"config": asdict(extractor.config), "card": asdict(card)}
-    return save(tensors, {"extractor": json.dumps(about)})  # one key: safetensors would shuffle several
+    return save(
+        tensors, {"extractor": json.dumps(about)}
+    )  # one key: safetensors would shuffle several
 
 
 def publish(content: bytes, dataset: str, size: int) -> str:
@@ -132,7 +142,11 @@ def publish(content: bytes, dataset: str, size: int) -> str:
 def facts(uri: str) -> dict[str, Any]:
     """What a run's lineage says of its extractor: uri, sha256 and all of its `Card`."""
     content = _content(uri)
-    return {"uri": uri, "sha256": hashlib.sha256(content).hexdigest(), **asdict(unpack(content, uri)[1])}
+    return {
+        "uri": uri,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        **asdict(unpack(content, uri)[1]),
+    }
 
 
 def fingerprint(content: bytes) -> str:
@@ -154,9 +168,13 @@ def _content(uri: str) -> bytes:
     try:
         content = storage.read_bytes(uri)
     except FileNotFoundError:
-        raise ValueError(f"{uri} is missing: start the run again, and the extractor will be trained again") from None
+        raise ValueError(
+            f"{uri} is missing: start the run again, and the extractor will be trained again"
+        ) from None
     if not uri.endswith(f"-{fingerprint(content)}.safetensors"):
-        raise ValueError(f"{uri} is damaged (its sha256 is not the one in its name): delete it, and the extractor will be trained again")
+        raise ValueError(
+            f"{uri} is damaged (its sha256 is not the one in its name): delete it, and the extractor will be trained again"
+        )
     return content
 
 
@@ -175,7 +193,9 @@ def unpack(content: bytes, where: str) -> tuple[Extractor, Card]:
         return extractor.eval().requires_grad_(False), Card(**about["card"])
     except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         problem = str(error).splitlines()[0]
-        raise ValueError(f"{where} is no extractor of this version ({problem}): delete it, and one will be trained") from None
+        raise ValueError(
+            f"{where} is no extractor of this version ({problem}): delete it, and one will be trained"
+        ) from None
 
 
 def load(uri: str, device: torch.device | str) -> Extractor:
@@ -191,11 +211,17 @@ def _train_on_cluster(config: GanConfig, dataset: str) -> str:
     connect()
     parallel = config.parallel
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    largest = max((node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= parallel.gpu), default=0)
+    largest = max(
+        (node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= parallel.gpu), default=0
+    )
     cpus = max(parallel.cpus_per_worker, min(parallel.workers * parallel.cpus_per_worker, largest))
     task = ray.remote(num_cpus=cpus, num_gpus=int(parallel.gpu))(_task)
     try:
-        found = ray.get(task.remote(dataset, config.data.size, max(1, int(cpus)), "cuda" if parallel.gpu else "cpu"))
+        found = ray.get(
+            task.remote(
+                dataset, config.data.size, max(1, int(cpus)), "cuda" if parallel.gpu else "cpu"
+            )
+        )
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error  # its sentence, without the task's traceback around it
     return find(dataset, config.data.size) or found  # another driver's, where that is found first
@@ -206,7 +232,9 @@ def _task(dataset: str, size: int, threads: int, device: str) -> str:
     return publish(pack(*train(fetch(dataset), size, device)), dataset, size)
 
 
-def train(folder: Path, size: int, device: torch.device | str = "cpu", steps: int | None = None) -> tuple[Extractor, Card]:
+def train(
+    folder: Path, size: int, device: torch.device | str = "cpu", steps: int | None = None
+) -> tuple[Extractor, Card]:
     """The extractor of a prepared data set on this machine; on a CPU with as many threads the same one each time.
 
     Args:
@@ -215,7 +243,10 @@ def train(folder: Path, size: int, device: torch.device | str = "cpu", steps: in
         device: where to train.
         steps: batches of BATCH pictures, or of all where they are fewer; by default EPOCHS over the training pictures, within MIN_STEPS and MAX_STEPS.
     """
-    pictures, heldout = Pictures(folder, "train", size, horizontal_flip=True), Pictures(folder, "heldout", size)
+    pictures, heldout = (
+        Pictures(folder, "train", size, horizontal_flip=True),
+        Pictures(folder, "heldout", size),
+    )
     classes = pictures.meta["classes"]
     telling = len(classes) > 1  # one class is nothing to tell apart
     config = ExtractorConfig(
@@ -226,16 +257,29 @@ def train(folder: Path, size: int, device: torch.device | str = "cpu", steps: in
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        extractor = Extractor(config).to(device).to(memory_format=torch.channels_last)  # about a third faster on a CPU
-    _fit(extractor, pictures, telling, steps or min(max(EPOCHS * len(pictures) // _batch_size(pictures), MIN_STEPS), MAX_STEPS))
+        extractor = (
+            Extractor(config).to(device).to(memory_format=torch.channels_last)
+        )  # about a third faster on a CPU
+    _fit(
+        extractor,
+        pictures,
+        telling,
+        steps or min(max(EPOCHS * len(pictures) // _batch_size(pictures), MIN_STEPS), MAX_STEPS),
+    )
     extractor.eval().requires_grad_(False)
     if not telling:
-        sample = rng(len(pictures), CLUSTERS).permutation(len(pictures))[: PICTURES_PER_MODE * MAX_MODES]
-        features = torch.cat([extractor.features(images) for images, _ in batches(pictures, device, sample)])
+        sample = rng(len(pictures), CLUSTERS).permutation(len(pictures))[
+            : PICTURES_PER_MODE * MAX_MODES
+        ]
+        features = torch.cat(
+            [extractor.features(images) for images, _ in batches(pictures, device, sample)]
+        )
         extractor.centroids.copy_(clusters(features, config.num_modes))
     accuracy = measure(extractor, heldout, telling)
     task = "classes" if telling else "rotations"
-    return extractor, Card(task, accuracy, len(heldout), len(pictures), classes, pictures.meta["fingerprint"])
+    return extractor, Card(
+        task, accuracy, len(heldout), len(pictures), classes, pictures.meta["fingerprint"]
+    )
 
 
 def _batch_size(pictures: Pictures) -> int:
@@ -268,15 +312,21 @@ def _shifted(images: Tensor, draw: np.random.Generator) -> Tensor:
     size = images.shape[-1]
     most = size // 16
     top, left = draw.integers(2 * most + 1, size=2)
-    return functional.pad(images, [most] * 4, mode="replicate")[:, :, top : top + size, left : left + size]
+    return functional.pad(images, [most] * 4, mode="replicate")[
+        :, :, top : top + size, left : left + size
+    ]
 
 
 def turned(images: Tensor, turns: np.ndarray) -> Tensor:
     """Pictures (B, C, H, H), each by its own number of right angles (B)."""
-    return torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(images, turns, strict=True)])
+    return torch.stack(
+        [image.rot90(int(turn), (1, 2)) for image, turn in zip(images, turns, strict=True)]
+    )
 
 
-def batches(pictures: Pictures, device: torch.device | str, indices: np.ndarray | None = None) -> list[tuple[Tensor, np.ndarray]]:
+def batches(
+    pictures: Pictures, device: torch.device | str, indices: np.ndarray | None = None
+) -> list[tuple[Tensor, np.ndarray]]:
     """Pictures without augmentation and their indices, batch by batch; by default all."""
     wanted = np.arange(len(pictures)) if indices is None else indices
     parts = np.array_split(wanted, -(-len(wanted) // BATCH))
@@ -304,7 +354,12 @@ def clusters(features: Tensor, count: int) -> Tensor:
         means = torch.cat([means, features[chosen][None]])
     for _ in range(100):
         nearest = torch.cdist(features, means).argmin(dim=1)
-        moved = torch.stack([features[nearest == i].mean(dim=0) if (nearest == i).any() else means[i] for i in range(count)])
+        moved = torch.stack(
+            [
+                features[nearest == i].mean(dim=0) if (nearest == i).any() else means[i]
+                for i in range(count)
+            ]
+        )
         if torch.equal(moved, means):
             break
         means = moved

@@ -25,7 +25,12 @@ from train.parallel.strategy import Average, Halt, Learner, State, Strategy
 from train.run.recorder import Meter, Silent, finite
 from train.run.worker import Worker
 
-CRITIC, GENERATOR, SAMPLES, JUDGED = 2, 3, 4, 5  # purposes of random draws: what sets their keys apart
+CRITIC, GENERATOR, SAMPLES, JUDGED = (
+    2,
+    3,
+    4,
+    5,
+)  # purposes of random draws: what sets their keys apart
 BEST = "heldout_frechet_distance"  # what tells one checkpoint's pictures from another's: the smaller the better
 
 
@@ -77,7 +82,9 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
             if worker.saves_at(step, bool(judged)):
                 recorder.flush()  # a run resumed from here has its curves up to here
                 with meter.waiting("checkpoint"):
-                    worker.checkpoints.save(step, gan.state() | {"alarms": alarms.state()}, judged.get(BEST))
+                    worker.checkpoints.save(
+                        step, gan.state() | {"alarms": alarms.state()}, judged.get(BEST)
+                    )
     with meter.waiting("checkpoint"):
         worker.checkpoints.join()
     strategy.barrier()
@@ -85,14 +92,23 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     return (final or strategy.of_first(judge)) | meter.total()
 
 
-def _judge(worker: Worker, gan: "Gan", pictures: images.Pictures, folder: Path) -> Callable[[], dict[str, float]]:
+def _judge(
+    worker: Worker, gan: "Gan", pictures: images.Pictures, folder: Path
+) -> Callable[[], dict[str, float]]:
     """What judges the averaged generator, on rank 0."""
     config, device = worker.config, worker.strategy.device
     heldout = images.Pictures(folder, "heldout", config.data.size)
 
     @functools.cache
     def judge() -> Judge:
-        return Judge(pictures, heldout, extractor.load(worker.extractor, device), config.quality.samples, device, config.quality.inception)
+        return Judge(
+            pictures,
+            heldout,
+            extractor.load(worker.extractor, device),
+            config.quality.samples,
+            device,
+            config.quality.inception,
+        )
 
     return lambda: judge()(partial(gan.like, pictures))
 
@@ -151,13 +167,17 @@ class Gan:
         turn: how many of them since the generator's last update: where in the cadence the run is.
     """
 
-    def __init__(self, config: GanConfig, shape: DcganConfig, strategy: Strategy, saved: State | None = None) -> None:
+    def __init__(
+        self, config: GanConfig, shape: DcganConfig, strategy: Strategy, saved: State | None = None
+    ) -> None:
         self.config, self.shape, self.strategy = config, shape, strategy
         self.objective = OBJECTIVES[config.gan.objective]
         torch.manual_seed(config.run.seed)
         generator, critic = Generator(shape), Critic(shape)
         self.generator = self._learner("generator", generator, config.optim.lr, saved)
-        self.critic = self._learner("critic", critic, config.optim.critic_lr or config.optim.lr, saved)
+        self.critic = self._learner(
+            "critic", critic, config.optim.critic_lr or config.optim.lr, saved
+        )
         self.average = Average(self.generator, config.model.ema_decay, saved)
         progress = saved["gan_progress"] if saved is not None else {"critic_updates": 0, "turn": 0}
         self.critic_updates, self.turn = progress["critic_updates"], progress["turn"]
@@ -167,7 +187,9 @@ class Gan:
         net.to(self.strategy.device)
         if saved is not None:
             net.load_state_dict(dict(saved[name]))  # before DeepSpeed takes its copies
-        optimizer = torch.optim.Adam(net.parameters(), lr, (self.config.optim.beta1, self.config.optim.beta2), fused=True)
+        optimizer = torch.optim.Adam(
+            net.parameters(), lr, (self.config.optim.beta1, self.config.optim.beta2), fused=True
+        )
         return self.strategy.learner(name, net, optimizer, saved=saved)
 
     # ------------------------------------------------------------ updates
@@ -184,7 +206,10 @@ class Gan:
         self.critic.step()
         self.critic_updates += 1
         self.turn += 1
-        return {tag: torch.stack([figures[tag].detach() for figures in found]).mean() for tag in found[0]}
+        return {
+            tag: torch.stack([figures[tag].detach() for figures in found]).mean()
+            for tag in found[0]
+        }
 
     def update_generator(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One step of the generator over this worker's micro-batches; the mean of their losses."""
@@ -202,7 +227,11 @@ class Gan:
     def rehearse(self, pictures: images.Pictures) -> None:
         """What a process does before its first step: see `Learner.rehearse`. Nothing is left of it, of running statistics neither."""
         batch = self.critic_batches(0, pictures)[0]
-        kept = [(buffer, buffer.clone()) for learner in (self.generator, self.critic) for buffer in learner.core.buffers()]
+        kept = [
+            (buffer, buffer.clone())
+            for learner in (self.generator, self.critic)
+            for buffer in learner.core.buffers()
+        ]
         self.critic.rehearse(lambda: self._critic_loss(batch)[0])
         self.critic.core.requires_grad_(False)
         self.generator.rehearse(lambda: self._generator_loss(batch))
@@ -217,7 +246,10 @@ class Gan:
         with self.strategy.autocast():
             with torch.no_grad():
                 fake = self.generator.core(batch.latents, batch.labels).to(batch.real.dtype)
-            real_scores, fake_scores = (self.critic(pictures, batch.labels).to(batch.real.dtype) for pictures in (batch.real, fake))
+            real_scores, fake_scores = (
+                self.critic(pictures, batch.labels).to(batch.real.dtype)
+                for pictures in (batch.real, fake)
+            )
         loss = self.objective.critic_loss(real_scores, fake_scores)
         figures = {"real_score": real_scores.mean(), "fake_score": fake_scores.mean()}
         if self.config.gan.objective == "wgan-gp":
@@ -225,7 +257,9 @@ class Gan:
         if self.config.gan.penalty_weight:
             # Past the wrapper, whose hooks (DeepSpeed's) would take the inner differentiation for the backward.
             critic = partial(self.critic.core, labels=batch.labels)
-            figures["gradient_penalty"] = self.objective.penalty(critic, batch.real, fake, batch.mix)
+            figures["gradient_penalty"] = self.objective.penalty(
+                critic, batch.real, fake, batch.mix
+            )
             loss = loss + self.config.gan.penalty_weight * figures["gradient_penalty"]
         return loss, figures
 
@@ -254,15 +288,26 @@ class Gan:
         return [self._noise(GENERATOR, places) for places in self._places(step)]
 
     def _places(self, update: int) -> list[np.ndarray]:
-        return positions(update, self.config.batch.global_size, self.config.micro_size, self.strategy.rank, self.strategy.world_size)
+        return positions(
+            update,
+            self.config.batch.global_size,
+            self.config.micro_size,
+            self.strategy.rank,
+            self.strategy.world_size,
+        )
 
     def _noise(self, purpose: int, places: np.ndarray) -> Batch:
         draws = [rng(self.config.run.seed, int(place), purpose) for place in places]
-        latents = np.stack([draw.standard_normal(self.shape.latent_dim, dtype=np.float32) for draw in draws])
+        latents = np.stack(
+            [draw.standard_normal(self.shape.latent_dim, dtype=np.float32) for draw in draws]
+        )
         mix = np.array([draw.random(dtype=np.float32) for draw in draws])
         labels = None
         if self.shape.num_classes:
-            labels = torch.tensor([int(draw.integers(self.shape.num_classes)) for draw in draws], device=self.strategy.device)
+            labels = torch.tensor(
+                [int(draw.integers(self.shape.num_classes)) for draw in draws],
+                device=self.strategy.device,
+            )
         return Batch(self._tensor(latents), labels, mix=self._tensor(mix))
 
     def _tensor(self, values: np.ndarray) -> Tensor:
@@ -292,8 +337,12 @@ class Gan:
         """(H, W, 3) uint8; a conditional generator makes one row a class, one latent a column."""
         batch = self._noise(SAMPLES, np.arange(GRID_COLUMNS * GRID_ROWS))
         if self.shape.num_classes:
-            batch.labels = torch.arange(min(GRID_ROWS, self.shape.num_classes), device=self.strategy.device).repeat_interleave(GRID_COLUMNS)
-            batch.latents = batch.latents[:GRID_COLUMNS].repeat(len(batch.labels) // GRID_COLUMNS, 1)
+            batch.labels = torch.arange(
+                min(GRID_ROWS, self.shape.num_classes), device=self.strategy.device
+            ).repeat_interleave(GRID_COLUMNS)
+            batch.latents = batch.latents[:GRID_COLUMNS].repeat(
+                len(batch.labels) // GRID_COLUMNS, 1
+            )
         return grid(self._averaged(batch), GRID_COLUMNS)
 
     @torch.no_grad()
@@ -310,11 +359,15 @@ class Gan:
         """(H, W, 3) uint8: real pictures, laid out as `grid`'s."""
         chosen = rng(self.config.run.seed, SAMPLES).permutation(len(pictures))
         if not self.shape.num_classes or pictures.labels is None:
-            return grid(torch.from_numpy(pictures.centred(chosen[: GRID_COLUMNS * GRID_ROWS])), GRID_COLUMNS)
+            return grid(
+                torch.from_numpy(pictures.centred(chosen[: GRID_COLUMNS * GRID_ROWS])), GRID_COLUMNS
+            )
         rows = []
         for label in range(min(GRID_ROWS, self.shape.num_classes)):
             shown = pictures.centred(chosen[pictures.labels[chosen] == label][:GRID_COLUMNS])
-            blank = np.zeros((GRID_COLUMNS - len(shown), *shown.shape[1:]), np.float32)  # a rare class, or one that is only held out
+            blank = np.zeros(
+                (GRID_COLUMNS - len(shown), *shown.shape[1:]), np.float32
+            )  # a rare class, or one that is only held out
             rows.append(np.concatenate([shown, blank]))
         return grid(torch.from_numpy(np.concatenate(rows)), GRID_COLUMNS)
 

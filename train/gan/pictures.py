@@ -30,9 +30,20 @@ def grid(images: Tensor, columns: int) -> np.ndarray:
     Returns:
         (rows, width, 3) uint8; picture i is in row i // columns, column i % columns.
     """
-    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = (
+        ((images.detach().float().clamp(-1, 1) + 1) * 127.5)
+        .round()
+        .byte()
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )
     height, width = (size + GUTTER for size in pixels.shape[1:3])
-    sheet = np.full((math.ceil(len(pixels) / columns) * height + GUTTER, columns * width + GUTTER, 3), RULE, np.uint8)
+    sheet = np.full(
+        (math.ceil(len(pixels) / columns) * height + GUTTER, columns * width + GUTTER, 3),
+        RULE,
+        np.uint8,
+    )
     for index, picture in enumerate(pixels):
         top, left = index // columns * height + GUTTER, index % columns * width + GUTTER
         sheet[top : top + height - GUTTER, left : left + width - GUTTER] = picture
@@ -48,8 +59,14 @@ def cells(sheet: np.ndarray, columns: int) -> np.ndarray:
     size, rest = divmod(sheet.shape[1] - GUTTER, columns)
     rows, left = divmod(sheet.shape[0] - GUTTER, size) if size else (0, 1)
     if rest or left or size <= GUTTER:
-        raise ValueError(f"a picture of {sheet.shape[1]} x {sheet.shape[0]} pixels is no grid of {columns} columns: draw it by `grid`")
-    return sheet[GUTTER:, GUTTER:].reshape(rows, size, columns, size, 3).swapaxes(1, 2)[:, :, : size - GUTTER, : size - GUTTER]
+        raise ValueError(
+            f"a picture of {sheet.shape[1]} x {sheet.shape[0]} pixels is no grid of {columns} columns: draw it by `grid`"
+        )
+    return (
+        sheet[GUTTER:, GUTTER:]
+        .reshape(rows, size, columns, size, 3)
+        .swapaxes(1, 2)[:, :, : size - GUTTER, : size - GUTTER]
+    )
 
 
 # ---------------------------------------------------------------- between latents
@@ -79,10 +96,23 @@ def spread(steps: Sequence[int], count: int = FRAMES) -> list[int]:
     if len(ordered) <= count:
         return ordered
     wanted = np.geomspace(max(ordered[0], 1), ordered[-1], count)
-    return sorted({ordered[0], ordered[-1], *(min(ordered, key=lambda step: abs(math.log(max(step, 1) / target))) for target in wanted)})
+    return sorted(
+        {
+            ordered[0],
+            ordered[-1],
+            *(
+                min(ordered, key=lambda step: abs(math.log(max(step, 1) / target)))
+                for target in wanted
+            ),
+        }
+    )
 
 
-def film(frames: Sequence[tuple[int, np.ndarray]], class_names: Sequence[str] | None = None, real: np.ndarray | None = None) -> bytes:
+def film(
+    frames: Sequence[tuple[int, np.ndarray]],
+    class_names: Sequence[str] | None = None,
+    real: np.ndarray | None = None,
+) -> bytes:
     """A training as a strip, a PNG: one row a step, in each the same latents, and real pictures below them.
 
     Args:
@@ -99,14 +129,19 @@ def film(frames: Sequence[tuple[int, np.ndarray]], class_names: Sequence[str] | 
     pitch = scale * side + GUTTER
     columns = len(rows[0][1])
     head = _head((class_names or [])[:columns], pitch)
-    below = [head.height + number * pitch + (8 if label == "real" else 0) for number, (label, _) in enumerate(rows)]
+    below = [
+        head.height + number * pitch + (8 if label == "real" else 0)
+        for number, (label, _) in enumerate(rows)
+    ]
     sheet = Image.new("RGB", (MARGIN + columns * pitch, below[-1] + pitch), PAPER)
     sheet.paste(head, (MARGIN, 0))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for top, (label, pictures) in zip(below, rows, strict=True):
         draw.text((MARGIN - 10, top + pitch // 2), label, INK, font, anchor="rm")
         for column, picture in enumerate(pictures):
-            large = Image.fromarray(picture).resize((scale * side, scale * side), Image.Resampling.NEAREST)
+            large = Image.fromarray(picture).resize(
+                (scale * side, scale * side), Image.Resampling.NEAREST
+            )
             sheet.paste(large, (MARGIN + column * pitch, top))
     return png(sheet)
 
@@ -125,7 +160,15 @@ def _head(names: Sequence[str], pitch: int) -> Image.Image:
     head = Image.new("RGB", (max(1, len(names)) * pitch, 14 * lines + 6), PAPER)
     draw = ImageDraw.Draw(head)
     for column, words in enumerate(wrapped):
-        draw.multiline_text((column * pitch + pitch // 2, head.height - 4), "\n".join(words), INK, font, "md", 2, "center")
+        draw.multiline_text(
+            (column * pitch + pitch // 2, head.height - 4),
+            "\n".join(words),
+            INK,
+            font,
+            "md",
+            2,
+            "center",
+        )
     return head
 
 

@@ -49,10 +49,16 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
         return float("nan")
     means = [points.mean(dim=0) for points in (first, second)]
     roots = [
-        torch.linalg.qr(points - mean, mode="r").R / (len(points) - 1) ** 0.5 for points, mean in zip((first, second), means, strict=True)
+        torch.linalg.qr(points - mean, mode="r").R / (len(points) - 1) ** 0.5
+        for points, mean in zip((first, second), means, strict=True)
     ]
     overlap = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    return float((means[0] - means[1]).square().sum() + roots[0].square().sum() + roots[1].square().sum() - 2 * overlap)
+    return float(
+        (means[0] - means[1]).square().sum()
+        + roots[0].square().sum()
+        + roots[1].square().sum()
+        - 2 * overlap
+    )
 
 
 def kid(first: Tensor, second: Tensor) -> tuple[float, float]:
@@ -70,7 +76,14 @@ def kid(first: Tensor, second: Tensor) -> tuple[float, float]:
     draw = rng(len(first), len(second), SUBSETS)
     found = []
     for _ in range(NUM_SUBSETS):
-        found.append(mmd(*(points[draw.choice(len(points), size, replace=False)] for points in (first, second))))
+        found.append(
+            mmd(
+                *(
+                    points[draw.choice(len(points), size, replace=False)]
+                    for points in (first, second)
+                )
+            )
+        )
     return float(np.mean(found)), float(np.std(found))
 
 
@@ -114,13 +127,17 @@ def density_coverage(real: Tensor, made: Tensor, k: int = 5) -> tuple[float, flo
 
 def _share_within(points: Tensor, centres: Tensor, k: int) -> float:
     radii = _radii(centres, k)
-    return sum(int((distances <= radii).any(dim=1).sum()) for distances in _distances(points, centres)) / len(points)
+    return sum(
+        int((distances <= radii).any(dim=1).sum()) for distances in _distances(points, centres)
+    ) / len(points)
 
 
 def _radii(points: Tensor, k: int) -> Tensor:
     """The distance from each point (N, D) to its k-th nearest other one: (N)."""
     nearest = min(k, len(points) - 1) + 1  # the nearest of all is itself
-    return torch.cat([distances.kthvalue(nearest, dim=1).values for distances in _distances(points, points)])
+    return torch.cat(
+        [distances.kthvalue(nearest, dim=1).values for distances in _distances(points, points)]
+    )
 
 
 def _distances(points: Tensor, others: Tensor) -> Iterator[Tensor]:
@@ -138,7 +155,9 @@ def mode_figures(real: Tensor, made: Tensor, num_modes: int) -> tuple[int, float
     Args:
         real, made: (N) and (M) int64 in [0, num_modes), -1 for no mode.
     """
-    real_counts, made_counts = ((modes + 1).bincount(minlength=num_modes + 1).double().cpu() for modes in (real, made))
+    real_counts, made_counts = (
+        (modes + 1).bincount(minlength=num_modes + 1).double().cpu() for modes in (real, made)
+    )
     shares, real_shares = made_counts / len(made), real_counts / len(real)
     there = (real_counts > 0) & (shares >= PRESENT * real_shares)
     smoothed = (real_counts + 1) / (len(real) + num_modes + 1)
@@ -158,7 +177,9 @@ def sliced_wasserstein(first: Tensor, second: Tensor) -> float:
         ValueError: the clouds differ in size.
     """
     if first.shape != second.shape:
-        raise ValueError(f"sliced Wasserstein compares clouds of equal size, not {tuple(first.shape)} with {tuple(second.shape)}")
+        raise ValueError(
+            f"sliced Wasserstein compares clouds of equal size, not {tuple(first.shape)} with {tuple(second.shape)}"
+        )
     return float((first.sort(dim=0).values - second.sort(dim=0).values).abs().mean())
 
 
@@ -170,7 +191,9 @@ def project(images: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _directions(dimensions: int) -> Tensor:
-    directions = torch.from_numpy(rng(dimensions, DIRECTIONS).standard_normal((dimensions, NUM_DIRECTIONS), dtype=np.float32))
+    directions = torch.from_numpy(
+        rng(dimensions, DIRECTIONS).standard_normal((dimensions, NUM_DIRECTIONS), dtype=np.float32)
+    )
     return directions / directions.norm(dim=0)
 
 
@@ -213,12 +236,18 @@ class Judge:
         self.count = min(len(heldout), len(train), samples)
         # Drawn, not the first ones: a folder's pictures come class by class.
         real, self.stand_ins = (
-            np.array_split(rng(len(side), CHOICE).permutation(len(side))[: self.count], -(-self.count // BATCH))
+            np.array_split(
+                rng(len(side), CHOICE).permutation(len(side))[: self.count], -(-self.count // BATCH)
+            )
             for side in (heldout, train)
         )
         self.real = self._see(torch.from_numpy(heldout.centred(part)) for part in real)
-        floor = self._compare(self._see(torch.from_numpy(train.centred(part)) for part in self.stand_ins))
-        self.floor = {f"{tag}_floor": value for tag, value in floor.items() if tag != "heldout_kid_spread"}
+        floor = self._compare(
+            self._see(torch.from_numpy(train.centred(part)) for part in self.stand_ins)
+        )
+        self.floor = {
+            f"{tag}_floor": value for tag, value in floor.items() if tag != "heldout_kid_spread"
+        }
 
     def __call__(self, generate: Callable[[np.ndarray], Tensor]) -> dict[str, float]:
         """All figures of a generator.
@@ -240,18 +269,32 @@ class Judge:
             images = batch.to(self.device)
             features = self.extractor.features(images)
             further = [] if self.inception is None else [self.inception(images).double()]
-            parts.append((features.double(), self.extractor.modes(features), project(images), *further))
-        features, modes, projections, *further = (torch.cat(column) for column in zip(*parts, strict=True))
+            parts.append(
+                (features.double(), self.extractor.modes(features), project(images), *further)
+            )
+        features, modes, projections, *further = (
+            torch.cat(column) for column in zip(*parts, strict=True)
+        )
         return Seen(features, modes, projections, further[0] if further else None)
 
     def _compare(self, made: Seen) -> dict[str, float]:
         real, config = self.real, self.extractor.config
-        figures: dict[str, float] = {"heldout_frechet_distance": frechet_distance(real.features, made.features)}
+        figures: dict[str, float] = {
+            "heldout_frechet_distance": frechet_distance(real.features, made.features)
+        }
         figures["heldout_kid"], figures["heldout_kid_spread"] = kid(real.features, made.features)
-        figures["heldout_precision"], figures["heldout_recall"] = precision_recall(real.features, made.features)
-        figures["heldout_density"], figures["heldout_coverage"] = density_coverage(real.features, made.features)
-        figures["heldout_modes"], figures["heldout_mode_kl"] = mode_figures(real.modes, made.modes, config.num_modes or config.num_classes)
-        figures["heldout_sliced_wasserstein"] = sliced_wasserstein(made.projections, real.projections)
+        figures["heldout_precision"], figures["heldout_recall"] = precision_recall(
+            real.features, made.features
+        )
+        figures["heldout_density"], figures["heldout_coverage"] = density_coverage(
+            real.features, made.features
+        )
+        figures["heldout_modes"], figures["heldout_mode_kl"] = mode_figures(
+            real.modes, made.modes, config.num_modes or config.num_classes
+        )
+        figures["heldout_sliced_wasserstein"] = sliced_wasserstein(
+            made.projections, real.projections
+        )
         if real.inception is not None and made.inception is not None:
             figures["heldout_fid"] = frechet_distance(real.inception, made.inception)
         return figures
@@ -273,10 +316,16 @@ def inception(weights: str, device: torch.device | str) -> Callable[[Tensor], Te
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise ValueError("quality.inception needs torch-fidelity: install it with `pip install 'raykiln[inception]'`") from None
+        raise ValueError(
+            "quality.inception needs torch-fidelity: install it with `pip install 'raykiln[inception]'`"
+        ) from None
     try:
-        torch.load(weights, weights_only=True)  # torch-fidelity itself would run whatever code the file holds
-        net: Any = FeatureExtractorInceptionV3("inception-v3", ["2048"], feature_extractor_weights_path=weights).to(device)
+        torch.load(
+            weights, weights_only=True
+        )  # torch-fidelity itself would run whatever code the file holds
+        net: Any = FeatureExtractorInceptionV3(
+            "inception-v3", ["2048"], feature_extractor_weights_path=weights
+        ).to(device)
     except Exception as error:  # torch raises half a dozen unrelated types for damaged files, and for another net's
         raise ValueError(
             f"quality.inception: {weights} does not hold Inception's weights ({str(error).splitlines()[0]}): "

@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from cluster import storage
@@ -35,13 +41,23 @@ PROMPT_TOKENS, GOLDEN_TOKENS, SAMPLE_TOKENS = 8, 32, 300
 
 # What parity is measured on: for each row of a batch, the sizes of the chunks in which its tokens come.
 CASES: dict[str, list[list[int]]] = {
-    **{f"batch {batch}, cache {cache}": [[cache, 1] if cache else [4]] * batch for batch in (1, 2, 3) for cache in (0, 1, 7)},
+    **{
+        f"batch {batch}, cache {cache}": [[cache, 1] if cache else [4]] * batch
+        for batch in (1, 2, 3)
+        for cache in (0, 1, 7)
+    },
     "ragged batch": [[6, 2], [4, 1], [2, 3]],
     "chunked prefill": [[3, 4, 1]],
 }
 
 
-def export_gpt(model: GPT2LMHeadModel, tokenizer_file: Path, heldout: np.ndarray, folder: Path, weights: str = "fp32") -> dict[str, Any]:
+def export_gpt(
+    model: GPT2LMHeadModel,
+    tokenizer_file: Path,
+    heldout: np.ndarray,
+    folder: Path,
+    weights: str = "fp32",
+) -> dict[str, Any]:
     """Writes a GPT bundle's files (all but the manifest) into `folder`.
 
     Args:
@@ -61,7 +77,9 @@ def export_gpt(model: GPT2LMHeadModel, tokenizer_file: Path, heldout: np.ndarray
     model.eval()
     config, eos = model.config, model.config.eos_token_id
     if not isinstance(eos, int):
-        raise ValueError(f"the model's config has eos_token_id {eos!r}: expected the one token that ends a text")
+        raise ValueError(
+            f"the model's config has eos_token_id {eos!r}: expected the one token that ends a text"
+        )
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.save(str(folder / "tokenizer.json"))
     quantization = None
@@ -75,7 +93,9 @@ def export_gpt(model: GPT2LMHeadModel, tokenizer_file: Path, heldout: np.ndarray
     storage.write_json(folder / "golden.json", golden)
     text = tokenizer.decode(gpt.sample(model, golden["ids"], SAMPLE_TOKENS))
     (folder / "sample.txt").write_text(golden["prompt"] + text + "\n", encoding="utf-8")
-    _save_for_transformers(model, tokenizer_file, tokenizer.id_to_token(eos), folder / "transformers")
+    _save_for_transformers(
+        model, tokenizer_file, tokenizer.id_to_token(eos), folder / "transformers"
+    )
     inputs, outputs = signature(graph.session)
     shape = {
         "vocab_size": config.vocab_size,
@@ -86,10 +106,19 @@ def export_gpt(model: GPT2LMHeadModel, tokenizer_file: Path, heldout: np.ndarray
         "eos_token_id": eos,
     }
     measured = {"parity": parity, "quantization": quantization}
-    return {"kind": "gpt", "inputs": inputs, "outputs": outputs, "opset": OPSET, **measured, "model": shape}
+    return {
+        "kind": "gpt",
+        "inputs": inputs,
+        "outputs": outputs,
+        "opset": OPSET,
+        **measured,
+        "model": shape,
+    }
 
 
-def _write_int8_graph(model: GPT2LMHeadModel, tokenizer: Tokenizer, heldout: np.ndarray, path: Path) -> dict[str, Any]:
+def _write_int8_graph(
+    model: GPT2LMHeadModel, tokenizer: Tokenizer, heldout: np.ndarray, path: Path
+) -> dict[str, Any]:
     """The graph at `path` with 8-bit weights, made from one in float32 that has passed its parity; returns the cost."""
     context = model.config.n_positions
     with tempfile.TemporaryDirectory(prefix="raykiln-fp32-") as scratch:
@@ -114,7 +143,15 @@ class SlotCache:
 
 
 def slot_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float, slot_cache: SlotCache, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    slot_cache: SlotCache,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface in ONNX operators: query, key, value (B, H, S, D) to (B, S, H, D)."""
 
@@ -124,12 +161,18 @@ def slot_attention(
     place = 2 * int(module.layer_idx)  # type: ignore[arg-type]
     keys, values = scatter(slot_cache.past[place], key), scatter(slot_cache.past[place + 1], value)
     slot_cache.present += [keys, values]
-    output = _operator("Attention", (query, keys, values, slot_cache.allowed), {"scale": float(scaling)}, query)
+    output = _operator(
+        "Attention", (query, keys, values, slot_cache.allowed), {"scale": float(scaling)}, query
+    )
     return output.transpose(1, 2), None
 
 
-def _operator(name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], like: Tensor) -> Tensor:
-    (output,) = torch.onnx.ops.symbolic_multi_out(name, inputs, attributes, dtypes=[like.dtype], shapes=[like.shape], version=OPSET)
+def _operator(
+    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], like: Tensor
+) -> Tensor:
+    (output,) = torch.onnx.ops.symbolic_multi_out(
+        name, inputs, attributes, dtypes=[like.dtype], shapes=[like.shape], version=OPSET
+    )
     return output
 
 
@@ -140,10 +183,14 @@ class SlotCacheModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, positions: Tensor, last: Tensor, write: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, ids: Tensor, positions: Tensor, last: Tensor, write: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
         allowed = torch.arange(past[0].shape[2])[None, None, None, :] <= positions[:, None, :, None]
         cache = SlotCache(past, write, allowed)
-        hidden = self.model.transformer(input_ids=ids, position_ids=positions, use_cache=False, slot_cache=cache).last_hidden_state
+        hidden = self.model.transformer(
+            input_ids=ids, position_ids=positions, use_cache=False, slot_cache=cache
+        ).last_hidden_state
         logits = self.model.lm_head(hidden[torch.arange(hidden.shape[0]), last])
         return logits, *cache.present
 
@@ -158,23 +205,40 @@ def write_graph(model: GPT2LMHeadModel, path: Path) -> None:
     # Each input a tensor of its own: torch.export takes one tensor given twice for one input.
     ids, positions = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)
     last, write = torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
-    caches = [torch.zeros(2, config.n_head, 5, config.n_embd // config.n_head) for _ in range(2 * config.n_layer)]
+    caches = [
+        torch.zeros(2, config.n_head, 5, config.n_embd // config.n_head)
+        for _ in range(2 * config.n_layer)
+    ]
     names = [f"{part}_{layer}" for layer in range(config.n_layer) for part in ("key", "value")]
     usual = config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
         with warnings.catch_warnings():
             # The three sizes are named once for each input on purpose: they are the same everywhere.
-            warnings.filterwarnings("ignore", message=r"# The axis name: [BST] will not be used", category=UserWarning)
+            warnings.filterwarnings(
+                "ignore", message=r"# The axis name: [BST] will not be used", category=UserWarning
+            )
             program = torch.onnx.export(
                 SlotCacheModel(model).eval(),
                 (ids, positions, last, write, *caches),
                 dynamo=True,
                 opset_version=OPSET,
                 verbose=False,
-                input_names=["ids", "positions", "last", "write", *(f"past_{name}" for name in names)],
+                input_names=[
+                    "ids",
+                    "positions",
+                    "last",
+                    "write",
+                    *(f"past_{name}" for name in names),
+                ],
                 output_names=["logits", *(f"present_{name}" for name in names)],
-                dynamic_shapes=({**row, 1: tokens}, {**row, 1: tokens}, row, row, (cache,) * len(caches)),
+                dynamic_shapes=(
+                    {**row, 1: tokens},
+                    {**row, 1: tokens},
+                    row,
+                    row,
+                    (cache,) * len(caches),
+                ),
             )
     finally:
         model.set_attn_implementation(usual)
@@ -185,7 +249,9 @@ def write_graph(model: GPT2LMHeadModel, path: Path) -> None:
 # ---------------------------------------------------------------- parity and the golden answer
 
 
-def measure_parity(model: GPT2LMHeadModel, graph: TextGraph, heldout: np.ndarray, weights: str = "fp32") -> dict[str, Any]:
+def measure_parity(
+    model: GPT2LMHeadModel, graph: TextGraph, heldout: np.ndarray, weights: str = "fp32"
+) -> dict[str, Any]:
     """The largest difference between the graph's logits and transformers' with its own cache, over `CASES` of held-out text.
 
     Raises:
@@ -195,9 +261,14 @@ def measure_parity(model: GPT2LMHeadModel, graph: TextGraph, heldout: np.ndarray
     graph.reserve(graph.context)
     differences, peak = {}, 1.0
     for name, chunks in CASES.items():
-        expected = [_reference_logits(model, row, sizes) for row, sizes in zip(rows, chunks, strict=False)]
+        expected = [
+            _reference_logits(model, row, sizes) for row, sizes in zip(rows, chunks, strict=False)
+        ]
         answered = _graph_logits(graph, rows, chunks)
-        differences[name] = max(float(np.abs(mine - theirs).max()) for mine, theirs in zip(answered, expected, strict=True))
+        differences[name] = max(
+            float(np.abs(mine - theirs).max())
+            for mine, theirs in zip(answered, expected, strict=True)
+        )
         peak = max(peak, *(float(np.abs(logits).max()) for logits in expected))
     way_out = VERSIONS if weights == "fp32" else "export with --weights fp32"
     return judge(differences, RELATIVE_TOLERANCE[weights] * peak, "logits", way_out)
@@ -208,27 +279,43 @@ def _reference_logits(model: GPT2LMHeadModel, ids: list[int], sizes: list[int]) 
     """transformers' logits after each chunk of one row: (chunks, V)."""
     logits, cache, start = [], None, 0
     for size in sizes:
-        answer = model(input_ids=torch.tensor([ids[start : start + size]]), past_key_values=cache, use_cache=True)
+        answer = model(
+            input_ids=torch.tensor([ids[start : start + size]]),
+            past_key_values=cache,
+            use_cache=True,
+        )
         logits.append(answer.logits[0, -1].numpy())
         cache, start = answer.past_key_values, start + size
     return np.stack(logits)
 
 
-def _graph_logits(graph: TextGraph, ids: list[list[int]], chunks: list[list[int]]) -> list[np.ndarray]:
+def _graph_logits(
+    graph: TextGraph, ids: list[list[int]], chunks: list[list[int]]
+) -> list[np.ndarray]:
     """The graph's logits after each chunk, rows side by side in one batch: (chunks, V) for each row."""
     sizes = np.array(chunks)  # (B, chunks)
     starts = np.cumsum(sizes, axis=1) - sizes
     logits = []
     for start, size in zip(starts.T, sizes.T, strict=True):
         width = np.arange(size.max())
-        tokens = np.array([np.resize(row[first : first + count], len(width)) for row, first, count in zip(ids, start, size, strict=False)])
+        tokens = np.array(
+            [
+                np.resize(row[first : first + count], len(width))
+                for row, first, count in zip(ids, start, size, strict=False)
+            ]
+        )
         positions = np.minimum(start[:, None] + width, graph.context - 1)
         logits.append(graph.run(0, tokens, positions, size - 1, start))
     return list(np.stack(logits, axis=1))
 
 
 def golden_answer(
-    model: GPT2LMHeadModel, graph: TextGraph, tokenizer: Tokenizer, heldout: np.ndarray, eos: int, weights: str = "fp32"
+    model: GPT2LMHeadModel,
+    graph: TextGraph,
+    tokenizer: Tokenizer,
+    heldout: np.ndarray,
+    eos: int,
+    weights: str = "fp32",
 ) -> dict[str, Any]:
     """What the graph answers greedily to the first words of the held-out text.
 
@@ -248,12 +335,26 @@ def golden_answer(
             raise ValueError(
                 f"the exported graph continues {prompt!r} with the tokens {tokens} and transformers with {expected}: nothing is published"
             )
-    return {"prompt": prompt, "ids": ids, "max_tokens": max_tokens, "tokens": tokens, "text": tokenizer.decode(tokens)}
+    return {
+        "prompt": prompt,
+        "ids": ids,
+        "max_tokens": max_tokens,
+        "tokens": tokens,
+        "text": tokenizer.decode(tokens),
+    }
 
 
-def _reference_tokens(model: GPT2LMHeadModel, ids: list[int], max_tokens: int, eos: int) -> list[int]:
+def _reference_tokens(
+    model: GPT2LMHeadModel, ids: list[int], max_tokens: int, eos: int
+) -> list[int]:
     """transformers' greedy continuation of `ids`, up to and without the end of text."""
-    plain = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos, use_cache=True)
+    plain = GenerationConfig(
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        use_cache=True,
+    )
     prompt = torch.tensor([ids])
     answer = model.generate(  # type: ignore[misc]  # its own annotation does not fit its own models
         prompt, attention_mask=torch.ones_like(prompt), generation_config=plain
@@ -261,7 +362,9 @@ def _reference_tokens(model: GPT2LMHeadModel, ids: list[int], max_tokens: int, e
     return [token for token in answer[0, len(ids) :].tolist() if token != eos]
 
 
-def _save_for_transformers(model: GPT2LMHeadModel, tokenizer_file: Path, eos_token: str | None, folder: Path) -> None:
+def _save_for_transformers(
+    model: GPT2LMHeadModel, tokenizer_file: Path, eos_token: str | None, folder: Path
+) -> None:
     model.config.use_cache = model.generation_config.use_cache = (
         True  # training switches it off; whoever loads the folder wants to generate
     )
@@ -271,4 +374,6 @@ def _save_for_transformers(model: GPT2LMHeadModel, tokenizer_file: Path, eos_tok
     if showed_bars:
         transformers_logging.enable_progress_bar()
     # Not GPT2TokenizerFast: of a tokenizer.json it silently makes an empty vocabulary.
-    PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), bos_token=eos_token, eos_token=eos_token).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_file), bos_token=eos_token, eos_token=eos_token
+    ).save_pretrained(folder)

@@ -33,17 +33,31 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     order = Order(len(tokens), config.run.seed)
 
     torch.manual_seed(config.run.seed)
-    model = build(config, tokens.meta).to(strategy.device)  # before the optimizer: its state goes where the parameters are
+    model = build(config, tokens.meta).to(
+        strategy.device
+    )  # before the optimizer: its state goes where the parameters are
     step, saved = start or (0, None)
     if saved is not None:
         gpt.restore(model, saved["model"])
-    learner = strategy.learner("model", objective(config, model, strategy), adamw(config, model), config.optim.clip, saved, core=model)
+    learner = strategy.learner(
+        "model",
+        objective(config, model, strategy),
+        adamw(config, model),
+        config.optim.clip,
+        saved,
+        core=model,
+    )
     average = Average(learner, config.optim.ema_decay, saved) if config.optim.ema_decay else None
     judged_weights = average.applied if average else nullcontext
     model.train()
 
     flops = step_flops(config, model, tokens.meta["vocab_size"])
-    meter = Meter("tokens_per_s", config.tokens_per_step, flops, peak_flops(strategy.device, strategy.precision) * strategy.world_size)
+    meter = Meter(
+        "tokens_per_s",
+        config.tokens_per_step,
+        flops,
+        peak_flops(strategy.device, strategy.precision) * strategy.world_size,
+    )
 
     def loss_of(places: np.ndarray) -> torch.Tensor:
         with meter.waiting("data"):
@@ -54,12 +68,16 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
     learner.rehearse(lambda: loss_of(np.arange(config.micro_size)))
     final: dict[str, Any] = {}
     while step < config.steps:
-        share = positions(step, config.batch.global_size, config.micro_size, strategy.rank, strategy.world_size)
+        share = positions(
+            step, config.batch.global_size, config.micro_size, strategy.rank, strategy.world_size
+        )
         learner.set_lr(learning_rate(config, step))
         loss = torch.zeros((), device=strategy.device)
         for number, places in enumerate(share):
             # Dropout's noise: a function of where we are, not of what was drawn before.
-            torch.manual_seed(int(rng(config.run.seed, step, number, strategy.rank, 2).integers(2**63)))
+            torch.manual_seed(
+                int(rng(config.run.seed, step, number, strategy.rank, 2).integers(2**63))
+            )
             with learner.accumulating(number, len(share)):
                 part = loss_of(places)
                 learner.backward(part)
@@ -74,7 +92,9 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
         last = step == config.steps
         if worker.measures_at(step):
             figures = finite(strategy.mean({"loss": float(loss), **learner.figures(norm)}), step)
-            recorder.scalars(step, {**figures, "lr": learning_rate(config, step - 1), **meter.read()})
+            recorder.scalars(
+                step, {**figures, "lr": learning_rate(config, step - 1), **meter.read()}
+            )
         with meter.paused():
             judged: dict[str, float] = {}
             if step % config.log.eval_every == 0 or last:
@@ -90,7 +110,11 @@ def train(worker: Worker, start: tuple[int, State] | None) -> dict[str, Any]:
             if worker.saves_at(step, bool(judged)):
                 recorder.flush()  # a run resumed from here has its curves up to here
                 with meter.waiting("checkpoint"):
-                    worker.checkpoints.save(step, learner.state() | (average.state() if average else {}), judged.get("heldout_loss"))
+                    worker.checkpoints.save(
+                        step,
+                        learner.state() | (average.state() if average else {}),
+                        judged.get("heldout_loss"),
+                    )
     with meter.waiting("checkpoint"):
         worker.checkpoints.join()
     strategy.barrier()
@@ -130,7 +154,15 @@ def build(config: GptConfig, dataset: dict[str, Any]) -> Any:
     sizes = config.model
     if sizes.pretrained is not None:
         return gpt.load(sizes.pretrained, sizes.dropout)
-    return gpt.build(dataset["vocab_size"], sizes.context, sizes.width, sizes.layers, sizes.heads, sizes.dropout, dataset["eos_token_id"])
+    return gpt.build(
+        dataset["vocab_size"],
+        sizes.context,
+        sizes.width,
+        sizes.layers,
+        sizes.heads,
+        sizes.dropout,
+        dataset["eos_token_id"],
+    )
 
 
 def step_flops(config: GptConfig, model: Any, vocab_size: int) -> int:
@@ -138,7 +170,10 @@ def step_flops(config: GptConfig, model: Any, vocab_size: int) -> int:
     sizes = model.config
     # From the sizes: under ZeRO-3 the parameters themselves are elsewhere. The four matrices of a block, and the embedding.
     matrices = 12 * sizes.n_layer * sizes.n_embd**2 + vocab_size * sizes.n_embd
-    return gpt_flops(matrices, sizes.n_layer, sizes.n_embd, config.model.context) * config.tokens_per_step
+    return (
+        gpt_flops(matrices, sizes.n_layer, sizes.n_embd, config.model.context)
+        * config.tokens_per_step
+    )
 
 
 def learning_rate(config: GptConfig, step: int) -> float:
@@ -150,7 +185,9 @@ def learning_rate(config: GptConfig, step: int) -> float:
     if optim.schedule == "constant" or step < held:
         return optim.lr
     left = (config.steps - step) / max(config.steps - held, 1)  # 1 -> 0
-    return optim.lr * (left if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left))))
+    return optim.lr * (
+        left if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    )
 
 
 @torch.no_grad()
@@ -168,13 +205,19 @@ def evaluate(model: Any, heldout: text.Tokens, strategy: Strategy) -> dict[str, 
     # As many batches on every worker, the last ones perhaps padding: under ZeRO-3 all of them take part in each forward.
     for _ in range(math.ceil(heldout.num_windows / (strategy.world_size * batch_size))):
         batch = list(itertools.islice(windows, batch_size)) or [heldout.nothing()]
-        inputs, targets = (torch.from_numpy(np.stack(part)).to(strategy.device) for part in zip(*batch, strict=True))
+        inputs, targets = (
+            torch.from_numpy(np.stack(part)).to(strategy.device)
+            for part in zip(*batch, strict=True)
+        )
         with strategy.autocast():
             nats += float(loss(inputs, targets, reduction="sum"))
         judged += int((targets >= 0).sum())
     model.train()
     total_nats, total_judged = strategy.sum([nats, judged])
-    return {"heldout_loss": total_nats / total_judged, "heldout_bits_per_byte": total_nats / math.log(2) / heldout.split["text_bytes"]}
+    return {
+        "heldout_loss": total_nats / total_judged,
+        "heldout_bits_per_byte": total_nats / math.log(2) / heldout.split["text_bytes"],
+    }
 
 
 def objective(config: GptConfig, model: Any, strategy: Strategy) -> nn.Module:
@@ -194,14 +237,18 @@ def objective(config: GptConfig, model: Any, strategy: Strategy) -> nn.Module:
     if strategy.device.type == "cpu":
         # Compiled for several threads, the embedding's gradient is summed in whatever order they come.
         torch.use_deterministic_algorithms(True)
-    loss.compile(dynamic=False)  # in place, before any wrapper: one graph, and the parameters keep their names
+    loss.compile(
+        dynamic=False
+    )  # in place, before any wrapper: one graph, and the parameters keep their names
     return loss
 
 
 def adamw(config: GptConfig, model: nn.Module) -> torch.optim.AdamW:
     """AdamW that decays matrices only."""
     groups = gpt.parameter_groups(model, config.optim.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2), fused=True)
+    return torch.optim.AdamW(
+        groups, lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2), fused=True
+    )
 
 
 def sample(config: GptConfig, model: Any, folder: Any) -> str:
@@ -211,5 +258,13 @@ def sample(config: GptConfig, model: Any, folder: Any) -> str:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     settings = config.sample
     ids = [text.end_of_text(tokenizer), *tokenizer.encode(settings.prompt).ids]
-    written = gpt.sample(model, ids, settings.tokens, settings.temperature, settings.top_k, settings.top_p, seed=config.run.seed)
+    written = gpt.sample(
+        model,
+        ids,
+        settings.tokens,
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        seed=config.run.seed,
+    )
     return settings.prompt + tokenizer.decode(written)

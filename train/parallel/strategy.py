@@ -83,7 +83,9 @@ class Strategy:
         """bfloat16 or float16 for the operations that bear it, as the run's precision says."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16 if self.precision == "bf16" else torch.float16
+        )
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """Each value's mean over the workers; all of them must call it with the same keys."""
@@ -92,7 +94,10 @@ class Strategy:
         keys = sorted(values)
         total = torch.tensor([values[key] for key in keys], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return {key: float(value) / self.world_size for key, value in zip(keys, total.tolist(), strict=True)}
+        return {
+            key: float(value) / self.world_size
+            for key, value in zip(keys, total.tolist(), strict=True)
+        }
 
     def sum(self, values: list[float]) -> list[float]:
         """Each value's sum over the workers."""
@@ -143,7 +148,9 @@ class Learner:
         self.strategy, self.name, self.optimizer, self.clip = strategy, name, optimizer, clip
         self.core = core or module
         self.module = self._wrap(module)  # what a forward goes through
-        self.scaler = torch.amp.GradScaler(strategy.device.type) if strategy.precision == "fp16" else None
+        self.scaler = (
+            torch.amp.GradScaler(strategy.device.type) if strategy.precision == "fp16" else None
+        )
         self._parts = 1
 
     def _wrap(self, module: nn.Module) -> Any:
@@ -209,7 +216,11 @@ class Learner:
 
     def _clip(self) -> torch.Tensor | None:
         """Clips whole gradients; their norm before it."""
-        return None if self.clip is None else nn.utils.clip_grad_norm_(self.core.parameters(), self.clip or math.inf)
+        return (
+            None
+            if self.clip is None
+            else nn.utils.clip_grad_norm_(self.core.parameters(), self.clip or math.inf)
+        )
 
     def figures(self, norm: torch.Tensor | None) -> dict[str, float]:
         """What is worth watching of a step: the gradient's norm, and the scale that keeps fp16 gradients in range."""
@@ -217,7 +228,9 @@ class Learner:
         if self.scaler is not None:
             found["loss_scale"] = self.scaler.get_scale()
             if not math.isfinite(found.get("grad_norm", 0.0)):
-                del found["grad_norm"]  # this update was left out, and the scale is lower now: no divergence
+                del found[
+                    "grad_norm"
+                ]  # this update was left out, and the scale is lower now: no divergence
         return found
 
     # ------------------------------------------------------------ what a checkpoint holds
@@ -236,7 +249,9 @@ class Learner:
     def restore(self, saved: State) -> None:
         """Goes on from what `state` gave, at any number of workers and with any backend; the weights are there already."""
         progress = saved[f"{self.name}_progress"]
-        if progress["updates"]:  # else there are no moments yet: fp16 has left out every update so far, or it is the other net's turn
+        if progress[
+            "updates"
+        ]:  # else there are no moments yet: fp16 has left out every update so far, or it is the other net's turn
             self._set_moments(saved[f"{self.name}_optimizer"], progress["updates"])
         if self.scaler is not None:
             self.scaler.load_state_dict(progress["scaler"])
@@ -259,7 +274,12 @@ class Learner:
     def _moments(self) -> dict[str, torch.Tensor | Fragment]:
         """Adam's moments as {"exp_avg/<parameter>": ...}."""
         state = self.optimizer.state
-        return {f"{key}/{name}": state[p][key] for name, p in self.core.named_parameters() if p in state for key in MOMENTS}
+        return {
+            f"{key}/{name}": state[p][key]
+            for name, p in self.core.named_parameters()
+            if p in state
+            for key in MOMENTS
+        }
 
     def _set_moments(self, saved: Any, updates: int) -> None:
         for name, parameter in self.core.named_parameters():
@@ -272,7 +292,12 @@ def adam_state(parameter: torch.Tensor, updates: int) -> dict[str, torch.Tensor]
     """What torch's Adam keeps of a parameter after `updates` steps; its moments are still to be filled in."""
     # Where torch's fused Adam keeps its count: beside the parameter.
     step = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
-    return {"step": step, **{key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS}}
+    return {
+        "step": step,
+        **{
+            key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS
+        },
+    }
 
 
 class Ddp(Strategy):
@@ -293,7 +318,11 @@ class Average:
     def __init__(self, learner: Learner, decay: float, saved: State | None = None) -> None:
         self.learner, self.decay, self.part = learner, decay, f"{learner.name}_ema"
         self.values = {name: value.clone() for name, value in learner.local().items()}
-        self.buffers = {name: value.clone() for name, value in learner.core.named_buffers() if value.is_floating_point()}
+        self.buffers = {
+            name: value.clone()
+            for name, value in learner.core.named_buffers()
+            if value.is_floating_point()
+        }
         if saved is not None:
             self.restore(saved)
 
@@ -344,4 +373,11 @@ def build(config: Config, device: torch.device | None = None) -> Strategy:
         return Ddp(parallel.precision, device)
     from train.parallel.zero import DeepSpeed  # DeepSpeed takes seconds to import
 
-    return DeepSpeed(parallel.precision, device, parallel.zero_stage, parallel.offload, config.micro_size, config.accumulation)
+    return DeepSpeed(
+        parallel.precision,
+        device,
+        parallel.zero_stage,
+        parallel.offload,
+        config.micro_size,
+        config.accumulation,
+    )

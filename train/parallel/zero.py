@@ -35,7 +35,12 @@ class DeepSpeed(Strategy):
         accumulation: int = 1,
     ) -> None:
         super().__init__(precision, device)
-        self.stage, self.offload, self.micro_size, self.accumulation = stage, offload, micro_size, accumulation
+        self.stage, self.offload, self.micro_size, self.accumulation = (
+            stage,
+            offload,
+            micro_size,
+            accumulation,
+        )
         self.deepspeed = _import(self.device)
 
     def _kind(self) -> "type[Learner]":
@@ -66,7 +71,11 @@ class DeepSpeed(Strategy):
         }
         if self.precision == "bf16":
             # No module's gradients are exchanged in bfloat16: they are summed in fp32, as under DDP.
-            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+            settings["torch_autocast"] = {
+                "enabled": True,
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            }
         return settings
 
 
@@ -80,7 +89,11 @@ def _import(device: torch.device) -> Any:
 
     # Its shared-memory collectives would be compiled at the first initialize(); gloo does as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore",
+        message=r".*(all_gather_into_tensor|reduce_scatter_tensor).*",
+        category=FutureWarning,
+    )
     return deepspeed
 
 
@@ -92,7 +105,9 @@ class _Engine(Learner):
     def _wrap(self, module: nn.Module) -> Any:
         assert dist.is_initialized(), "DeepSpeed needs a process group"
         settings = self.strategy.settings(self.clip)
-        return self.strategy.deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings, dist_init_required=False)[0]
+        return self.strategy.deepspeed.initialize(
+            model=module, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )[0]
 
     @property
     def zero(self) -> Any:
@@ -151,7 +166,12 @@ class _SpreadOptimizer(_Engine):
         for name, parameter in self.core.named_parameters():
             place = parameter._hp_mapping  # type: ignore[attr-defined]  # deepspeed.utils.tensor_fragment
             if place is not None:
-                yield name, parameter, self.zero.single_partition_of_fp32_groups[place.param_group_index], place
+                yield (
+                    name,
+                    parameter,
+                    self.zero.single_partition_of_fp32_groups[place.param_group_index],
+                    place,
+                )
 
 
 class _SpreadParameters(_Engine):
@@ -159,10 +179,17 @@ class _SpreadParameters(_Engine):
 
     def local(self) -> dict[str, torch.Tensor]:
         self.zero._partition_all_parameters()  # what a forward has gathered is a copy that a write to the shares would not reach
-        return {name: self._owned(parameter, parameter.ds_tensor.data) for name, parameter in self.core.named_parameters()}  # type: ignore[attr-defined]
+        return {
+            name: self._owned(parameter, parameter.ds_tensor.data)
+            for name, parameter in self.core.named_parameters()
+        }  # type: ignore[attr-defined]
 
     def spread(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Fragment]:
-        return {name: self._fragment(self.core.get_parameter(name), value) for name, value in values.items() if value.numel()}
+        return {
+            name: self._fragment(self.core.get_parameter(name), value)
+            for name, value in values.items()
+            if value.numel()
+        }
 
     def share(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         parameter = self.core.get_parameter(name)
@@ -173,7 +200,10 @@ class _SpreadParameters(_Engine):
         found: dict[str, torch.Tensor | Fragment] = {}
         for name, parameter in self.core.named_parameters():
             for key in MOMENTS:
-                values = self._owned(parameter, self.strategy.deepspeed.utils.safe_get_local_optimizer_state(parameter, key))
+                values = self._owned(
+                    parameter,
+                    self.strategy.deepspeed.utils.safe_get_local_optimizer_state(parameter, key),
+                )
                 if values.numel():
                     found[f"{key}/{name}"] = self._fragment(parameter, values)
         return found

@@ -43,7 +43,9 @@ class Manifest:
     step: int
     world_size: int
     strategy: str
-    score: float | None  # on held-out data at this very step, the smaller the better; None: not judged
+    score: (
+        float | None
+    )  # on held-out data at this very step, the smaller the better; None: not judged
     files: dict[str, dict[str, Any]]
     config: dict[str, Any]
 
@@ -80,7 +82,9 @@ def complete(run_uri: str) -> list[Manifest]:
         try:
             found.append(_manifest(storage.join(above, name)))
         except FileNotFoundError:
-            log.warning("checkpoint %s is skipped: it has no manifest.json, so it was never finished", name)
+            log.warning(
+                "checkpoint %s is skipped: it has no manifest.json, so it was never finished", name
+            )
         except ValueError as problem:
             log.warning("checkpoint %s is skipped: %s", name, problem)
             damaged.append(f"{name}: {problem}")
@@ -102,14 +106,18 @@ def _manifest(uri: str) -> Manifest:
         raise FileNotFoundError(uri)
     values = storage.read_json(storage.join(uri, MANIFEST))
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ValueError(f"its manifest.json is of another format than {FORMAT}, which this version of raykiln reads")
+        raise ValueError(
+            f"its manifest.json is of another format than {FORMAT}, which this version of raykiln reads"
+        )
     try:
         manifest = Manifest(**values)
     except TypeError as error:
         raise ValueError(f"its manifest.json is damaged ({error})") from None
     for file, facts in manifest.files.items():
         if present.get(file) != facts["bytes"]:
-            raise ValueError(f"{file} should have {facts['bytes']} bytes and has {present.get(file, 'none')}")
+            raise ValueError(
+                f"{file} should have {facts['bytes']} bytes and has {present.get(file, 'none')}"
+            )
     return manifest
 
 
@@ -120,7 +128,9 @@ def newest(run_uri: str) -> Manifest | None:
 
 def best(manifests: list[Manifest]) -> list[Manifest]:
     """Those that were judged, the best first; of equals the later one."""
-    return sorted((one for one in manifests if one.score is not None), key=lambda one: (one.score, -one.step))
+    return sorted(
+        (one for one in manifests if one.score is not None), key=lambda one: (one.score, -one.step)
+    )
 
 
 # ---------------------------------------------------------------- reading
@@ -180,7 +190,10 @@ def read(run_uri: str, manifest: Manifest) -> State:
         parts.setdefault(facts["part"], []).append(folder / file)
     try:
         return {
-            part: storage.read_json(files[0]) if files[0].suffix == ".json" else Part(sorted(files), owner) for part, files in parts.items()
+            part: storage.read_json(files[0])
+            if files[0].suffix == ".json"
+            else Part(sorted(files), owner)
+            for part, files in parts.items()
         }
     except SafetensorError as error:
         raise ValueError(f"{uri} is damaged ({error})") from None
@@ -215,10 +228,18 @@ class Checkpointer:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
-        self.run_uri, self.config, self.strategy, self.driver, self.reached = run_uri, config, strategy, driver, reached
+        self.run_uri, self.config, self.strategy, self.driver, self.reached = (
+            run_uri,
+            config,
+            strategy,
+            driver,
+            reached,
+        )
         self.keep_last, self.keep_best = keep_last, keep_best
         # The writers agree in the background, beside the exchange of gradients: that needs a group of its own.
-        self._group: Any = dist.new_group(backend="gloo", timeout=UPLOAD_LIMIT) if self.world_size > 1 else None
+        self._group: Any = (
+            dist.new_group(backend="gloo", timeout=UPLOAD_LIMIT) if self.world_size > 1 else None
+        )
         self._writer: threading.Thread | None = None
         self._failure: str | None = None
 
@@ -257,7 +278,9 @@ class Checkpointer:
             trouble = str(error)
         damages, troubles = zip(*self._gather((damage, trouble)), strict=True)
         if any(troubles):
-            raise OSError(f"checkpoint {manifest.folder} of {self.run_uri} could not be read: {next(filter(None, troubles))}")
+            raise OSError(
+                f"checkpoint {manifest.folder} of {self.run_uri} could not be read: {next(filter(None, troubles))}"
+            )
         return (None, next(filter(None, damages))) if any(damages) else (state, None)
 
     def save(self, step: int, state: State, score: float | None = None) -> None:
@@ -274,7 +297,9 @@ class Checkpointer:
         """
         self.join()
         mine = {part: copy for part, values in state.items() if (copy := self._mine(values))}
-        self._writer = threading.Thread(target=self._write, args=(step, mine, score), name="checkpoint-writer", daemon=True)
+        self._writer = threading.Thread(
+            target=self._write, args=(step, mine, score), name="checkpoint-writer", daemon=True
+        )
         self._writer.start()
 
     def join(self) -> None:
@@ -288,13 +313,19 @@ class Checkpointer:
             self._writer = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise Halt(f"a checkpoint could not be written below {self.run_uri}/checkpoints ({failure}); the older ones are untouched")
+            raise Halt(
+                f"a checkpoint could not be written below {self.run_uri}/checkpoints ({failure}); the older ones are untouched"
+            )
 
     def _mine(self, values: dict[str, Any]) -> dict[str, Any]:
         """A copy on the CPU of what this worker writes of a part: training goes on meanwhile."""
         if not _is_tensors(values):
             return dict(values) if self.rank == 0 else {}
-        return {name: _to_cpu(value) for name, value in values.items() if self.rank == 0 or isinstance(value, Fragment)}
+        return {
+            name: _to_cpu(value)
+            for name, value in values.items()
+            if self.rank == 0 or isinstance(value, Fragment)
+        }
 
     # ------------------------------------------------------------ in the background
 
@@ -306,7 +337,9 @@ class Checkpointer:
                 files = self._agree(lambda: self._upload(uri, mine))
                 self.reached("upload", step)
                 merged = {file: facts for part in files for file, facts in part.items()}
-                manifest = Manifest(FORMAT, step, self.world_size, self.strategy, score, merged, self.config)
+                manifest = Manifest(
+                    FORMAT, step, self.world_size, self.strategy, score, merged, self.config
+                )
                 self._agree(lambda: self._finish(uri, manifest) if self.rank == 0 else None)
             except ValueError:
                 self._discard(uri)
@@ -345,7 +378,11 @@ class Checkpointer:
         with tempfile.TemporaryDirectory(prefix="raykiln-checkpoint-") as scratch:
             for part, values in mine.items():
                 path = self._write_part(Path(scratch), part, values)
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": storage.sha256(path), "part": part}
+                files[path.name] = {
+                    "bytes": path.stat().st_size,
+                    "sha256": storage.sha256(path),
+                    "part": part,
+                }
             try:
                 storage.upload(scratch, uri)
             except OSError:
@@ -358,9 +395,19 @@ class Checkpointer:
             storage.write_json(folder / f"{part}.json", values)
             return folder / f"{part}.json"
         fragments = {name: value for name, value in values.items() if isinstance(value, Fragment)}
-        places = {name: {"start": value.start, "shape": list(value.shape)} for name, value in fragments.items()}
-        path = folder / (f"{part}-{self.rank:05d}-of-{self.world_size:05d}.safetensors" if fragments else f"{part}.safetensors")
-        tensors = {name: value.values if isinstance(value, Fragment) else value for name, value in values.items()}
+        places = {
+            name: {"start": value.start, "shape": list(value.shape)}
+            for name, value in fragments.items()
+        }
+        path = folder / (
+            f"{part}-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
+            if fragments
+            else f"{part}.safetensors"
+        )
+        tensors = {
+            name: value.values if isinstance(value, Fragment) else value
+            for name, value in values.items()
+        }
         save_file(tensors, path, metadata={"fragments": json.dumps(places)} if fragments else None)
         return path
 
@@ -378,10 +425,14 @@ class Checkpointer:
             found = [one for one in complete(self.run_uri) if one.step <= step]
             kept = [*found[: self.keep_last], *best(found)[: self.keep_best]]
             unfinished = [
-                name for name in _folders(above) if _step(name) < step and not storage.exists(storage.join(above, name, MANIFEST))
+                name
+                for name in _folders(above)
+                if _step(name) < step and not storage.exists(storage.join(above, name, MANIFEST))
             ]
             for name in [*(one.folder for one in found if one not in kept), *unfinished]:
-                storage.delete(storage.join(above, name, MANIFEST))  # first: what is left of it is no checkpoint
+                storage.delete(
+                    storage.join(above, name, MANIFEST)
+                )  # first: what is left of it is no checkpoint
                 storage.delete(storage.join(above, name))
         except (ValueError, OSError) as problem:
             log.warning("old checkpoints could not be deleted: %s", problem)
@@ -405,10 +456,14 @@ class Checkpointer:
 
 
 def _is_tensors(values: dict[str, Any]) -> bool:
-    return bool(values) and all(isinstance(value, (torch.Tensor, Fragment)) for value in values.values())
+    return bool(values) and all(
+        isinstance(value, (torch.Tensor, Fragment)) for value in values.values()
+    )
 
 
 def _to_cpu(value: torch.Tensor | Fragment) -> torch.Tensor | Fragment:
     if isinstance(value, Fragment):
-        return Fragment(value.values.detach().to("cpu", copy=True).contiguous(), value.start, value.shape)
+        return Fragment(
+            value.values.detach().to("cpu", copy=True).contiguous(), value.start, value.shape
+        )
     return value.detach().to("cpu", copy=True).contiguous()

@@ -13,7 +13,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # T4 (2019), V100 (2020); RTX 4090: the Ada architecture's white paper, table 2. No figure: the device has no such units.
 CUDA_TFLOPS: dict[str, dict[str, float]] = {
     r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5},
-    r"H100 80GB HBM3": {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp32": 66.9},  # the SXM module
+    r"H100 80GB HBM3": {
+        "bf16": 989.4,
+        "fp16": 989.4,
+        "tf32": 494.7,
+        "fp32": 66.9,
+    },  # the SXM module
     r"H100 PCIe": {"bf16": 756, "fp16": 756, "tf32": 378, "fp32": 51.2},
     r"H100 NVL": {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60},
     r"H200": {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp32": 66.9},
@@ -53,7 +58,11 @@ def peak_flops(device: torch.device, precision: str) -> float:
         precision: "fp32", "bf16" or "fp16". fp32 on CUDA counts as TF32 where torch is set to use it.
     """
     if device.type == "cuda":
-        return _listed(torch.cuda.get_device_name(device), precision, torch.get_float32_matmul_precision() != "highest")
+        return _listed(
+            torch.cuda.get_device_name(device),
+            precision,
+            torch.get_float32_matmul_precision() != "highest",
+        )
     return _measured(DTYPES[precision]) if device.type == "cpu" else 0.0
 
 

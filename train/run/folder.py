@@ -72,7 +72,10 @@ def open_run(config: Config, root: str, stem: str) -> Iterator[Run]:
         ValueError: run.resume and what is on storage do not agree, the config is another than the run's, or
             another driver lives.
     """
-    name = config.run.name or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = (
+        config.run.name
+        or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     uri = storage.join(root, "runs", name)
     _start(config, name, uri)  # what is refused leaves no trace
     with _driver(name, uri) as token:
@@ -96,7 +99,9 @@ def _start(config: Config, name: str, uri: str) -> int:
         )
     _refuse_another_config(config, name, newest.config)
     if newest.step > config.steps:
-        raise ValueError(f"run {name} is at step {newest.step}, beyond steps {config.steps}: use another --run.name, or more --steps")
+        raise ValueError(
+            f"run {name} is at step {newest.step}, beyond steps {config.steps}: use another --run.name, or more --steps"
+        )
     return newest.step
 
 
@@ -126,11 +131,18 @@ def _driver(name: str, uri: str) -> Iterator[str]:
     if storage.exists(place):
         _refuse_if_alive(name, storage.read_json(place))
     token = secrets.token_hex(8)
-    me = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    me = {
+        "token": token,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+    }
     storage.write_json(place, {**me, "heartbeat": time.time()})
     time.sleep(0.05)
     if storage.read_json(place)["token"] != token:
-        raise ValueError(f"run {name} was started by another process at the same moment: one of the two is enough")
+        raise ValueError(
+            f"run {name} was started by another process at the same moment: one of the two is enough"
+        )
     over = threading.Event()
 
     def beat() -> None:
@@ -140,7 +152,11 @@ def _driver(name: str, uri: str) -> Iterator[str]:
                     return  # taken over: the other driver's file is not ours to touch
                 storage.write_json(place, {**me, "heartbeat": time.time()})
             except OSError as error:
-                log.warning("the heartbeat of run %s could not be written (%s): it is tried again", name, error)
+                log.warning(
+                    "the heartbeat of run %s could not be written (%s): it is tried again",
+                    name,
+                    error,
+                )
 
     heart = threading.Thread(target=beat, name="driver-heartbeat", daemon=True)
     heart.start()
@@ -149,7 +165,9 @@ def _driver(name: str, uri: str) -> Iterator[str]:
     finally:
         over.set()
         heart.join()
-        with suppress(OSError):  # a full disk: why the run ended matters more, and the next driver sees that this one is gone
+        with suppress(
+            OSError
+        ):  # a full disk: why the run ended matters more, and the next driver sees that this one is gone
             if storage.read_json(place)["token"] == token:
                 storage.write_json(place, {**me, "heartbeat": 0})
 
@@ -158,7 +176,10 @@ def _refuse_if_alive(name: str, other: dict[str, Any]) -> None:
     if other["heartbeat"] == 0:
         return
     if other["host"] == socket.gethostname():
-        alive = psutil.pid_exists(other["pid"]) and abs(psutil.Process(other["pid"]).create_time() - other["started"]) < 1
+        alive = (
+            psutil.pid_exists(other["pid"])
+            and abs(psutil.Process(other["pid"]).create_time() - other["started"]) < 1
+        )
     else:
         alive = time.time() - other["heartbeat"] < STALE_S
     if alive:

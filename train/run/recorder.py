@@ -23,7 +23,15 @@ import ray
 from PIL import Image
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from cluster import storage
 from train.parallel.strategy import Halt
@@ -55,7 +63,9 @@ class Recorder(Silent):
         wandb: for a copy in Weights & Biases: mode ("online" or "offline"), project, name and config of the run.
     """
 
-    def __init__(self, run_uri: str, start: int = 0, feed: Any = None, wandb: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, run_uri: str, start: int = 0, feed: Any = None, wandb: dict[str, Any] | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         local = storage.local_path(run_uri)
@@ -65,12 +75,23 @@ class Recorder(Silent):
         self._feed = feed
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         if self._remote:
-            for name in {"metrics.jsonl", "starts.jsonl", "alarms.jsonl"} & set(storage.names(self._remote)):
-                (self.folder / name).write_bytes(storage.read_bytes(storage.join(self._remote, name)))
+            for name in {"metrics.jsonl", "starts.jsonl", "alarms.jsonl"} & set(
+                storage.names(self._remote)
+            ):
+                (self.folder / name).write_bytes(
+                    storage.read_bytes(storage.join(self._remote, name))
+                )
         self._log = self.folder / "metrics.jsonl"
-        kept = [row for row in read(str(self.folder)) if row["step"] <= start] if self._log.exists() else []
+        kept = (
+            [row for row in read(str(self.folder)) if row["step"] <= start]
+            if self._log.exists()
+            else []
+        )
         _write_jsonl(self._log, kept)
-        _write_jsonl(self.folder / "alarms.jsonl", [alarm for alarm in alarms(str(self.folder)) or [] if alarm["step"] <= start])
+        _write_jsonl(
+            self.folder / "alarms.jsonl",
+            [alarm for alarm in alarms(str(self.folder)) or [] if alarm["step"] <= start],
+        )
         begun = [*starts(str(self.folder)), {"time": round(time.time(), 3), "step": start}]
         _write_jsonl(self.folder / "starts.jsonl", begun)
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start + 1)
@@ -123,7 +144,9 @@ class Recorder(Silent):
             try:
                 storage.upload_changed(self.folder, self._remote, self._uploaded)
             except OSError as problem:  # the curves are not worth a run; a store that is gone will fail the next checkpoint
-                logger.warning("curves and samples could not be written to %s: %s", self._remote, problem)
+                logger.warning(
+                    "curves and samples could not be written to %s: %s", self._remote, problem
+                )
 
     def close(self) -> None:
         self._board.close()
@@ -142,7 +165,9 @@ def finite(figures: dict[str, float], step: int) -> dict[str, float]:
     """
     for tag, value in figures.items():
         if not math.isfinite(value):
-            raise Halt(f"{tag} is {value} at step {step}: training has diverged; start another run with a lower optim.lr")
+            raise Halt(
+                f"{tag} is {value} at step {step}: training has diverged; start another run with a lower optim.lr"
+            )
     return figures
 
 
@@ -156,9 +181,13 @@ class Meter:
         peak_flops: what all workers' devices together do a second at best; 0: unknown.
     """
 
-    def __init__(self, tag: str, per_step: int, flop_per_step: float = 0, peak_flops: float = 0) -> None:
+    def __init__(
+        self, tag: str, per_step: int, flop_per_step: float = 0, peak_flops: float = 0
+    ) -> None:
         self._tag, self._per_step = tag, per_step
-        self._best_s = flop_per_step / peak_flops if peak_flops else 0.0  # what a step would take at the peak
+        self._best_s = (
+            flop_per_step / peak_flops if peak_flops else 0.0
+        )  # what a step would take at the peak
         self._since = time.perf_counter()
         self._seconds, self._steps, self._all_steps = 0.0, 0, 0
         self._waited: dict[str, float] = {}
@@ -193,7 +222,11 @@ class Meter:
 
     def total(self) -> dict[str, float]:
         """The run's speed and mfu over all readings and their seconds as train_s; <name>_s for all that was waited for till now."""
-        speed = {**self._speed(self._all_steps, self._seconds), "train_s": self._seconds} if self._seconds else {}
+        speed = (
+            {**self._speed(self._all_steps, self._seconds), "train_s": self._seconds}
+            if self._seconds
+            else {}
+        )
         return {**speed, **_in_seconds(_sums(self._all_waited, self._waited))}
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
@@ -229,7 +262,9 @@ def alarms(run_uri: str) -> list[dict[str, Any]] | None:
 def _jsonl(place: str) -> list[dict[str, Any]]:
     rows = []
     for line in storage.read_bytes(place).decode().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the line that a killed process was writing
+        with contextlib.suppress(
+            json.JSONDecodeError
+        ):  # the line that a killed process was writing
             rows.append(json.loads(line))
     return rows
 
@@ -304,13 +339,21 @@ def _rows(feed: Any, done: threading.Event) -> Iterator[list[Row]]:
 
 
 def _summary(row: dict[str, float], speed: str) -> str:
-    shown = [f"{tag} {value:.4g}" for tag, value in row.items() if tag not in {"step", speed} and ("loss" in tag or "bits" in tag)]
+    shown = [
+        f"{tag} {value:.4g}"
+        for tag, value in row.items()
+        if tag not in {"step", speed} and ("loss" in tag or "bits" in tag)
+    ]
     return "  ".join(shown)
 
 
 def _rate(row: dict[str, float], speed: str) -> str:
     mfu = f", {row['mfu']:.0%} of the peak" if "mfu" in row else ""
-    return f"  {row[speed]:,.0f} {speed.replace('_per_s', '/s').replace('_', ' ')}{mfu}" if speed in row else ""
+    return (
+        f"  {row[speed]:,.0f} {speed.replace('_per_s', '/s').replace('_', ' ')}{mfu}"
+        if speed in row
+        else ""
+    )
 
 
 def _bar(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
@@ -323,7 +366,11 @@ def _bar(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -
                     progress.console.print(row, markup=False)
                     continue
                 if "loss" in " ".join(row):
-                    progress.update(task, completed=row["step"], figures=_summary(row, speed) + _rate(row, speed))
+                    progress.update(
+                        task,
+                        completed=row["step"],
+                        figures=_summary(row, speed) + _rate(row, speed),
+                    )
 
 
 def _lines(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:

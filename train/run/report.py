@@ -45,7 +45,10 @@ PANELS = {
     ],
 }  # fmt: skip
 COLUMNS = 3  # panels side by side
-LOGARITHMIC = {"heldout_fid", "heldout_frechet_distance"}  # from first blots to the floor they fall a thousandfold
+LOGARITHMIC = {
+    "heldout_fid",
+    "heldout_frechet_distance",
+}  # from first blots to the floor they fall a thousandfold
 WILD = 50.0  # a peak of so many times the median would leave nothing to see of the rest on a linear scale
 # Colour and width: those of one step lie upon each other, the narrower above.
 ALARMS = {
@@ -82,7 +85,9 @@ QUALITY = {
 def is_headline(tag: str) -> bool:
     """Whether a figure belongs into a line on the terminal: no seconds, floors or spreads, nor what only the report explains."""
     quality = {"heldout_frechet_distance", "heldout_recall", "heldout_coverage", "heldout_fid"}
-    of_a_gan = {name for figure in QUALITY for name in (figure, f"{figure}_floor", f"{figure}_spread")} | {"heldout_samples"}
+    of_a_gan = {
+        name for figure in QUALITY for name in (figure, f"{figure}_floor", f"{figure}_spread")
+    } | {"heldout_samples"}
     return tag not in TIMES and (tag in quality or tag not in of_a_gan)
 
 
@@ -95,22 +100,40 @@ def write(uri: str, summary: dict[str, Any]) -> None:
     """
     kind = summary["kind"]
     alarms = metrics.alarms(uri) if kind == "gan" else None
-    storage.write_bytes(storage.join(uri, "curves.png"), curves(metrics.read(uri), kind, summary["run"], alarms or []))
-    page = [*_head(uri, summary), *(_gan(uri, summary["metrics"], alarms) if kind == "gan" else _gpt(uri, summary["metrics"]))]
+    storage.write_bytes(
+        storage.join(uri, "curves.png"),
+        curves(metrics.read(uri), kind, summary["run"], alarms or []),
+    )
+    page = [
+        *_head(uri, summary),
+        *(
+            _gan(uri, summary["metrics"], alarms)
+            if kind == "gan"
+            else _gpt(uri, summary["metrics"])
+        ),
+    ]
     storage.write_bytes(storage.join(uri, "report.md"), "\n".join(page).encode())
 
 
 # ---------------------------------------------------------------- curves
 
 
-def curves(rows: list[dict[str, float]], kind: str, title: str, alarms: Sequence[dict[str, Any]] = ()) -> bytes:
+def curves(
+    rows: list[dict[str, float]], kind: str, title: str, alarms: Sequence[dict[str, Any]] = ()
+) -> bytes:
     """The run's curves over its steps, as a PNG: floors are dashed, alarms vertical lines."""
     from matplotlib.figure import Figure  # no pyplot: it would look for a screen
     from matplotlib.lines import Line2D
 
-    panels = [(label, found) for label, tags in PANELS[kind] if (found := [tag for tag in tags if any(tag in row for row in rows)])]
+    panels = [
+        (label, found)
+        for label, tags in PANELS[kind]
+        if (found := [tag for tag in tags if any(tag in row for row in rows)])
+    ]
     rows_of_panels = max(math.ceil(len(panels) / COLUMNS), 1)
-    figure = Figure(figsize=(5 * min(max(len(panels), 1), COLUMNS), 3.4 * rows_of_panels), layout="constrained")
+    figure = Figure(
+        figsize=(5 * min(max(len(panels), 1), COLUMNS), 3.4 * rows_of_panels), layout="constrained"
+    )
     figure.suptitle(title)
     for place, (label, tags) in enumerate(panels, 1):
         axes = figure.add_subplot(rows_of_panels, min(len(panels), COLUMNS), place)
@@ -121,7 +144,10 @@ def curves(rows: list[dict[str, float]], kind: str, title: str, alarms: Sequence
         axes.set_xlabel("step")
         axes.set_title(label, fontsize=10)
     if kinds := {alarm["kind"] for alarm in alarms}:
-        lines = [Line2D([], [], color=ALARMS[kind][0], linewidth=ALARMS[kind][1], label=f"alarm: {kind}") for kind in sorted(kinds)]
+        lines = [
+            Line2D([], [], color=ALARMS[kind][0], linewidth=ALARMS[kind][1], label=f"alarm: {kind}")
+            for kind in sorted(kinds)
+        ]
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
@@ -132,13 +158,30 @@ def _panel(axes: Any, rows: list[dict[str, float]], tags: list[str], fit: bool) 
     """Some figures in one panel, each with its spread and its floor where it has them; `fit`: on a scale that shows them."""
     for tag in tags:
         steps, values = _points(rows, tag)
-        (line,) = axes.plot(steps, values, label=tag, marker="." if len(steps) < 20 else None, linewidth=1.2)
+        (line,) = axes.plot(
+            steps, values, label=tag, marker="." if len(steps) < 20 else None, linewidth=1.2
+        )
         if len(spread := _points(rows, f"{tag}_spread")[1]) == len(values):
-            axes.fill_between(steps, values - spread, values + spread, color=line.get_color(), alpha=0.2, linewidth=0)
+            axes.fill_between(
+                steps,
+                values - spread,
+                values + spread,
+                color=line.get_color(),
+                alpha=0.2,
+                linewidth=0,
+            )
         if len((floor := _points(rows, f"{tag}_floor"))[0]):
-            axes.plot(*floor, color=line.get_color(), linestyle="--", linewidth=1, label=None if tag != tags[0] else "floor: real pictures")
+            axes.plot(
+                *floor,
+                color=line.get_color(),
+                linestyle="--",
+                linewidth=1,
+                label=None if tag != tags[0] else "floor: real pictures",
+            )
     if fit:
-        _fit(axes, np.concatenate([_points(rows, tag)[1] for tag in tags]), set(tags) <= LOGARITHMIC)
+        _fit(
+            axes, np.concatenate([_points(rows, tag)[1] for tag in tags]), set(tags) <= LOGARITHMIC
+        )
     axes.grid(alpha=0.3)
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(fontsize=8)
@@ -147,7 +190,9 @@ def _panel(axes: Any, rows: list[dict[str, float]], tags: list[str], fit: bool) 
 def _points(rows: list[dict[str, float]], tag: str) -> tuple[np.ndarray, np.ndarray]:
     """The steps at which a figure was recorded and its values, (N) and (N)."""
     found = [(row["step"], row[tag]) for row in rows if tag in row]
-    return np.array([step for step, _ in found]), np.array([value for _, value in found], dtype=float)
+    return np.array([step for step, _ in found]), np.array(
+        [value for _, value in found], dtype=float
+    )
 
 
 def _fit(axes: Any, values: np.ndarray, logarithmic: bool) -> None:
@@ -166,13 +211,29 @@ def _fit(axes: Any, values: np.ndarray, logarithmic: bool) -> None:
 def _head(uri: str, summary: dict[str, Any]) -> list[str]:
     """What ran, how often it was started again, and where its time went."""
     steps = f"{summary['steps']} steps on {summary['workers']} worker(s)"
-    lines = [f"# Run {summary['run']}", "", f"{steps}, data {summary['dataset']}; the last command took {summary['seconds']:,} s.", ""]
+    lines = [
+        f"# Run {summary['run']}",
+        "",
+        f"{steps}, data {summary['dataset']}; the last command took {summary['seconds']:,} s.",
+        "",
+    ]
     if "failed" in summary:
-        lines = [*lines[:2], f"**It did not reach its {summary['steps']} steps.** {summary['failed']}.", ""]
+        lines = [
+            *lines[:2],
+            f"**It did not reach its {summary['steps']} steps.** {summary['failed']}.",
+            "",
+        ]
     starts = metrics.starts(uri)
     lines += _starts(starts)
-    if spent := [f"{summary['metrics'][tag]:,.1f} s {what}" for tag, what in TIMES.items() if tag in summary["metrics"]]:
-        lines += [f"Time{' since the last start' if len(starts) > 1 else ''}: {', '.join(spent)}.", ""]
+    if spent := [
+        f"{summary['metrics'][tag]:,.1f} s {what}"
+        for tag, what in TIMES.items()
+        if tag in summary["metrics"]
+    ]:
+        lines += [
+            f"Time{' since the last start' if len(starts) > 1 else ''}: {', '.join(spent)}.",
+            "",
+        ]
     return lines
 
 
@@ -181,7 +242,8 @@ def _starts(starts: list[dict[str, float]]) -> list[str]:
     if len(starts) < 2:
         return []
     again = [
-        f"- from step {start['step']:.0f} at {datetime.fromtimestamp(start['time'], UTC):%Y-%m-%d %H:%M:%S} UTC" for start in starts[1:]
+        f"- from step {start['step']:.0f} at {datetime.fromtimestamp(start['time'], UTC):%Y-%m-%d %H:%M:%S} UTC"
+        for start in starts[1:]
     ]
     return [f"Resumed {len(again)} time(s):", "", *again, ""]
 
@@ -189,8 +251,19 @@ def _starts(starts: list[dict[str, float]]) -> list[str]:
 def _figures(figures: dict[str, float]) -> list[str]:
     """A table of the figures that no other part of the page has, the curves, and where all of it is from."""
     rest = [f"| {tag} | {value:,.4g} |" for tag, value in figures.items() if tag not in TIMES]
-    sources = "The config is in `run.yaml`, every measurement in `metrics.jsonl` and `tensorboard/`."
-    return ["| figure | value |", "| --- | ---: |", *rest, "", "![curves](curves.png)", "", sources, ""]
+    sources = (
+        "The config is in `run.yaml`, every measurement in `metrics.jsonl` and `tensorboard/`."
+    )
+    return [
+        "| figure | value |",
+        "| --- | ---: |",
+        *rest,
+        "",
+        "![curves](curves.png)",
+        "",
+        sources,
+        "",
+    ]
 
 
 def _gpt(uri: str, figures: dict[str, float]) -> list[str]:
@@ -203,7 +276,9 @@ def _gpt(uri: str, figures: dict[str, float]) -> list[str]:
 
 def _gan(uri: str, figures: dict[str, float], alarms: list[dict[str, Any]] | None) -> list[str]:
     samples = _samples(uri)
-    quality = {name for tag in QUALITY for name in (tag, f"{tag}_floor", f"{tag}_spread")} | {"heldout_samples"}
+    quality = {name for tag in QUALITY for name in (tag, f"{tag}_floor", f"{tag}_spread")} | {
+        "heldout_samples"
+    }
     return [
         *_alarms(alarms),
         *_film(uri, samples),
@@ -221,7 +296,9 @@ def _gan(uri: str, figures: dict[str, float], alarms: list[dict[str, Any]] | Non
 def _alarms(alarms: list[dict[str, Any]] | None) -> list[str]:
     if alarms is None:
         return []
-    said = [f"- step {alarm['step']:,}, **{alarm['kind']}**: {alarm['sentence']}" for alarm in alarms] or ["No alarms."]
+    said = [
+        f"- step {alarm['step']:,}, **{alarm['kind']}**: {alarm['sentence']}" for alarm in alarms
+    ] or ["No alarms."]
     return ["## Alarms", "", *said, ""]
 
 
@@ -247,21 +324,45 @@ def _film(uri: str, samples: dict[str, dict[int, str]]) -> list[str]:
         _picture(uri, real[max(real)]) if real else None,
     )
     storage.write_bytes(storage.join(uri, "film.png"), strip)
-    what = "The same latent in every picture, one class a column" if names is not None else "The same latents in every row"
-    return ["## The training as a film", "", what + ("; the last row is real." if real else "."), "", "![film](film.png)", ""]
+    what = (
+        "The same latent in every picture, one class a column"
+        if names is not None
+        else "The same latents in every row"
+    )
+    return [
+        "## The training as a film",
+        "",
+        what + ("; the last row is real." if real else "."),
+        "",
+        "![film](film.png)",
+        "",
+    ]
 
 
 def _picture(uri: str, name: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(storage.read_bytes(storage.join(uri, "samples", name)))).convert("RGB"))
+    return np.asarray(
+        Image.open(io.BytesIO(storage.read_bytes(storage.join(uri, "samples", name)))).convert(
+            "RGB"
+        )
+    )
 
 
 def _class_names(uri: str) -> list[str] | None:
     """What the rows of a conditional generator's grids are, [] where nobody knows any more; None of an unconditional one."""
     place = storage.join(uri, "run.yaml")
-    if not storage.exists(place) or not yaml.safe_load(storage.read_bytes(place))["model"]["conditional"]:
+    if (
+        not storage.exists(place)
+        or not yaml.safe_load(storage.read_bytes(place))["model"]["conditional"]
+    ):
         return None
-    dataset = storage.join(storage.read_json(storage.join(uri, "lineage.json"))["dataset"]["uri"], "dataset.json")
-    return storage.read_json(dataset)["classes"][: pictures.GRID_ROWS] if storage.exists(dataset) else []
+    dataset = storage.join(
+        storage.read_json(storage.join(uri, "lineage.json"))["dataset"]["uri"], "dataset.json"
+    )
+    return (
+        storage.read_json(dataset)["classes"][: pictures.GRID_ROWS]
+        if storage.exists(dataset)
+        else []
+    )
 
 
 def _beside(samples: dict[str, dict[int, str]]) -> list[str]:
@@ -273,10 +374,22 @@ def _beside(samples: dict[str, dict[int, str]]) -> list[str]:
         shown = {f"generated, step {step:,}": f"![generated]({made})"} | (
             {"real": f"![real]({latest['real'][1]})"} if "real" in latest else {}
         )
-        lines += ["## Generated and real", "", *_row(list(shown)), *_row(["---"] * len(shown)), *_row(list(shown.values())), ""]
+        lines += [
+            "## Generated and real",
+            "",
+            *_row(list(shown)),
+            *_row(["---"] * len(shown)),
+            *_row(list(shown.values())),
+            "",
+        ]
     if "interpolation" in latest:
         step, made = latest["interpolation"]
-        lines += [f"## Between latents, step {step:,}", "", "Each row goes from one latent to the next along the great circle.", ""]
+        lines += [
+            f"## Between latents, step {step:,}",
+            "",
+            "Each row goes from one latent to the next along the great circle.",
+            "",
+        ]
         lines += [f"![interpolation]({made})", ""]
     return lines
 
@@ -288,7 +401,10 @@ def _quality(uri: str, figures: dict[str, float]) -> list[str]:
         return []
     count = f"{figures['heldout_samples']:,.0f} " if "heldout_samples" in figures else ""
     lines = ["## Quality", ""]
-    lines += [f"{count}generated pictures against as many held-out real ones; the floor is what real training pictures come to.", ""]
+    lines += [
+        f"{count}generated pictures against as many held-out real ones; the floor is what real training pictures come to.",
+        "",
+    ]
     lines += _extractor(uri)
     lines += [*_row(["figure", "value", "floor", "better"]), *_row(["---", "---:", "---:", "---"])]
     for tag in known:
@@ -306,7 +422,10 @@ def _extractor(uri: str) -> list[str]:
     if extractor is None:
         return []
     right = f"{extractor['accuracy']:.1%} of held-out pictures right"
-    return [f"Features: those of an extractor trained on {extractor['task']} ({right}), sha256 `{extractor['sha256']}`.", ""]
+    return [
+        f"Features: those of an extractor trained on {extractor['task']} ({right}), sha256 `{extractor['sha256']}`.",
+        "",
+    ]
 
 
 def _row(cells: list[str]) -> list[str]:

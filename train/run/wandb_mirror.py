@@ -38,7 +38,9 @@ def check_wandb(mode: str) -> None:
     try:
         import wandb
     except ImportError:
-        raise ValueError(f"log.wandb is {mode} and wandb is not installed: pip install wandb, or use --log.wandb off") from None
+        raise ValueError(
+            f"log.wandb is {mode} and wandb is not installed: pip install wandb, or use --log.wandb off"
+        ) from None
     if mode == "offline":
         return
     try:
@@ -52,7 +54,9 @@ def check_wandb(mode: str) -> None:
     finally:
         wandb.teardown()
     if not known:
-        raise ValueError("log.wandb is online and there is no key: set WANDB_API_KEY, run `wandb login`, or use --log.wandb offline")
+        raise ValueError(
+            "log.wandb is online and there is no key: set WANDB_API_KEY, run `wandb login`, or use --log.wandb offline"
+        )
 
 
 class Mirror:
@@ -82,7 +86,9 @@ class Mirror:
                 dir=str(self._folder),
                 resume="allow" if options["mode"] == "online" else None,
                 reinit="create_new",  # never wandb.run: a dead one would be given again to the next recorder of the process
-                settings=wandb.Settings(silent=True, console="off", symlink=False, finish_timeout=FINISH_S),
+                settings=wandb.Settings(
+                    silent=True, console="off", symlink=False, finish_timeout=FINISH_S
+                ),
             )
 
     def scalars(self, step: int, time: float, values: dict[str, float]) -> None:
@@ -107,16 +113,26 @@ class Mirror:
     def write_again(self, rows: list[dict[str, float]], start: int) -> None:
         """What the record has up to the step `start`: rows of metrics.jsonl, and the run's samples."""
         with self._costing_nothing():
-            samples = [found for name in storage.names(storage.join(self._run_uri, "samples")) if (found := SAMPLE.fullmatch(name))]
+            samples = [
+                found
+                for name in storage.names(storage.join(self._run_uri, "samples"))
+                if (found := SAMPLE.fullmatch(name))
+            ]
             recorded: list[tuple[int, dict[str, float] | re.Match[str]]] = [
                 *((int(sample["step"]), sample) for sample in samples),
-                *((int(row["step"]), row) for row in rows),  # after a step's samples: its time is the rows'
+                *(
+                    (int(row["step"]), row) for row in rows
+                ),  # after a step's samples: its time is the rows'
             ]
             for step, entry in sorted(recorded, key=lambda pair: pair[0]):
                 if step > start:
                     return
                 if isinstance(entry, dict):
-                    self.scalars(step, entry["time"], {tag: value for tag, value in entry.items() if tag not in {"step", "time"}})
+                    self.scalars(
+                        step,
+                        entry["time"],
+                        {tag: value for tag, value in entry.items() if tag not in {"step", "time"}},
+                    )
                 else:
                     self._sample_again(step, entry)
 
@@ -142,16 +158,24 @@ class Mirror:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
-        if self._run is not None and step >= self._run.starting_step:  # what it has from before the resume, it has
+        if (
+            self._run is not None and step >= self._run.starting_step
+        ):  # what it has from before the resume, it has
             self._run.log(values, step=step)
 
     @contextmanager
     def _costing_nothing(self) -> Iterator[None]:
         try:
             yield
-        except (Exception, SystemExit) as error:  # of many unrelated types; its teardown exits where its service has died
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # of many unrelated types; its teardown exits where its service has died
             if not self._lost:
-                logger.warning("Weights & Biases gets nothing more of this run: %s", (str(error) or repr(error)).splitlines()[0])
+                logger.warning(
+                    "Weights & Biases gets nothing more of this run: %s",
+                    (str(error) or repr(error)).splitlines()[0],
+                )
             self._run, self._lost = None, True
 
 

@@ -26,7 +26,9 @@ class Worker:
     def measures_at(self, step: int) -> bool:
         """Whether loss and speed are looked at after `step`: also before each judgement and checkpoint, so that NaN is never saved."""
         log, last = self.config.log, step == self.config.steps
-        return last or any(step % every == 0 for every in (log.every, log.eval_every, self.config.checkpoint.every))
+        return last or any(
+            step % every == 0 for every in (log.every, log.eval_every, self.config.checkpoint.every)
+        )
 
     def saves_at(self, step: int, judged: bool) -> bool:
         """Whether a checkpoint is due after `step`, which was judged on held-out data or not."""

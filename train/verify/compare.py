@@ -35,15 +35,27 @@ def figures(straight: list[dict[str, float]], killed: list[dict[str, float]]) ->
 def _mathematics(rows: list[dict[str, float]]) -> dict[tuple[int, str], float]:
     """{(step, tag): value}, without what depends on the clock."""
     clocks = {"step", "time", "mfu"}
-    return {(int(row["step"]), tag): value for row in rows for tag, value in row.items() if tag not in clocks and not tag.endswith("_s")}
+    return {
+        (int(row["step"]), tag): value
+        for row in rows
+        for tag, value in row.items()
+        if tag not in clocks and not tag.endswith("_s")
+    }
 
 
 def checkpoints(straight_uri: str, killed_uri: str) -> Iterator[Compared]:
     """All that the checkpoints of two runs hold."""
-    one, other = ({manifest.step: manifest for manifest in checkpoint.complete(uri)} for uri in (straight_uri, killed_uri))
+    one, other = (
+        {manifest.step: manifest for manifest in checkpoint.complete(uri)}
+        for uri in (straight_uri, killed_uri)
+    )
     for step in sorted(one.keys() | other.keys()):
         if step in one and step in other:
-            yield from states(step, checkpoint.read(straight_uri, one[step]), checkpoint.read(killed_uri, other[step]))
+            yield from states(
+                step,
+                checkpoint.read(straight_uri, one[step]),
+                checkpoint.read(killed_uri, other[step]),
+            )
         else:
             yield _missing(step, f"the checkpoint of step {step}", step in one)
 
@@ -77,7 +89,9 @@ def _compare_tensors(step: int, what: str, one: torch.Tensor, other: torch.Tenso
         return Compared(step, what, words, math.inf, math.inf)
     if torch.equal(*(tensor.flatten().view(torch.uint8) for tensor in (one, other))):
         return Compared(step, what)
-    absolute, relative = _sizes(float((one.double() - other.double()).abs().max()), float(one.double().abs().max()))
+    absolute, relative = _sizes(
+        float((one.double() - other.double()).abs().max()), float(one.double().abs().max())
+    )
     return Compared(step, what, f"differs by up to {absolute:.1e}", absolute, relative)
 
 
@@ -88,4 +102,6 @@ def _sizes(absolute: float, magnitude: float) -> tuple[float, float]:
 
 
 def _missing(step: int, what: str, in_straight: bool) -> Compared:
-    return Compared(step, what, f"only in the {'straight' if in_straight else 'killed'} run", math.inf, math.inf)
+    return Compared(
+        step, what, f"only in the {'straight' if in_straight else 'killed'} run", math.inf, math.inf
+    )

@@ -53,7 +53,11 @@ class Faults:
     def __init__(self, run_uri: str, rank: int, plan: list[Fault]) -> None:
         self._run_uri = run_uri
         happened = [number for number in range(len(plan)) if storage.exists(place(run_uri, number))]
-        self._mine = {number: fault for number, fault in enumerate(plan) if fault.rank == rank and number not in happened}
+        self._mine = {
+            number: fault
+            for number, fault in enumerate(plan)
+            if fault.rank == rank and number not in happened
+        }
         self._survived = happened if rank == 0 else []
         self._updated: float | None = None
 
@@ -67,7 +71,9 @@ class Faults:
             if fault.moment == moment and step >= fault.step:
                 del self._mine[number]
                 if fault.later and step_s:
-                    timer = threading.Timer(fault.later * step_s, self._strike, (number, fault, step))
+                    timer = threading.Timer(
+                        fault.later * step_s, self._strike, (number, fault, step)
+                    )
                     timer.daemon = True
                     timer.start()
                 else:
@@ -78,14 +84,21 @@ class Faults:
         for number in self._survived:
             happened = storage.read_json(place(self._run_uri, number))
             if "recovered" not in happened:
-                storage.write_json(place(self._run_uri, number), {**happened, "recovered": time.time(), "resumed_from": step - 1})
+                storage.write_json(
+                    place(self._run_uri, number),
+                    {**happened, "recovered": time.time(), "resumed_from": step - 1},
+                )
         self._survived = []
 
     def _strike(self, number: int, fault: Fault, step: int) -> None:
-        storage.write_json(place(self._run_uri, number), {**asdict(fault), "step": step, "time": time.time()})
+        storage.write_json(
+            place(self._run_uri, number), {**asdict(fault), "step": step, "time": time.time()}
+        )
         if fault.target == "worker":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(DRIVER_LIMIT_S)  # this worker dies with the driver, and must not go on until then
+        time.sleep(
+            DRIVER_LIMIT_S
+        )  # this worker dies with the driver, and must not go on until then
         raise RuntimeError(f"the driver was to be killed at step {step} and lives")
 
 
@@ -107,11 +120,15 @@ def sabotage(what: str, config: AnyConfig, state: State) -> tuple[AnyConfig, Sta
             the weights to bfloat16.
     """
     if what == "order":
-        return config.model_copy(update={"run": config.run.model_copy(update={"seed": config.run.seed + 1})}), state
+        return config.model_copy(
+            update={"run": config.run.model_copy(update={"seed": config.run.seed + 1})}
+        ), state
     broken: State = {}
     for part, values in state.items():
         if part.endswith("_optimizer") and what == "optimizer":
             broken[part] = {name: torch.zeros_like(values[name]) for name in values}
         elif f"{part}_optimizer" in state and what == "weights":
-            broken[part] = {name: values[name].to(torch.bfloat16).to(values[name].dtype) for name in values}
+            broken[part] = {
+                name: values[name].to(torch.bfloat16).to(values[name].dtype) for name in values
+            }
     return config, state | broken

@@ -46,7 +46,9 @@ class Verdict:
     """What a comparison of a straight run and a killed one came to."""
 
     equal: bool  # within the tolerance: 0 is bit for bit
-    largest_difference: float  # absolute, over all figures and tensors; infinite where one of the two has no value
+    largest_difference: (
+        float  # absolute, over all figures and tensors; infinite where one of the two has no value
+    )
     first_difference: str | None  # beyond the tolerance
     kills: list[Kill]
     figures: int  # how many were compared
@@ -106,7 +108,9 @@ def verify(
     _complete(_watched(config, killed, len(plan)), root, plan, sabotage, say)
     kills = _kills(_uri(root, killed), plan)
     if sabotage and not any(kill.resumed_from for kill in kills):
-        raise Unproven(f"nothing was restored, so nothing was broken: every kill of run {killed} came before its first checkpoint")
+        raise Unproven(
+            f"nothing was restored, so nothing was broken: every kill of run {killed} came before its first checkpoint"
+        )
     say(f"comparing {config.steps} steps")
     verdict = judge(_uri(root, calm), _uri(root, killed), kills, tolerance)
     if verdict.equal and not keep:
@@ -124,9 +128,13 @@ def _refuse_unfit(config: Config, plan: list[Fault]) -> None:
         raise ValueError("no kill is planned, so there is nothing to verify")
     for fault in plan:
         if fault.moment not in faults.MOMENTS or fault.target not in faults.TARGETS:
-            raise ValueError(f"{fault} has no such moment or target: use one of {faults.MOMENTS} and one of {faults.TARGETS}")
+            raise ValueError(
+                f"{fault} has no such moment or target: use one of {faults.MOMENTS} and one of {faults.TARGETS}"
+            )
         if not 1 <= fault.step <= config.steps:
-            raise ValueError(f"a kill is planned at step {fault.step}, and the run has steps 1 to {config.steps}: plan it there")
+            raise ValueError(
+                f"a kill is planned at step {fault.step}, and the run has steps 1 to {config.steps}: plan it there"
+            )
         if not 0 <= fault.rank < config.parallel.workers:
             raise ValueError(
                 f"worker {fault.rank} is to be killed, and parallel.workers is {config.parallel.workers}: their ranks begin with 0"
@@ -137,11 +145,17 @@ def _refuse_incomplete(config: Config, root: str, straight: str) -> None:
     place = storage.join(_uri(root, straight), "summary.json")
     steps = storage.read_json(place)["steps"] if storage.exists(place) else 0
     if steps != config.steps:
-        raise ValueError(f"run {straight} in {root} has completed {steps} steps, and {config.steps} are to be compared: make it anew")
+        raise ValueError(
+            f"run {straight} in {root} has completed {steps} steps, and {config.steps} are to be compared: make it anew"
+        )
 
 
 def _with(config: Config, values: dict[str, Any]) -> Config:
-    return configs.build(configs.KINDS[config.kind], configs.merge(config.model_dump(), configs.nested(values)), "verify-resume")
+    return configs.build(
+        configs.KINDS[config.kind],
+        configs.merge(config.model_dump(), configs.nested(values)),
+        "verify-resume",
+    )
 
 
 def _watched(config: Config, name: str, kills: int = 0) -> Config:
@@ -164,7 +178,13 @@ def _watched(config: Config, name: str, kills: int = 0) -> Config:
 # ---------------------------------------------------------------- driving
 
 
-def _complete(config: Config, root: str, plan: list[Fault] | None = None, sabotage: str | None = None, say: Say = lambda _: None) -> None:
+def _complete(
+    config: Config,
+    root: str,
+    plan: list[Fault] | None = None,
+    sabotage: str | None = None,
+    say: Say = lambda _: None,
+) -> None:
     """Drives a run to its end, started again each time the plan kills its driver."""
     plan, name, carried_out = plan or [], str(config.run.name), set[int]()
     due = {number for number, fault in enumerate(plan) if fault.target == "driver"}
@@ -175,7 +195,9 @@ def _complete(config: Config, root: str, plan: list[Fault] | None = None, sabota
         say(f"the driver of run {name} was killed: it is started again")
 
 
-def _drive(config: Config, root: str, plan: list[Fault], sabotage: str | None, due: set[int]) -> int | None:
+def _drive(
+    config: Config, root: str, plan: list[Fault], sabotage: str | None, due: set[int]
+) -> int | None:
     """One driver, from its start to its end: which fault of those that are `due` killed it, or None where the run is complete."""
     order = {
         "kind": config.kind,
@@ -186,7 +208,10 @@ def _drive(config: Config, root: str, plan: list[Fault], sabotage: str | None, d
     }
     with tempfile.TemporaryFile("w+") as complaints:
         driver = subprocess.Popen(
-            [sys.executable, "-m", "train.verify.verify", json.dumps(order)], stdout=subprocess.DEVNULL, stderr=complaints, text=True
+            [sys.executable, "-m", "train.verify.verify", json.dumps(order)],
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+            text=True,
         )
         try:
             while driver.poll() is None:
@@ -220,7 +245,10 @@ def _end(driver: subprocess.Popen[str]) -> None:
 def _sentence(complaints: IO[str]) -> str:
     complaints.seek(0)
     lines = [line for line in complaints.read().splitlines() if line.strip()] or ["without a word"]
-    said = next((line for line in reversed(lines) if line.startswith("error: ")), f"a driver ended: {lines[-1]}")
+    said = next(
+        (line for line in reversed(lines) if line.startswith("error: ")),
+        f"a driver ended: {lines[-1]}",
+    )
     return said.removeprefix("error: ")
 
 
@@ -231,7 +259,13 @@ def drive(argv: list[str]) -> int:
     order = json.loads(argv[0])
     config = configs.build(configs.KINDS[order["kind"]], order["config"], "verify-resume")
     try:
-        launch.fit(config, order["root"], quiet=True, plan=[Fault(**values) for values in order["plan"]], sabotage=order["sabotage"])
+        launch.fit(
+            config,
+            order["root"],
+            quiet=True,
+            plan=[Fault(**values) for values in order["plan"]],
+            sabotage=order["sabotage"],
+        )
     except launch.TrainingFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
@@ -248,10 +282,17 @@ def _kills(run_uri: str, plan: list[Fault]) -> list[Kill]:
     for number, fault in enumerate(plan):
         place = faults.place(run_uri, number)
         if not storage.exists(place):
-            raise Unproven(f"the kill of {describe(fault)} never happened, so nothing is proven; the runs are kept, see {run_uri}")
+            raise Unproven(
+                f"the kill of {describe(fault)} never happened, so nothing is proven; the runs are kept, see {run_uri}"
+            )
         happened = storage.read_json(place)
         recovery_s = happened["recovered"] - happened["time"] if "recovered" in happened else None
-        found.append((happened["time"], Kill(fault, happened["step"], happened.get("resumed_from"), recovery_s)))
+        found.append(
+            (
+                happened["time"],
+                Kill(fault, happened["step"], happened.get("resumed_from"), recovery_s),
+            )
+        )
     return [kill for _, kill in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -265,7 +306,11 @@ def describe(fault: Fault, step: int | None = None) -> str:
     step = step or fault.step
     if fault.moment == "upload":
         return f"{who} in the upload of step {step}'s checkpoint"
-    return f"{who} {fault.later:.2f} of a step after step {step}'s gradients" if fault.later else f"{who} in the middle of step {step}"
+    return (
+        f"{who} {fault.later:.2f} of a step after step {step}'s gradients"
+        if fault.later
+        else f"{who} in the middle of step {step}"
+    )
 
 
 # ---------------------------------------------------------------- judging
@@ -280,8 +325,13 @@ def judge(straight_uri: str, killed_uri: str, kills: list[Kill], tolerance: floa
     figures = list(compare.figures(metrics.read(straight_uri), metrics.read(killed_uri)))
     tensors = list(compare.checkpoints(straight_uri, killed_uri))
     if not figures or not tensors:
-        raise Unproven(f"{straight_uri} has {len(figures)} figures and {len(tensors)} tensors to compare: is that a run?")
-    beyond = sorted((item for item in figures + tensors if not item.within(tolerance)), key=lambda item: item.step)
+        raise Unproven(
+            f"{straight_uri} has {len(figures)} figures and {len(tensors)} tensors to compare: is that a run?"
+        )
+    beyond = sorted(
+        (item for item in figures + tensors if not item.within(tolerance)),
+        key=lambda item: item.step,
+    )
     return Verdict(
         equal=not beyond,
         largest_difference=max(item.absolute for item in figures + tensors),
@@ -296,9 +346,13 @@ def judge(straight_uri: str, killed_uri: str, kills: list[Kill], tolerance: floa
 
 def _first(item: compare.Compared, kills: list[Kill]) -> str:
     """The difference in words, with the kill after which the run went on to this step."""
-    before = [kill for kill in kills if kill.resumed_from is not None and kill.resumed_from < item.step]
+    before = [
+        kill for kill in kills if kill.resumed_from is not None and kill.resumed_from < item.step
+    ]
     after = (
-        f" (after the kill of {describe(before[-1].fault, before[-1].step)}, gone on from step {before[-1].resumed_from})" if before else ""
+        f" (after the kill of {describe(before[-1].fault, before[-1].step)}, gone on from step {before[-1].resumed_from})"
+        if before
+        else ""
     )
     return f"{item.what}: {item.difference}{after}"
 
@@ -329,11 +383,17 @@ def plan_kills(names: list[str], config: Config, seed: int = 0) -> list[Fault]:
         "upload": lambda: Fault(2 * every, "upload"),
         "worker": lambda: Fault(2 * every + half, rank=workers - 1),
         "driver": lambda: Fault(3 * every + half, target="driver"),
-        "random": lambda: Fault(int(draw.integers(2, config.steps - 1)), rank=int(draw.integers(workers)), later=float(draw.random())),
+        "random": lambda: Fault(
+            int(draw.integers(2, config.steps - 1)),
+            rank=int(draw.integers(workers)),
+            later=float(draw.random()),
+        ),
     }
     for name in names:
         if name not in known:
-            raise ValueError(f"--kills: there is no kill {name!r}{configs.nearest(name, list(KILLS))}: use {', '.join(KILLS)}")
+            raise ValueError(
+                f"--kills: there is no kill {name!r}{configs.nearest(name, list(KILLS))}: use {', '.join(KILLS)}"
+            )
     return [known[name]() for name in names]
 
 
@@ -347,24 +407,59 @@ def command(argv: list[str]) -> int:
     )
     options.add_argument("kind", choices=configs.KINDS)
     options.add_argument("--config", help="a preset, or a YAML file with the same keys")
-    options.add_argument("--storage", default=cli.storage_default(), help="where data and runs go (KILN_STORAGE; default ./kiln)")
-    options.add_argument("--steps", type=int, default=STEPS, help="of each run, with four checkpoints (default %(default)s)")
-    options.add_argument("--kills", default=",".join(KILLS), help="which, in any number: " + ", ".join(KILLS) + " (default: each once)")
+    options.add_argument(
+        "--storage",
+        default=cli.storage_default(),
+        help="where data and runs go (KILN_STORAGE; default ./kiln)",
+    )
+    options.add_argument(
+        "--steps",
+        type=int,
+        default=STEPS,
+        help="of each run, with four checkpoints (default %(default)s)",
+    )
+    options.add_argument(
+        "--kills",
+        default=",".join(KILLS),
+        help="which, in any number: " + ", ".join(KILLS) + " (default: each once)",
+    )
     options.add_argument("--seed", type=int, default=0, help="decides the random moments")
-    options.add_argument("--tolerance", type=float, help=f"relative; by default 0 (bit for bit), {GPU_TOLERANCE:g} on GPUs")
-    options.add_argument("--keep", action="store_true", help="keep both runs also where they are equal")
-    options.add_argument("--break-restore", choices=faults.SABOTAGES, help="resume wrongly on purpose, to see that it is found")
+    options.add_argument(
+        "--tolerance",
+        type=float,
+        help=f"relative; by default 0 (bit for bit), {GPU_TOLERANCE:g} on GPUs",
+    )
+    options.add_argument(
+        "--keep", action="store_true", help="keep both runs also where they are equal"
+    )
+    options.add_argument(
+        "--break-restore",
+        choices=faults.SABOTAGES,
+        help="resume wrongly on purpose, to see that it is found",
+    )
     given, rest = options.parse_known_args(argv)
     if given.steps < 8:
-        raise ValueError(f"--steps is {given.steps}: with fewer than 8 there is no room for kills between four checkpoints")
-    config = shortened(configs.load(given.kind, given.config, configs.parse(given.kind, rest)), given.steps)
+        raise ValueError(
+            f"--steps is {given.steps}: with fewer than 8 there is no room for kills between four checkpoints"
+        )
+    config = shortened(
+        configs.load(given.kind, given.config, configs.parse(given.kind, rest)), given.steps
+    )
     plan = plan_kills(given.kills.split(","), config, given.seed)
-    tolerance = (GPU_TOLERANCE if config.parallel.gpu else 0.0) if given.tolerance is None else given.tolerance
+    tolerance = (
+        (GPU_TOLERANCE if config.parallel.gpu else 0.0)
+        if given.tolerance is None
+        else given.tolerance
+    )
     for fault in plan:
         print(f"planned: kill -9 of {describe(fault)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the driver that runs must end too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # the driver that runs must end too
     try:
-        verdict = verify(config, given.storage, plan, tolerance, given.keep, None, given.break_restore, say=_say)
+        verdict = verify(
+            config, given.storage, plan, tolerance, given.keep, None, given.break_restore, say=_say
+        )
     except Unproven as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
@@ -386,7 +481,11 @@ def report(verdict: Verdict, steps: int, tolerance: float = 0.0) -> str:
     """The kills as a table, and the verdict."""
     rows = [("kill -9 of", "went on from", "seconds to the next step")]
     for kill in verdict.kills:
-        went_on = ("its end", "-") if kill.resumed_from is None else (f"step {kill.resumed_from}", f"{kill.recovery_s:.1f}")
+        went_on = (
+            ("its end", "-")
+            if kill.resumed_from is None
+            else (f"step {kill.resumed_from}", f"{kill.recovery_s:.1f}")
+        )
         rows.append((describe(kill.fault, kill.step), *went_on))
     width = max(len(row[0]) for row in rows)
     lines = [f"{who:<{width}}  {where:<12}  {seconds}" for who, where, seconds in rows]
@@ -397,7 +496,13 @@ def report(verdict: Verdict, steps: int, tolerance: float = 0.0) -> str:
     if verdict.equal:
         return "\n".join([*lines, f"equal: {compared} within {tolerance:g}, {largest}"])
     kept = f"the runs are kept: {verdict.straight}, {verdict.killed}"
-    return "\n".join([*lines, f"different: {verdict.first_difference}", f"{compared} were compared, {largest}; {kept}"])
+    return "\n".join(
+        [
+            *lines,
+            f"different: {verdict.first_difference}",
+            f"{compared} were compared, {largest}; {kept}",
+        ]
+    )
 
 
 if __name__ == "__main__":

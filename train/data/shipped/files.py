@@ -20,7 +20,9 @@ def shipped(name: str) -> Path:
     path = FOLDER / name
     expected = json.loads((FOLDER / "sha256.json").read_text())[name]
     if not path.is_file() or sha256(path) != expected:
-        raise ValueError(f"{path}, which ships with raykiln, is missing or damaged: restore it with `git checkout -- {path}`")
+        raise ValueError(
+            f"{path}, which ships with raykiln, is missing or damaged: restore it with `git checkout -- {path}`"
+        )
     return path
 
 
@@ -41,8 +43,15 @@ def hub_parquet(name: str) -> Path:
 
     repository, _, config = name.partition(":")
     try:
-        folder = snapshot_download(repository, repo_type="dataset", revision="refs/convert/parquet", allow_patterns=f"{config or '*'}/**")
-    except Exception as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
+        folder = snapshot_download(
+            repository,
+            repo_type="dataset",
+            revision="refs/convert/parquet",
+            allow_patterns=f"{config or '*'}/**",
+        )
+    except (
+        Exception
+    ) as error:  # the hub client raises a dozen unrelated types for "not there" and "no network"
         raise ValueError(
             f"data.source hf:{name} could not be fetched from the Hugging Face hub ({type(error).__name__}): check the name and the network, or give local files"
         ) from error

@@ -24,9 +24,27 @@ from train.gan.pictures import png
 HERE = Path(__file__).parent
 HELDOUT_PLAYS = {"Hamlet", "Richard III", "The Tempest", "Twelfth Night"}
 PICTURES_PER_CLASS, HELDOUT_PER_CLASS = 1000, 100
-GARMENTS = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+GARMENTS = [
+    "T-shirt",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
 # Those of Unicode's groups that show things; skin tones and flags would fill the rest with near copies.
-EMOJI = ["Smileys & Emotion", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects"]
+EMOJI = [
+    "Smileys & Emotion",
+    "Animals & Nature",
+    "Food & Drink",
+    "Travel & Places",
+    "Activities",
+    "Objects",
+]
 
 
 def plays(source: Path) -> pa.Table:
@@ -35,7 +53,13 @@ def plays(source: Path) -> pa.Table:
     for file in sorted(source.glob("*.md")):
         text = file.read_text(encoding="utf-8")
         title = text.splitlines()[0].removeprefix("#").strip()
-        rows.append({"title": title, "text": text, "split": "heldout" if title in HELDOUT_PLAYS else "train"})
+        rows.append(
+            {
+                "title": title,
+                "text": text,
+                "split": "heldout" if title in HELDOUT_PLAYS else "train",
+            }
+        )
     missing = HELDOUT_PLAYS - {row["title"] for row in rows if row["split"] == "heldout"}
     if missing:
         raise ValueError(f"{source} lacks the held-out plays {sorted(missing)}")
@@ -56,12 +80,24 @@ def read_garments(source: Path) -> tuple[np.ndarray, np.ndarray]:
 def garments(source: Path) -> pa.Table:
     """The first 1,000 pictures of each class, the last 100 of which are held out: image (PNG bytes), label, class_name, split."""
     images, labels = read_garments(source)
-    order = {label: np.flatnonzero(labels == label)[:PICTURES_PER_CLASS] for label in range(len(GARMENTS))}
+    order = {
+        label: np.flatnonzero(labels == label)[:PICTURES_PER_CLASS]
+        for label in range(len(GARMENTS))
+    }
     rows = []
-    for place in range(PICTURES_PER_CLASS):  # classes in turn, so that any prefix of the file is balanced
+    for place in range(
+        PICTURES_PER_CLASS
+    ):  # classes in turn, so that any prefix of the file is balanced
         for label, indices in order.items():
             split = "heldout" if place >= PICTURES_PER_CLASS - HELDOUT_PER_CLASS else "train"
-            rows.append({"image": png(images[indices[place]]), "label": label, "class_name": GARMENTS[label], "split": split})
+            rows.append(
+                {
+                    "image": png(images[indices[place]]),
+                    "label": label,
+                    "class_name": GARMENTS[label],
+                    "split": split,
+                }
+            )
     return pa.Table.from_pylist(rows)
 
 
@@ -70,11 +106,20 @@ def emoji(source: Path) -> pa.Table:
     found = pq.read_table(source / "emoji.parquet", columns=["category", "png"]).to_pylist()
     by_class = [[row["png"] for row in found if row["category"] == name] for name in EMOJI]
     rows = []
-    for place, pngs in enumerate(itertools.zip_longest(*by_class)):  # classes in turn, as long as they last
+    for place, pngs in enumerate(
+        itertools.zip_longest(*by_class)
+    ):  # classes in turn, as long as they last
         split = "heldout" if place % 10 == 9 else "train"
         for label, stored in enumerate(pngs):
             if stored is not None:
-                rows.append({"image": _on_white(stored), "label": label, "class_name": EMOJI[label], "split": split})
+                rows.append(
+                    {
+                        "image": _on_white(stored),
+                        "label": label,
+                        "class_name": EMOJI[label],
+                        "split": split,
+                    }
+                )
     return pa.Table.from_pylist(rows)
 
 
@@ -101,13 +146,34 @@ def gpt2_tokenizer(source: Path) -> str:
 
 
 def main(source: Path) -> None:
-    pq.write_table(plays(source / "shakespeare"), HERE / "shakespeare.parquet", compression="zstd", compression_level=19, row_group_size=5)
-    for name, pictures in (("fashion-mnist", garments(source / "fashion-mnist")), ("emoji", emoji(source / "emoji-noto-64"))):
+    pq.write_table(
+        plays(source / "shakespeare"),
+        HERE / "shakespeare.parquet",
+        compression="zstd",
+        compression_level=19,
+        row_group_size=5,
+    )
+    for name, pictures in (
+        ("fashion-mnist", garments(source / "fashion-mnist")),
+        ("emoji", emoji(source / "emoji-noto-64")),
+    ):
         # PNG is compressed already; stored as it is.
-        pq.write_table(pictures, HERE / f"{name}.parquet", compression="none", use_dictionary=["class_name", "split"])
+        pq.write_table(
+            pictures,
+            HERE / f"{name}.parquet",
+            compression="none",
+            use_dictionary=["class_name", "split"],
+        )
     # mtime=0: the same input gives the same bytes.
-    (HERE / "gpt2-tokenizer.json.gz").write_bytes(gzip.compress(gpt2_tokenizer(source / "gpt2-bpe").encode(), 9, mtime=0))
-    names = ["shakespeare.parquet", "fashion-mnist.parquet", "emoji.parquet", "gpt2-tokenizer.json.gz"]
+    (HERE / "gpt2-tokenizer.json.gz").write_bytes(
+        gzip.compress(gpt2_tokenizer(source / "gpt2-bpe").encode(), 9, mtime=0)
+    )
+    names = [
+        "shakespeare.parquet",
+        "fashion-mnist.parquet",
+        "emoji.parquet",
+        "gpt2-tokenizer.json.gz",
+    ]
     digests = {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in names}
     known = json.loads((HERE / "sha256.json").read_text())  # also of files that are made elsewhere
     (HERE / "sha256.json").write_text(json.dumps(known | digests, indent=2) + "\n")

@@ -35,7 +35,9 @@ def remaining(source: Path) -> pa.Table:
         indices = np.flatnonzero(labels == label)[PICTURES_PER_CLASS:]
         for place, index in enumerate(indices):
             split = "heldout" if place >= len(indices) - ASIDE_PER_CLASS else "train"
-            rows.append({"image": png(pixels[index]), "label": label, "class_name": name, "split": split})
+            rows.append(
+                {"image": png(pixels[index]), "label": label, "class_name": name, "split": split}
+            )
     return pa.Table.from_pylist(rows)
 
 
@@ -49,8 +51,12 @@ def main(source: Path) -> None:
         accuracy = extractor.measure(found, ours, telling=True)
     FILE.write_bytes(extractor.pack(found, card))
     hashes = storage.read_json(HERE / "sha256.json")
-    (HERE / "sha256.json").write_text(json.dumps({**hashes, FILE.name: storage.sha256(FILE)}, indent=2) + "\n")
-    print(f"{FILE.name}: {FILE.stat().st_size:,} bytes, {extractor.describe(card)}, and {accuracy:.1%} of the {len(ours):,} that ship")
+    (HERE / "sha256.json").write_text(
+        json.dumps({**hashes, FILE.name: storage.sha256(FILE)}, indent=2) + "\n"
+    )
+    print(
+        f"{FILE.name}: {FILE.stat().st_size:,} bytes, {extractor.describe(card)}, and {accuracy:.1%} of the {len(ours):,} that ship"
+    )
 
 
 if __name__ == "__main__":
