@@ -16,7 +16,7 @@ from train.config.sections import GanConfig, load
 from train.data import images
 from train.gan.alarms import BEGINNING, BLIND, LONG, WINDOW, Alarm, Alarms
 from train.gan.loop import Gan, shape
-from train.parallel import strategy
+from train.parallel import backends
 
 Figures = dict[str, float]
 
@@ -365,7 +365,7 @@ def garments(tmp_path_factory: pytest.TempPathFactory) -> images.Pictures:
 
 def trained(config: GanConfig, pictures: images.Pictures, steps: int) -> Iterator[Figures]:
     """What each step of a run measures."""
-    gan = Gan(config, shape(config, pictures.meta), strategy.build(config))
+    gan = Gan(config, shape(config, pictures.meta), backends.build(config))
     for step in range(steps):
         figures: dict[str, Tensor] = {}
         for _ in range(config.gan.critic_steps):

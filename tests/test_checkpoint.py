@@ -10,7 +10,7 @@ import torch
 
 from cluster import storage
 from tests.support import workers
-from train.parallel.strategy import Fragment, Halt
+from train.parallel.state import Fragment, Halt
 from train.run import checkpoint
 from train.run.checkpoint import Checkpointer
 
@@ -238,7 +238,7 @@ def save_together(rank: int, world_size: int, root: str) -> None:
     checkpoints.save(1, spread_state(rank, world_size))
     checkpoints.join()
     if rank == 1:  # its disk is full: no worker may believe in this checkpoint
-        workers.storage.upload = full
+        storage.upload = full  # type: ignore[assignment]
     checkpoints.save(2, spread_state(rank, world_size))
     try:
         checkpoints.join()

@@ -25,8 +25,9 @@ from train.gan import loop as gan
 from train.gan.loop import Gan, shape
 from train.gan.pictures import cells
 from train.launch import fit
-from train.parallel import strategy, zero
-from train.parallel.strategy import Ddp, Fragment, Halt, State
+from train.parallel import backends, zero
+from train.parallel.state import Fragment, Halt, State
+from train.parallel.strategy import Ddp
 from train.run import recorder as metrics
 from train.run.checkpoint import Checkpointer, complete, newest
 
@@ -146,7 +147,7 @@ def after_training(cell: str, source: Path, root: Path, workers: int) -> State:
             config.data.size,
             config.data.horizontal_flip,
         )
-        trained = Gan(config, shape(config, pictures.meta), strategy.build(config))
+        trained = Gan(config, shape(config, pictures.meta), backends.build(config))
         before = copy.deepcopy(trained.state())
         for step in range(config.steps):
             while trained.turn < config.gan.critic_steps:
@@ -414,7 +415,7 @@ def resumed_anywhere(strategy_name: str, source: Path, root: Path) -> dict[int, 
     pictures = images.Pictures(
         Path(images.prepare(config.data, str(root), True)), "train", config.data.size
     )
-    spread = strategy.build(config)
+    spread = backends.build(config)
     straight, step = Gan(config, shape(config, pictures.meta), spread), 0
     kept = {
         cut: Checkpointer(str(root / f"{strategy_name}-{cut}"), config.model_dump(), spread.name)
@@ -428,7 +429,7 @@ def resumed_anywhere(strategy_name: str, source: Path, root: Path) -> dict[int, 
     found = {0: copy.deepcopy(straight.state())}
     for cut, checkpoints in kept.items():
         step, saved = checkpoints.load()  # type: ignore[misc]
-        resumed = Gan(config, straight.shape, strategy.build(config), saved)
+        resumed = Gan(config, straight.shape, backends.build(config), saved)
         for _ in range(UPDATES - cut):
             step = advance(resumed, pictures, step)
         found[cut] = copy.deepcopy(resumed.state())

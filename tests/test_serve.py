@@ -710,9 +710,8 @@ def test_a_model_that_is_away_does_not_hide_the_other(root: str, error: Exceptio
         "gpt/versions",
         "gpt/versions/1/sample",
     ):  # which it may be that is away
-        refused = ask(
-            build_app(Failing(error), pictures, catalog=Catalog()), "GET", f"/v1/models/{path}"
-        )  # type: ignore[arg-type]
+        app = build_app(Failing(error), pictures, catalog=Catalog())  # type: ignore[arg-type]
+        refused = ask(app, "GET", f"/v1/models/{path}")
         assert refused.status_code == (503 if isinstance(error, Unavailable) else 500)
 
 

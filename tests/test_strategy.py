@@ -15,7 +15,7 @@ from tests.support import workers
 from train import launch
 from train.config import sections as configs
 from train.parallel import zero
-from train.parallel.strategy import Fragment
+from train.parallel.state import Fragment
 from train.run import checkpoint
 
 STEPS = 8

@@ -15,7 +15,7 @@ from tests.support import workers
 from train import launch
 from train.config import sections as configs
 from train.gpt import loop as gpt
-from train.parallel import strategy
+from train.parallel import backends
 from train.run.checkpoint import Checkpointer
 from train.verify import compare, faults, verify
 from train.verify.faults import Fault
@@ -168,7 +168,7 @@ def test_each_broken_restore_shows_in_the_first_step_that_it_can_change(
     broken, state = faults.sabotage(what, config, start[1]) if what else (config, start[1])
     recorder = workers.Kept()
     gpt.train(
-        workers.Alone(broken, strategy.build(config), checkpoints, recorder, dataset),
+        workers.Alone(broken, backends.build(config), checkpoints, recorder, dataset),
         (start[0], state),
     )
     recorded = [row for row in rows if row["step"] <= STEPS // 2] + recorder.rows

@@ -24,7 +24,7 @@ from train.gan.export import export_gan
 from train.gan.loop import shape
 from train.gpt.export import WEIGHTS, export_gpt
 from train.gpt.loop import build
-from train.parallel.strategy import State
+from train.parallel.state import State
 from train.run import checkpoint
 from train.run.report import TIMES
 

@@ -19,8 +19,9 @@ import torch
 from cluster import storage
 from cluster.connect import connect
 from train.config.sections import KINDS, Config, GanConfig, GptConfig, build
-from train.parallel import strategy
-from train.parallel.strategy import Halt, State, Strategy
+from train.parallel import backends
+from train.parallel.state import Halt, State
+from train.parallel.strategy import Strategy
 from train.run import recorder as metrics
 from train.run import report
 from train.run import wandb_mirror as mirror
@@ -330,7 +331,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs: sets the stage, then the loop of its kind. Rank 0's result is the run's."""
     config = build(KINDS[payload["kind"]], payload["config"], "run.yaml")
     torch.set_num_threads(max(1, int(config.parallel.cpus_per_worker)))
-    spread = strategy.build(config, ray.train.torch.get_device() if config.parallel.gpu else None)
+    spread = backends.build(config, ray.train.torch.get_device() if config.parallel.gpu else None)
     reached = faults.build(payload["run"], spread.rank, payload["faults"])
     checkpoints = Checkpointer(
         payload["run"],

@@ -15,7 +15,7 @@ from train import launch
 from train.config import sections as configs
 from train.gan import loop as gan
 from train.gpt import loop as gpt
-from train.parallel import strategy
+from train.parallel import backends
 from train.run import recorder as metrics
 from train.run.checkpoint import Checkpointer
 from train.run.worker import Worker
@@ -63,7 +63,7 @@ def _join(
 
 def run(config: configs.Config, dataset: str, run_uri: str | Path) -> Kept:
     """Trains on this process's share of the work, going on from the run's newest checkpoint; what was recorded."""
-    spread = strategy.build(config)
+    spread = backends.build(config)
     checkpoints = Checkpointer(
         str(run_uri),
         config.model_dump(),

@@ -21,7 +21,9 @@ from train.gan import extractor
 from train.gan.alarms import Alarm, Alarms
 from train.gan.pictures import GRID_COLUMNS, GRID_ROWS, grid, interpolations
 from train.gan.quality import Judge
-from train.parallel.strategy import Average, Halt, Learner, State, Strategy
+from train.parallel.average import Average
+from train.parallel.state import Halt, State
+from train.parallel.strategy import Learner, Strategy
 from train.run.recorder import Meter, Silent, finite
 from train.run.worker import Worker
 

@@ -16,7 +16,9 @@ from train.config.sections import GptConfig
 from train.data import text
 from train.data.dataset import fetch
 from train.data.order import Order, positions, rng
-from train.parallel.strategy import Average, Halt, State, Strategy
+from train.parallel.average import Average
+from train.parallel.state import Halt, State
+from train.parallel.strategy import Strategy
 from train.run.flops import gpt_flops, peak_flops
 from train.run.recorder import Meter, finite
 from train.run.worker import Worker

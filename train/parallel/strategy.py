@@ -13,7 +13,6 @@ Here: DDP. DeepSpeed, behind the same verbs: train/parallel/zero.py.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,23 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train.config.sections import Config
-
-State = dict[str, Any]  # part -> {name: tensor or Fragment}, or -> what JSON can hold
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam and AdamW keep of each parameter (torch's names)
-
-
-class Halt(ValueError):
-    """Training can't go on, and starting it again would not help: raised on every worker alike, with one sentence."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A worker's share of a tensor that is spread over the workers."""
-
-    values: torch.Tensor  # 1-D: the elements from `start` on of the flattened whole
-    start: int
-    shape: tuple[int, ...]  # of the whole
+from train.parallel.state import MOMENTS, Fragment, Halt, State, adam_state
 
 
 class Strategy:
@@ -288,18 +271,6 @@ class Learner:
                 self.optimizer.state[parameter][key].copy_(saved[f"{key}/{name}"])
 
 
-def adam_state(parameter: torch.Tensor, updates: int) -> dict[str, torch.Tensor]:
-    """What torch's Adam keeps of a parameter after `updates` steps; its moments are still to be filled in."""
-    # Where torch's fused Adam keeps its count: beside the parameter.
-    step = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
-    return {
-        "step": step,
-        **{
-            key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS
-        },
-    }
-
-
 class Ddp(Strategy):
     """PyTorch's DistributedDataParallel; a process of its own where there is one worker."""
 
@@ -307,77 +278,3 @@ class Ddp(Strategy):
 
     def _kind(self) -> type[Learner]:
         return Learner
-
-
-class Average:
-    """The moving average of a learner's weights, spread like them, and of its running statistics (BatchNorm's), which belong to them.
-
-    It forgets faster at first (TensorFlow's `num_updates` rule), so that it is not held back by the initial weights.
-    """
-
-    def __init__(self, learner: Learner, decay: float, saved: State | None = None) -> None:
-        self.learner, self.decay, self.part = learner, decay, f"{learner.name}_ema"
-        self.values = {name: value.clone() for name, value in learner.local().items()}
-        self.buffers = {
-            name: value.clone()
-            for name, value in learner.core.named_buffers()
-            if value.is_floating_point()
-        }
-        if saved is not None:
-            self.restore(saved)
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After step `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for value, average in self._pairs():
-            average.lerp_(value, 1 - decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside, the module has the averaged weights."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for value, average in self._pairs():
-            kept = value.clone()
-            value.copy_(average)
-            average.copy_(kept)
-
-    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each of the learner's tensors and its average."""
-        for name, value in self.learner.local().items():
-            yield value, self.values[name]
-        for name, average in self.buffers.items():
-            yield self.learner.core.get_buffer(name), average
-
-    def state(self) -> State:
-        return {self.part: self.learner.spread(self.values) | self.buffers}
-
-    def restore(self, saved: State) -> None:
-        for name, value in self.values.items():
-            value.copy_(self.learner.share(name, saved[self.part][name]))
-        for name, value in self.buffers.items():
-            value.copy_(saved[self.part][name])
-
-
-def build(config: Config, device: torch.device | None = None) -> Strategy:
-    """The strategy that a config names."""
-    parallel = config.parallel
-    if parallel.strategy == "ddp":
-        return Ddp(parallel.precision, device)
-    from train.parallel.zero import DeepSpeed  # DeepSpeed takes seconds to import
-
-    return DeepSpeed(
-        parallel.precision,
-        device,
-        parallel.zero_stage,
-        parallel.offload,
-        config.micro_size,
-        config.accumulation,
-    )

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from train.parallel.strategy import MOMENTS, Fragment, Learner, Strategy, adam_state
+from train.parallel.state import MOMENTS, Fragment, adam_state
+from train.parallel.strategy import Learner, Strategy
 
 BUCKET_ELEMENTS = 50_000_000  # exchanged at once; DeepSpeed's default of 5e8 costs 2 GB of buffers
 
@@ -180,9 +181,9 @@ class _SpreadParameters(_Engine):
     def local(self) -> dict[str, torch.Tensor]:
         self.zero._partition_all_parameters()  # what a forward has gathered is a copy that a write to the shares would not reach
         return {
-            name: self._owned(parameter, parameter.ds_tensor.data)
+            name: self._owned(parameter, parameter.ds_tensor.data)  # type: ignore[attr-defined]
             for name, parameter in self.core.named_parameters()
-        }  # type: ignore[attr-defined]
+        }
 
     def spread(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Fragment]:
         return {

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cluster import storage
-from train.parallel.strategy import Fragment, Halt, State
+from train.parallel.state import Fragment, Halt, State
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from rich.progress import (
 )
 
 from cluster import storage
-from train.parallel.strategy import Halt
+from train.parallel.state import Halt
 from train.run.wandb_mirror import Mirror
 
 logger = logging.getLogger(__name__)

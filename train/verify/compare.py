@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from train.parallel.strategy import State
+from train.parallel.state import State
 from train.run import checkpoint
 
 

@@ -15,7 +15,7 @@ import torch
 
 from cluster import storage
 from train.config.sections import Base
-from train.parallel.strategy import State
+from train.parallel.state import State
 
 # Gradients are there and the update is not (GAN: the critic is updated and the generator is not); a checkpoint's files are
 # there and its manifest is not.
