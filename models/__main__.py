@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where models/ lies (KILN_STORAGE; default ./kiln)",
     )
     parser = argparse.ArgumentParser(
-        prog="python -m models", description="The registry of models.", epilog=cli.REF
+        prog="python -m models", description="The registry of models.", epilog=cli.REFERENCE
     )
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", parents=[common], help="every version of every model")
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         ("show", "what a version is, and where it comes from"),
         ("verify", "check every file of a version against its hash"),
     ):
-        actions.add_parser(action, parents=[common], help=text, epilog=cli.REF).add_argument(
+        actions.add_parser(action, parents=[common], help=text, epilog=cli.REFERENCE).add_argument(
             "reference", metavar="REF"
         )
     alias = actions.add_parser("alias", parents=[common], help="point an alias to a version")

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     address.add_argument("--port", type=cli.port, default=8000)
     start = actions.add_parser(
-        "up", parents=[address], help="serve, or change what is served", epilog=cli.REF
+        "up", parents=[address], help="serve, or change what is served", epilog=cli.REFERENCE
     )
     start.add_argument(
         "--storage",
