@@ -202,7 +202,7 @@ class Demo:
                 tag: measured["gan"][tag]
                 for tag in (
                     "heldout_frechet_distance",
-                    "heldout_frechet_distance_floor",
+                    "heldout_frechet_distance_baseline",
                     "heldout_recall",
                 )
             },
@@ -236,7 +236,7 @@ class Demo:
         )
         table.add_row(
             "held-out pictures",
-            f"Frechet distance {summary['heldout_frechet_distance']:.2f} ({summary['heldout_frechet_distance_floor']:.2f} between real and real), "
+            f"Frechet distance {summary['heldout_frechet_distance']:.2f} ({summary['heldout_frechet_distance_baseline']:.2f} between real and real), "
             f"recall {summary['heldout_recall']:.2f}",
         )
         table.add_row(
