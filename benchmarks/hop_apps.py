@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.gateway import RemoteText
-from serve.ingress import build_app
+from serve.routes import build_app
 from serve.replicas import Text
 from tests.support.fakes import Here
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from cluster import cli, storage
 from models import bundle
 from models.runtime import PROVIDERS
-from serve import blocklist, fast
+from serve import blocklist, fast_mode
 
 
 def main(argv: list[str]) -> int:
@@ -120,7 +120,7 @@ def _fast_mode() -> Iterator[None]:
     with tempfile.TemporaryDirectory(
         prefix="raykiln-"
     ) as folder:  # short, as a socket's path must be
-        os.environ.update(fast.environment(Path(folder)))
+        os.environ.update(fast_mode.environment(Path(folder)))
         ports = [os.environ[f"RAY_SERVE_HAPROXY_{page}_PORT"] for page in ("STATS", "METRICS")]
         print(
             f"HAProxy shows its statistics on all interfaces, at the ports {' and '.join(ports)}: keep strangers from them",
@@ -150,7 +150,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         blocklist=blocked,
     )
     if arguments.fast:
-        options.chunks_per_s = fast.CHUNKS_PER_S
+        options.chunks_per_s = fast_mode.CHUNKS_PER_S
     for served in chosen.values():
         print(
             f"serving {served.reference} ({served.manifest['kind']}, from run {served.manifest['run']['name']})",

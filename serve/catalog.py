@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Catalog:
-    """Registries as the ingress sees them (`serve.ingress.Catalog`)."""
+    """Registries as the ingress sees them (`serve.routes.Catalog`)."""
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self.timeout_s = timeout_s

@@ -15,11 +15,11 @@ from ray.serve.context import (
 )  # `serve.status()` doesn't tell the number of replicas that is aimed at
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from serve import access
+from serve import access_log
 from serve.catalog import Catalog
 from serve.engine import Chunk
 from serve.errors import Overloaded, Unavailable, kept
-from serve.ingress import Drawing, build_app
+from serve.routes import Drawing, build_app
 from serve.schemas import (
     CompletionRequest,
     DeploymentStatus,
@@ -81,7 +81,7 @@ class Remote:
 
 
 class RemoteText(Remote):
-    """The `Text` deployment (`serve.ingress.TextModel`)."""
+    """The `Text` deployment (`serve.routes.TextModel`)."""
 
     name = "text"
 
@@ -111,7 +111,7 @@ class RemoteText(Remote):
 
 
 class RemotePictures(Remote):
-    """The `Pictures` deployment (`serve.ingress.ImageModel`)."""
+    """The `Pictures` deployment (`serve.routes.ImageModel`)."""
 
     name = "picture"
 
@@ -125,7 +125,7 @@ class RemotePictures(Remote):
 
 
 class ServeCluster:
-    """The deployments as the ingress sees them (`serve.ingress.Cluster`).
+    """The deployments as the ingress sees them (`serve.routes.Cluster`).
 
     Args:
         handles: by deployment, of those whose replicas tell their load.
@@ -202,7 +202,7 @@ class Gateway:
         self.cluster = ServeCluster(
             {handle.deployment_name: handle for handle in (text, images) if handle is not None}
         )
-        access.to_stdout()
+        access_log.to_stdout()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(

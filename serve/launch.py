@@ -222,7 +222,7 @@ def config(chosen: dict[str, Chosen], options: Options) -> dict[str, Any]:
         "logging_config": {
             "log_level": "WARNING",
             "enable_access_log": False,
-        },  # the gateway has its own (`serve.access`)
+        },  # the gateway has its own (`serve.access_log`)
         "deployments": deployments,
     }
     return {"applications": [application]}

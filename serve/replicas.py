@@ -22,7 +22,7 @@ from PIL import Image
 from serve.blocklist import Blocklist
 from serve.engine import Chunk, Engine, Stream
 from serve.errors import Blocked, Overloaded, Rejected, UnknownModel, WrongValue
-from serve.ingress import Drawing
+from serve.routes import Drawing
 from serve.prometheus import PictureMetrics, TextMetrics
 from serve.scheduler import Sampling
 from serve.schemas import (

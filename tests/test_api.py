@@ -24,10 +24,10 @@ from PIL import Image
 from schemathesis.config import SchemathesisConfig
 
 from models import registry
-from serve import access
+from serve import access_log
 from serve.catalog import Catalog
 from serve.errors import Overloaded, Unavailable
-from serve.ingress import build_app
+from serve.routes import build_app
 from serve.latency import Latency
 from serve.replicas import Pictures, Text
 from serve.schemas import Percentiles
@@ -239,7 +239,7 @@ def test_openais_client_raises_where_a_stream_breaks_off() -> None:
 
 def logged(records: list[logging.LogRecord]) -> list[dict[str, Any]]:
     return [
-        json.loads(record.getMessage()) for record in records if record.name == access.logger.name
+        json.loads(record.getMessage()) for record in records if record.name == access_log.logger.name
     ]
 
 
@@ -248,7 +248,7 @@ def ask(
 ) -> tuple[httpx.Response, dict[str, Any]]:
     """The response, and the one line that the access log has about it."""
     caplog.clear()
-    with caplog.at_level(logging.INFO, access.logger.name):
+    with caplog.at_level(logging.INFO, access_log.logger.name):
         response = httpx.request(method, f"{server}{path}", **options)
         until = time.monotonic() + 10
         while (
@@ -329,16 +329,16 @@ def test_a_client_that_goes_before_its_answer_is_logged_as_gone(
 
     async def go() -> None:
         scope = {"type": "http", "method": "POST", "headers": []}
-        request = asyncio.create_task(access.AccessLog(forever)(scope, forever, forever))  # type: ignore[arg-type]
+        request = asyncio.create_task(access_log.AccessLog(forever)(scope, forever, forever))  # type: ignore[arg-type]
         await asyncio.sleep(0)
         request.cancel()  # as Serve does
         with pytest.raises(asyncio.CancelledError):
             await request
 
-    with caplog.at_level(logging.INFO, access.logger.name):
+    with caplog.at_level(logging.INFO, access_log.logger.name):
         asyncio.run(go())
     (line,) = logged(caplog.records)
-    assert (line["status"], line["client"], line["route"]) == (access.CLIENT_GONE, None, None)
+    assert (line["status"], line["client"], line["route"]) == (access_log.CLIENT_GONE, None, None)
 
 
 def test_percentiles_are_those_of_the_last_requests() -> None:

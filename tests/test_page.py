@@ -20,7 +20,7 @@ from starlette.routing import Route
 from cluster.demo.browser import Browser, is_installed, started
 from models import registry
 from serve.catalog import Catalog
-from serve.ingress import build_app
+from serve.routes import build_app
 from serve.replicas import Pictures, Text
 from tests.conftest import free_port
 from tests.support import bundles

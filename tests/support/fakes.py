@@ -6,7 +6,7 @@ from typing import Any
 
 from serve.engine import Chunk
 from serve.errors import kept
-from serve.ingress import Drawing
+from serve.routes import Drawing
 from serve.schemas import CompletionRequest, ImagesRequest, InterpolationsRequest, Model
 
 

@@ -40,7 +40,7 @@ from serve.catalog import Catalog
 from serve.deployments import Options
 from serve.detokenize import spelled
 from serve.errors import Failed, Overloaded, Unavailable
-from serve.ingress import build_app
+from serve.routes import build_app
 from serve.replicas import Pictures, Text
 from serve.schemas import CompletionRequest, ImagesRequest
 from serve.session import ImageSession, TextSession

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import exception_handlers
-from serve.access import AccessLog
+from serve.access_log import AccessLog
 from serve.engine import Chunk
 from serve.errors import Rejected, UnknownModel
 from serve.latency import Latency
@@ -176,7 +176,7 @@ def build_app(
     Args:
         cluster: for /status; None: there are no replicas to tell of.
         catalog: for /v1/models/NAME/versions; None: there is no registry to tell of.
-        gives_request_id_back: see `serve.access.AccessLog`.
+        gives_request_id_back: see `serve.access_log.AccessLog`.
     """
     app = App(title="raykiln", summary="Text and pictures, in OpenAI's shapes.", redoc_url=None)
     app.state.text, app.state.images, app.state.cluster, app.state.catalog = (
