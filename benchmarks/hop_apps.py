@@ -1,4 +1,8 @@
-"""The applications that `serve_hop.py` compares: the text model alone, with its ingress near or far, its tokens together or each by itself."""
+"""The applications that `serve_hop.py` compares.
+
+All serve the text model alone, with the HTTP routes in the engine's process or in another, and with
+tokens sent together or one by one.
+"""
 
 import math
 from typing import Any
@@ -7,19 +11,19 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.gateway import RemoteText
-from serve.ingress import build_app
-from serve.replicas import Text
-from tests.support.fakes import Here
+from serve.app import build_app
+from serve.remote import RemoteTextModel
+from serve.replicas import TextReplica
+from tests.support.fakes import LocalModel
 
 TIMEOUT_S = 300.0
 
 
-class PacedText(Text):
-    """The replica's text model.
+class PacedText(TextReplica):
+    """A text replica with an adjustable pace.
 
     Args:
-        chunks_per_s: as for `Text`; None: each step's tokens at once.
+        chunks_per_s: as for `TextReplica`; None: a chunk at every step.
     """
 
     def __init__(self, slots: int, chunks_per_s: float | None) -> None:
@@ -31,22 +35,22 @@ class PacedText(Text):
         )
         self.every_step = chunks_per_s is None
 
-    async def _swap(self, uri: str) -> None:
-        await super()._swap(uri)
+    async def _load_bundle(self, uri: str) -> None:
+        await super()._load_bundle(uri)
         assert self.engine is not None
         if self.every_step:
-            self.engine.interval_s = 0.0
+            self.engine.pace.interval_s = 0.0
 
 
 @serve.ingress()
 class Gateway:
-    """As `serve.gateway.Gateway`: HTTP in a process of its own."""
+    """HTTP in a process of its own, as in `serve.gateway.Gateway`."""
 
     def __init__(self, text: DeploymentHandle) -> None:
-        self.text = RemoteText(text)
+        self.text = RemoteTextModel(text)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self.text, None, gives_request_id_back=False)
+        return build_app(self.text, None, returns_request_id=False)
 
 
 @serve.ingress()
@@ -54,7 +58,7 @@ class TextWithIngress(PacedText):
     """HTTP and engine in one process."""
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(Here(self), None, gives_request_id_back=False)
+        return build_app(LocalModel(self), None, returns_request_id=False)
 
 
 def build(uri: str, near: bool, slots: int, chunks_per_s: float | None) -> serve.Application:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks import completions
 from cluster import cli, machine
-from serve import fast
+from serve import fast_mode
 
 AS_SHIPPED = 0.0
 WAYS = {  # of each application: whether the ingress is on the engine, and its chunks a second (None: with every step)
@@ -44,7 +44,7 @@ def deploy(uri: str, is_fast: bool, stack: contextlib.ExitStack) -> list[complet
         http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"}
     )
     servers = []
-    shipped = fast.CHUNKS_PER_S if is_fast else Options().chunks_per_s
+    shipped = fast_mode.CHUNKS_PER_S if is_fast else Options().chunks_per_s
     for number, (name, (near, chunks_per_s)) in enumerate(WAYS.items()):
         application = build(
             uri, near, Options().slots, shipped if chunks_per_s == AS_SHIPPED else chunks_per_s
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         if given.fast:
             os.environ.update(
-                fast.environment(
+                fast_mode.environment(
                     Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raykiln-")))
                 )
             )

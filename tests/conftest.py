@@ -40,6 +40,14 @@ def ray_address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def registry_root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A registry with two GPT versions and a GAN (`tests.support.served.publish`)."""
+    from tests.support import served
+
+    return served.publish(tmp_path_factory.mktemp("registry"))
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small text file, in a folder of its own."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"

@@ -19,12 +19,12 @@ from starlette.routing import Route
 
 from cluster.demo.browser import Browser, is_installed, started
 from models import registry
+from serve.app import build_app
 from serve.catalog import Catalog
-from serve.ingress import build_app
-from serve.replicas import Pictures, Text
+from serve.replicas import ImageReplica, TextReplica
 from tests.conftest import free_port
 from tests.support import bundles
-from tests.support.fakes import Here
+from tests.support.fakes import LocalModel
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's id, https://www.w3.org/TR/webdriver2/#elements
 WINDOW = (1360, 1250)
@@ -63,12 +63,12 @@ return texts.map((element) => {
 
 
 @pytest.fixture(scope="module")
-def replica() -> Text:
-    return Text(slots=4, threads=1, timeout_s=60)
+def replica() -> TextReplica:
+    return TextReplica(slots=4, threads=1, timeout_s=60)
 
 
 @pytest.fixture(scope="module")
-def server(replica: Text, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(replica: TextReplica, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The ingress over tiny models, and a second one at port + 1 that serves text only and has no /status."""
     folder = tmp_path_factory.mktemp("page")
     root = str(folder / "models")
@@ -83,12 +83,12 @@ def server(replica: Text, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     servers: list[uvicorn.Server] = []
 
     async def serve() -> None:
-        pictures = Pictures(threads=1)
+        pictures = ImageReplica(threads=1)
         await replica.reconfigure({"uri": registry.resolve(root, "gpt/1")[2]})
         await pictures.reconfigure({"uri": registry.resolve(root, "dcgan")[2]})
         slow_down(replica.session)
-        for images, told, at in ((Here(pictures), STATUS, port), (None, None, port + 1)):
-            app = build_app(Here(replica), images, catalog=Catalog() if images else None)
+        for images, told, at in ((LocalModel(pictures), STATUS, port), (None, None, port + 1)):
+            app = build_app(LocalModel(replica), images, catalog=Catalog() if images else None)
             app.router.routes.insert(0, Route("/status", tell_status(told)))
             servers.append(uvicorn.Server(uvicorn.Config(app, port=at, log_level="warning")))
         await asyncio.gather(*(server.serve() for server in servers))
@@ -238,7 +238,7 @@ def test_every_control_reaches_the_server(browser: Page, server: str) -> None:
     assert browser.text("#reason") == "stop string or end of text"
 
 
-def test_stop_ends_the_model_s_work(browser: Page, server: str, replica: Text) -> None:
+def test_stop_ends_the_model_s_work(browser: Page, server: str, replica: TextReplica) -> None:
     browser.open(f"{server}/?prompt=Now&seed=5&run=text")
     browser.until(lambda: browser.text("#generated"))
     browser.click("#stop")
