@@ -395,11 +395,11 @@ def test_the_keyboards_focus_stays_where_it_is_of_use(browser: Page, server: str
 
 
 def test_a_browser_asks_whether_the_pages_files_have_changed(server: str) -> None:
-    for path in ("/", "/page/studio.js"):
+    for path in ("/", "/page/main.js"):
         response = httpx.get(f"{server}{path}")
         assert response.headers["cache-control"] == "no-cache"
     again = httpx.get(
-        f"{server}/page/studio.js", headers={"If-None-Match": response.headers["etag"]}
+        f"{server}/page/main.js", headers={"If-None-Match": response.headers["etag"]}
     )
     assert (again.status_code, again.content) == (304, b"")
 

@@ -1,7 +1,7 @@
 // The text panel: a prompt, its text as it is written, and a button that stops it.
 
 import { messages, post } from "./api.js";
-import { $, complain, remember, seedOf } from "./page.js";
+import { $, complain, remember, seedOf } from "./dom.js";
 
 let writing = null; // the AbortController of the text under way
 

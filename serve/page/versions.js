@@ -1,7 +1,7 @@
 // A model's versions in the registry, side by side, and what each of them made at its export.
 
 import { answer } from "./api.js";
-import { element, sentence, shown } from "./page.js";
+import { element, sentence, shown } from "./dom.js";
 
 const difference = new Intl.NumberFormat("en", { signDisplay: "always", maximumFractionDigits: 4 });
 

@@ -1,7 +1,7 @@
 // The pictures panel: a grid of a seed's pictures, and the way from one seed's picture to another's.
 
 import { post } from "./api.js";
-import { $, complain, element, remember, seedOf } from "./page.js";
+import { $, complain, element, remember, seedOf } from "./dom.js";
 
 const STEPS = 21; // of an interpolation: 5 % each
 let way = []; // the pictures of the interpolation that is shown

@@ -3,9 +3,9 @@
 // A query runs the page at once: ?prompt=ROMEO:&seed=7&run=text, ?n=16&seed=7&run=pictures, or run=1 for both.
 
 import { answer } from "./api.js";
-import { $, complain, recall } from "./page.js";
-import * as pictures from "./pictures.js";
-import * as served from "./served.js";
+import { $, complain, recall } from "./dom.js";
+import * as pictures from "./images.js";
+import * as served from "./models.js";
 import * as text from "./text.js";
 
 function offer(models) {

@@ -1,6 +1,6 @@
 // What is served: each model's lineage, metrics and sample, its other versions, and, where the server tells it, its replicas and latency.
 
-import { $, element, shown } from "./page.js";
+import { $, element, shown } from "./dom.js";
 import { sample, versions } from "./versions.js";
 
 const LIVE_EVERY_MS = 5000;
