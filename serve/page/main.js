@@ -1,39 +1,47 @@
-// The studio: the same API that /docs describes, called from a page. No build step, no library.
+// The studio page: a user interface for the HTTP API. No build step, no library.
 //
-// A query runs the page at once: ?prompt=ROMEO:&seed=7&run=text, ?n=16&seed=7&run=pictures, or run=1 for both.
+// A `run` in the query sends the requests at once: ?prompt=ROMEO:&seed=7&run=text generates text,
+// ?n=16&seed=7&run=images generates images, and run=1 generates both.
 
-import { answer } from "./api.js";
-import { $, complain, recall } from "./dom.js";
-import * as pictures from "./images.js";
-import * as served from "./models.js";
+import { getJson } from "./api.js";
+import { byId, showError } from "./dom.js";
+import * as images from "./images.js";
+import { showModels } from "./models.js";
+import { fillForms } from "./query.js";
+import { watchStatus } from "./status.js";
 import * as text from "./text.js";
 
-function offer(models) {
-  served.offer(models);
+const PANELS = { gpt: { id: "text", script: text }, gan: { id: "images", script: images } };
+
+/** Shows the panel of each kind of model that is served. */
+function showPanels(models) {
   for (const { kind, model } of models) {
-    const [panel, its] = kind === "gpt" ? [$("text"), text] : [$("pictures"), pictures];
-    its.offer(model);
-    panel.hidden = false;
-    panel.classList.toggle("alone", models.length === 1);
+    const { id, script } = PANELS[kind];
+    script.configure(model);
+    byId(id).hidden = false;
+    byId(id).classList.toggle("single", models.length === 1);
   }
 }
 
 async function start() {
-  text.listen();
-  pictures.listen();
+  text.addListeners();
+  images.addListeners();
   try {
-    const models = (await (await answer(await fetch("v1/models"))).json()).data;
-    offer(models);
+    const { data: models } = await getJson("v1/models");
+    showModels(models);
+    watchStatus();
+    showPanels(models);
     const query = new URLSearchParams(location.search);
-    recall(query);
+    fillForms(query);
     const kinds = models.map(({ kind }) => kind);
-    if (kinds.includes("gpt") && ["1", "text"].includes(query.get("run"))) text.write();
-    if (kinds.includes("gan") && query.get("run") !== "text") {
-      await pictures.draw();
-      await pictures.interpolate();
+    const run = query.get("run");
+    if (kinds.includes("gpt") && ["1", "text"].includes(run)) text.generate();
+    if (kinds.includes("gan") && run !== "text") {
+      await images.generate();
+      await images.interpolate();
     }
   } catch (error) {
-    complain(error);
+    showError(error);
   }
 }
 
