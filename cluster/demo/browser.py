@@ -94,7 +94,13 @@ def started(width: int, height: int) -> Iterator[Chrome]:
             _end_processes(service, profile)
 
 
-def screenshot(url: str, ready: str, path: Path, width: int = 1200, height: int = 1200) -> None:
+def screenshot(
+    url: str,
+    ready: str,
+    path: Path,
+    size: tuple[int, int] = (1200, 1200),
+    timeout_s: float = TIMEOUT_S,
+) -> None:
     """Save a screenshot of a page as PNG.
 
     Chromium's own `--screenshot` would need `--virtual-time-budget` to wait for the page, which
@@ -104,8 +110,8 @@ def screenshot(url: str, ready: str, path: Path, width: int = 1200, height: int 
         url: of the page.
         ready: a JavaScript function body that returns true once the page can be photographed.
         path: of the PNG.
-        width: of the window, in pixels.
-        height: of the window, in pixels.
+        size: of the window, width and height in pixels.
+        timeout_s: how long to wait until the page is ready.
 
     Raises:
         RuntimeError: no browser is available, it failed, or the page was not ready in time.
@@ -117,15 +123,17 @@ def screenshot(url: str, ready: str, path: Path, width: int = 1200, height: int 
     from urllib3.exceptions import HTTPError
 
     try:
-        with started(width, height) as driver:
+        with started(*size) as driver:
             driver.get(url)
-            wait = WebDriverWait(driver, TIMEOUT_S, POLL_INTERVAL_S)
-            wait.until(lambda _: driver.execute_script(ready))
+            try:
+                wait = WebDriverWait(driver, timeout_s, POLL_INTERVAL_S)
+                wait.until(lambda _: driver.execute_script(ready))
+            except TimeoutException as error:
+                raise RuntimeError(f"the page was not ready after {timeout_s:g} s") from error
             path.write_bytes(driver.get_screenshot_as_png())
-    except TimeoutException as error:
-        raise RuntimeError(f"the page was not ready after {TIMEOUT_S} s") from error
     except (WebDriverException, HTTPError) as error:
-        raise RuntimeError(f"the browser failed: {str(error).splitlines()[0]}") from error
+        message = str(error).removeprefix("Message: ").splitlines()[0]
+        raise RuntimeError(f"the browser failed: {message}") from error
 
 
 def _find_browser() -> str | None:
