@@ -149,8 +149,6 @@ def test_missing_programs_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     )
     chromium = tmp_path / "chromium"
     chromium.touch(mode=0o755)
-    assert browser.unavailable() == (
-        "chromedriver is not on PATH: apt-get install chromium-driver"
-    )
+    assert browser.unavailable() == ("chromedriver is not on PATH: apt-get install chromium-driver")
     with pytest.raises(RuntimeError, match="chromedriver is not on PATH"), browser.started(8, 8):
         pass
