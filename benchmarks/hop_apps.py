@@ -1,8 +1,4 @@
-"""The applications that `serve_hop.py` compares.
-
-All serve the text model alone, with the HTTP routes in the engine's process or in another, and with
-tokens sent together or one by one.
-"""
+"""The applications that `serve_hop.py` compares: a text model, its ingress near or far."""
 
 import math
 from typing import Any
@@ -20,10 +16,11 @@ TIMEOUT_S = 300.0
 
 
 class PacedText(TextReplica):
-    """A text replica with an adjustable pace.
+    """The text replica, with a limit on the chunks that it streams.
 
     Args:
-        chunks_per_s: as for `TextReplica`; None: a chunk at every step.
+        slots: of the KV cache.
+        chunks_per_s: the limit, as for `TextReplica`; None: a chunk for every step.
     """
 
     def __init__(self, slots: int, chunks_per_s: float | None) -> None:
@@ -44,9 +41,9 @@ class PacedText(TextReplica):
 
 @serve.ingress()
 class Gateway:
-    """HTTP in a process of its own, as in `serve.gateway.Gateway`."""
+    """An ingress in a process of its own, as `serve.gateway.Gateway`."""
 
-    def __init__(self, text: DeploymentHandle) -> None:
+    def __init__(self, text: DeploymentHandle[TextReplica]) -> None:
         self.text = RemoteTextModel(text)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -55,23 +52,20 @@ class Gateway:
 
 @serve.ingress()
 class TextWithIngress(PacedText):
-    """HTTP and engine in one process."""
+    """An ingress in the engine's process."""
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(LocalModel(self), None, returns_request_id=False)
 
 
-def build(uri: str, near: bool, slots: int, chunks_per_s: float | None) -> serve.Application:
-    options: dict[str, Any] = {
-        "user_config": {"uri": uri},
-        "ray_actor_options": {"num_cpus": 0},
-        "max_ongoing_requests": 1000,
-    }
-    if near:
-        return serve.deployment(**options)(TextWithIngress).bind(slots, chunks_per_s)
-    text = serve.deployment(
-        **options, request_router_config={"initial_backoff_s": 0.005, "max_backoff_s": 0.02}
-    )(PacedText)
-    return serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)(
-        Gateway
-    ).bind(text.bind(slots, chunks_per_s))
+def build(
+    uri: str, ingress_in_engine: bool, slots: int, chunks_per_s: float | None
+) -> serve.Application:
+    """Return an application that serves the bundle at `uri`."""
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 1000}
+    text_options = options | {"user_config": {"uri": uri}}
+    if ingress_in_engine:
+        return serve.deployment(**text_options)(TextWithIngress).bind(slots, chunks_per_s)
+    backoff = {"initial_backoff_s": 0.005, "max_backoff_s": 0.02}
+    text = serve.deployment(**text_options, request_router_config=backoff)(PacedText)
+    return serve.deployment(**options)(Gateway).bind(text.bind(slots, chunks_per_s))

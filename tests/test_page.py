@@ -29,8 +29,8 @@ from starlette.routing import Route
 
 from cluster.demo.browser import started
 from models import registry
-from serve.catalog import Catalog
 from serve.app import build_app
+from serve.catalog import Catalog
 from serve.replicas import ImageReplica, TextReplica
 from tests.conftest import free_port
 from tests.support import bundles
@@ -101,7 +101,10 @@ def server(replica: TextReplica, tmp_path_factory: pytest.TempPathFactory) -> It
         await replica.reconfigure({"uri": registry.resolve(root, "gpt/1")[2]})
         await image_replica.reconfigure({"uri": registry.resolve(root, "dcgan")[2]})
         slow_down(replica.session)
-        for images, status, at in ((LocalModel(image_replica), STATUS, port), (None, None, port + 1)):
+        for images, status, at in (
+            (LocalModel(image_replica), STATUS, port),
+            (None, None, port + 1),
+        ):
             app = build_app(LocalModel(replica), images, catalog=Catalog() if images else None)
             app.router.routes.insert(0, Route("/status", status_route(status)))
             servers.append(uvicorn.Server(uvicorn.Config(app, port=at, log_level="warning")))
