@@ -38,7 +38,7 @@ check: setup
 
 # Links, navigation and docstrings are checked: a warning is an error. No network is used.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --config-file .mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --config-file .mkdocs.yml
 
 # Without NAME: the list.  make bench NAME=serve_text ARGS="--rounds 4": one of them.
 bench: setup
