@@ -37,6 +37,7 @@ from models.nets.losses import (
     wasserstein_generator_loss,
 )
 from train.config import loader as configs
+from train.gan.trainer import net_config
 from train.data import images
 from train.data.dataset import Dataset
 from train.gan import extractor, quality
