@@ -161,7 +161,7 @@ def find_model(given: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[
 @contextlib.contextmanager
 def serving(words: list[str], ready: str) -> Iterator[str]:
     """A server's URL once its path `ready` answers; `words` is what runs it, without the interpreter and the port."""
-    port = machine.free_port(None, 8000)
+    port = machine.free_port(8000)
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as log:
         environment = {**os.environ, "RAY_ADDRESS": ""}  # a cluster of its own

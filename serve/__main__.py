@@ -227,7 +227,7 @@ def _models(url: str, models: list[dict[str, Any]]) -> Table:
         metrics = ", ".join(
             f"{name} {value:.4g}"
             for name, value in model["metrics"].items()
-            if name in bundle.HEADLINES
+            if name in bundle.HEADLINE_METRICS
         )
         runs_on = model["providers"][0].removesuffix("ExecutionProvider")
         table.add_row(

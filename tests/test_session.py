@@ -166,7 +166,7 @@ def test_a_slot_forgets_its_last_tenant(
 def test_a_growing_cache_keeps_what_it_holds_and_changes_no_bit(
     gpt_folder: Path, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.runtime.FIRST_TOKENS", 4)
+    monkeypatch.setattr("models.runtime.INITIAL_CAPACITY", 4)
     growing, plain = TextSession(gpt_folder, slots=2), TextSession(gpt_folder, slots=2)
     plain.reserve(plain.context)
     for length in range(3):
@@ -185,12 +185,12 @@ def test_a_growing_cache_keeps_what_it_holds_and_changes_no_bit(
 def test_a_cache_shrinks_again_and_changes_no_bit(
     gpt_folder: Path, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.runtime.FIRST_TOKENS", 4)
+    monkeypatch.setattr("models.runtime.INITIAL_CAPACITY", 4)
     session = TextSession(gpt_folder, slots=2)
     first = [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])]
-    grown = session.room
+    grown = session.capacity
     assert session.release()
-    assert (session.room, grown) == (4, session.context)
+    assert (session.capacity, grown) == (4, session.context)
     assert not session.release(), "there is nothing to give back"
     for before, after in zip(
         first, [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])], strict=True
@@ -248,7 +248,7 @@ def test_texts_and_probabilities_are_the_same_to_the_bit_alone_and_in_company(
     gpt_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the engine: with prompts' beginnings taken over from other slots, and with a cache that grows."""
-    monkeypatch.setattr("models.runtime.FIRST_TOKENS", 16)
+    monkeypatch.setattr("models.runtime.INITIAL_CAPACITY", 16)
     ends = ["", " glorious", " made glorious summer", "\n", " of"]
     requests = [
         (
@@ -369,7 +369,7 @@ def test_a_flipped_byte_is_refused(tmp_path: Path, file: str) -> None:
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / file).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{file} is not what its bundle promises"):
+    with pytest.raises(ValueError, match=f"{file} does not have the sha256 that its manifest lists"):
         TextSession(folder)
 
 
@@ -392,7 +392,7 @@ def test_kinds_are_not_mixed_up(gpt_folder: Path, gan_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("provider", "sentence"),
     [
-        ("rocket", "'rocket' is no execution provider: use tensorrt, cuda, cpu$"),
+        ("rocket", "unknown execution provider 'rocket': use tensorrt, cuda, cpu$"),
         (
             "cuda",
             "'cuda' is not in this build of ONNX Runtime, which has cpu: install onnxruntime-gpu",

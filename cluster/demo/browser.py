@@ -86,7 +86,7 @@ def _binary() -> str | None:
 @contextlib.contextmanager
 def started(width: int, height: int) -> Iterator[Browser]:
     """A browser with a window of so many pixels, for as long as the block; `is_installed` must hold."""
-    port = machine.free_port(None, 9515)
+    port = machine.free_port(9515)
     with tempfile.TemporaryDirectory(
         prefix="raykiln-chromium-", ignore_cleanup_errors=True
     ) as profile:
