@@ -183,7 +183,7 @@ def serving(arguments: list[str], ready: str) -> Iterator[str]:
     Raises:
         RuntimeError: the server ended or did not get ready in time; has the end of its log.
     """
-    port = machine.free_port(None, 8000)
+    port = machine.free_port(8000)
     url = f"http://127.0.0.1:{port}"
     environment = {**os.environ, "RAY_ADDRESS": ""}  # so that it starts a private cluster
     with tempfile.TemporaryFile("w+") as log:

@@ -37,11 +37,11 @@ from models.nets.losses import (
     wasserstein_generator_loss,
 )
 from train.config import loader as configs
-from train.gan.trainer import net_config
 from train.data import images
 from train.data.dataset import Dataset
 from train.gan import extractor, quality
 from train.gan.config import GanConfig
+from train.gan.trainer import net_config
 
 METRICS = {"frechet_distance": 3, "kid": 4, "recall": 2, "coverage": 2}  # with digits to print
 # Generator steps before the clock starts: allocator, caches, the first all-reduce.

@@ -43,7 +43,7 @@ def deploy(uri: str, is_fast: bool, stack: contextlib.ExitStack) -> list[complet
     from serve.deployments import Options
     from serve.launch import Address, connected
 
-    port = machine.free_port(None, 8000)
+    port = machine.free_port(8000)
     stack.enter_context(connected(len(APPLICATIONS), Address("127.0.0.1", port)))
     serve.start(
         http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from cluster import storage
-from models.nets.features import SURE, Extractor, ExtractorConfig
+from models.nets.features import MIN_CONFIDENCE, Extractor, ExtractorConfig
 from train.config.data import ImageData
 from train.data import images
 from train.data.images import Images
@@ -98,15 +98,15 @@ def test_modes_are_classes_that_it_is_sure_of_or_else_the_nearest_clusters() -> 
         net.head.weight.copy_(torch.eye(3, 4))
         net.head.bias.zero_()
     sure, unsure = (
-        torch.log(torch.tensor([SURE, SURE]))
-        - torch.log1p(-torch.tensor([SURE, SURE]))
+        torch.log(torch.tensor([MIN_CONFIDENCE, MIN_CONFIDENCE]))
+        - torch.log1p(-torch.tensor([MIN_CONFIDENCE, MIN_CONFIDENCE]))
         + torch.tensor([0.8, 0.6])
     )
     features = torch.tensor(
         [[0, float(sure), 0, 9], [0, 0, float(unsure), 9]]
     )  # two others share what is left
     probability = net.head(features).softmax(dim=1).max(dim=1).values
-    assert probability[0] > SURE > probability[1]
+    assert probability[0] > MIN_CONFIDENCE > probability[1]
     assert net.modes(features).tolist() == [1, -1]
     clustered = Extractor(ExtractorConfig(num_classes=4, num_modes=2, width=2))
     clustered.centroids.copy_(torch.tensor([[0.0, 0, 0, 0], [1, 1, 1, 1]]))

@@ -167,7 +167,7 @@ def test_slot_ignores_its_previous_sequence(
 def test_growing_cache_is_bit_identical(
     gpt_folder: Path, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.runtime.FIRST_TOKENS", 4)
+    monkeypatch.setattr("models.runtime.INITIAL_CAPACITY", 4)
     growing, plain = TextSession(gpt_folder, slots=2), TextSession(gpt_folder, slots=2)
     plain.reserve(plain.context)
     for length in range(3):
@@ -186,12 +186,12 @@ def test_growing_cache_is_bit_identical(
 def test_released_cache_is_bit_identical(
     gpt_folder: Path, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.runtime.FIRST_TOKENS", 4)
+    monkeypatch.setattr("models.runtime.INITIAL_CAPACITY", 4)
     session = TextSession(gpt_folder, slots=2)
     first = [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])]
-    grown = session.room
+    grown = session.capacity
     assert session.release()
-    assert (session.room, grown) == (4, session.context)
+    assert (session.capacity, grown) == (4, session.context)
     assert not session.release(), "there is nothing to release"
     for before, after in zip(
         first, [session.prefill(1, rows[0][:3]), session.prefill(1, rows[0])], strict=True
@@ -247,7 +247,7 @@ def test_texts_and_logprobs_are_bit_identical_alone_and_in_batch(
     gpt_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the engine, with the prefix cache and with a KV cache that grows."""
-    monkeypatch.setattr("models.runtime.FIRST_TOKENS", 16)
+    monkeypatch.setattr("models.runtime.INITIAL_CAPACITY", 16)
     ends = ["", " glorious", " made glorious summer", "\n", " of"]
     requests = [
         (
@@ -372,7 +372,7 @@ def test_flipped_byte_is_refused(tmp_path: Path, file: str) -> None:
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / file).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{file} is not what its bundle promises"):
+    with pytest.raises(ValueError, match=f"{file} does not have the sha256 that its manifest lists"):
         TextSession(folder)
 
 
@@ -395,7 +395,7 @@ def test_bundle_of_another_kind_is_refused(gpt_folder: Path, gan_folder: Path) -
 @pytest.mark.parametrize(
     ("provider", "message"),
     [
-        ("rocket", "'rocket' is no execution provider: use tensorrt, cuda, cpu$"),
+        ("rocket", "unknown execution provider 'rocket': use tensorrt, cuda, cpu$"),
         (
             "cuda",
             "'cuda' is not in this build of ONNX Runtime, which has cpu: install onnxruntime-gpu",

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         if argv[:1] == [kind]:
             keys = loader.KeyOptions(parser, kind)
             keys.check(argv[1:])
-            parser.set_defaults(kind=kind, keys=keys)
+            parser.set_defaults(kind=kind, key_options=keys)
     return program.main(argv)
 
 
@@ -106,7 +106,7 @@ def _plan(arguments: argparse.Namespace) -> "Plan":
     stem = Path(arguments.config).stem if arguments.config else kind
     return Plan(
         kind,
-        loader.merge(base, arguments.keys.values(arguments)),
+        loader.merge(base, arguments.key_options.values(arguments)),
         space.read(arguments.space),
         arguments.num_samples,
         arguments.name or f"{stem}-search-{time.strftime('%Y%m%d-%H%M%S')}",

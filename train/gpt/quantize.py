@@ -71,7 +71,7 @@ def measure(
     return {
         "weights": "int8",
         "block_size": BLOCK_SIZE,
-        "judged_tokens": judged,
+        "evaluated_tokens": judged,
         "bits_per_byte": after,
         "bits_per_byte_fp32": before,
     }
