@@ -60,7 +60,7 @@ def _models(url: str, models: list[dict[str, Any]]) -> Table:
         metrics = ", ".join(
             f"{name} {value:.4g}"
             for name, value in model["metrics"].items()
-            if name in bundle.HEADLINES
+            if name in bundle.HEADLINE_METRICS
         )
         table.add_row(
             f"{model['id']}/{model['version']}",
