@@ -31,9 +31,23 @@ test: setup
 test-slow: setup
 	$(RUN) -m pytest -m slow
 
+# The studio page is checked by Biome (.biome.jsonc), which npx downloads once. A machine without
+# node or without a network skips this check.
+BIOME := npx --yes --prefer-offline --fetch-retries=0 @biomejs/biome@2.6.8
+define biome
+@if ! command -v npx >/dev/null; then \
+	echo "skipped: serve/page is not checked, since node is not installed"; \
+elif ! $(BIOME) --version >/dev/null 2>&1; then \
+	echo "skipped: serve/page is not checked, since npx cannot fetch Biome"; \
+else \
+	$(BIOME) $(1) --error-on-warnings serve/page; \
+fi
+endef
+
 check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(call biome,check)
 	$(VENV)/bin/mypy
 
 # Links, navigation and docstrings are checked: a warning is an error. No network is used.
@@ -52,6 +66,7 @@ endif
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	$(call biome,check --write)
 
 # The newest versions that pyproject.toml allows, for every platform, exactly.
 lock: setup

@@ -67,7 +67,7 @@ async function showImages({ data, seed, model }, milliseconds) {
   const count = data.length === 1 ? "1 image" : `${data.length} images`;
   const summary = `${count} of seed ${seed} from ${model} in ${milliseconds} ms.`;
   const status = byId("image-status");
-  status.textContent = `${summary} Select one to download it.`;
+  status.textContent = `${summary} Select one to download.`;
   status.dataset.seed = seed;
   byId("next-seed").disabled = false;
   const download = byId("download-all");
