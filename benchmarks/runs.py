@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def parser(description: str | None) -> cli.Parser:
     """Return a benchmark's parser; its description is printed as it is wrapped."""
     return cli.Parser(
+        prog=f"python -m benchmarks.{Path(sys.argv[0]).stem}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -36,7 +36,7 @@ def _add_command(program: cli.Program, kind: str) -> cli.Parser:
     parser = program.command(
         kind,
         _search,
-        f"search the hyper-parameters of a {kind}",
+        f"search the hyper-parameters of a {kind.upper()}",
         storage="where data, runs and searches lie",
         prints_json=True,
     )
