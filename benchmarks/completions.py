@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from benchmarks.runs import ROOT, spread
 from cluster import machine
 from models import bundle, registry
+from train.gpt.config import GptConfig
 
 NAME = "gpt"  # in the registry: what `train export` calls a GPT
 SHORTEST_PROMPT, LONGEST_PROMPT = 16, 48  # tokens
@@ -38,12 +39,12 @@ def export_untrained(storage: str) -> None:
     import torch
 
     from models.nets import gpt
-    from train.config import sections as configs
+    from train.config import loader as configs
     from train.data import text
     from train.gpt.export import export_gpt
 
     config = configs.load("gpt", "gpt-demo")
-    assert isinstance(config, configs.GptConfig)
+    assert isinstance(config, GptConfig)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer_file, folder = Path(scratch, "tokenizer.json"), Path(scratch, "bundle")
@@ -77,7 +78,7 @@ def export_untrained(storage: str) -> None:
 
 def heldout_ids(tokenizer: Tokenizer) -> np.ndarray:
     """The shipped Shakespeare's held-out documents, one after the other: (N) token ids."""
-    from train.config.sections import TextData
+    from train.config.data import TextData
     from train.data import text
 
     data = TextData()

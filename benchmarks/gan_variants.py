@@ -13,7 +13,7 @@ import tempfile
 
 from benchmarks.runs import spread, train
 from cluster import cli
-from train.config import sections as configs
+from train.config import loader as configs
 
 DEFAULT = ["", "model.norm=batch", "model.critic_norm=layer"] + [
     f"gan.objective={objective} gan.penalty_weight={weight}"

@@ -35,9 +35,10 @@ from models.nets.losses import (
     wasserstein_critic_loss,
     wasserstein_generator_loss,
 )
-from train.config import sections as configs
+from train.config import loader as configs
 from train.data import images
 from train.gan import extractor, quality
+from train.gan.config import GanConfig
 from train.gan.loop import shape
 
 SHOWN = {
@@ -57,9 +58,9 @@ class Trained:
     quality: dict[str, float]  # what `train.gan.quality.Judge` finds
 
 
-def demo() -> configs.GanConfig:
+def demo() -> GanConfig:
     config = configs.load("gan", "gan-demo")
-    assert isinstance(config, configs.GanConfig)
+    assert isinstance(config, GanConfig)
     return config
 
 
@@ -76,7 +77,8 @@ def single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
     )
     assert pictures.labels is not None
     loaded = TensorDataset(
-        torch.from_numpy(pictures.centred(slice(None))), torch.from_numpy(np.array(pictures.labels))
+        torch.from_numpy(pictures.centered(slice(None))),
+        torch.from_numpy(np.array(pictures.labels)),
     )
     loader = DataLoader(loaded, config.batch.global_size, shuffle=True, drop_last=True)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))

@@ -1,5 +1,6 @@
 """What Ray Train and our loop cost or gain beside what one would write by hand: torchrun, transformers, DDP.
 
+from train.gpt.config import GptConfig
     python -m benchmarks.train_vs_torchrun [--rounds 5] [--steps 150] [--strategies ddp zero1 ...]
 
 All train the demo's GPT (gpt-demo: 2 workers, one thread each, bf16 autocast) on the same packed tokens, in turn,
@@ -36,10 +37,10 @@ def bare(folder: str, steps: int) -> None:
     import torch.distributed as dist
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from train.config import sections as configs
+    from train.config import loader as configs
 
     config = configs.load("gpt", "gpt-demo")
-    assert isinstance(config, configs.GptConfig)
+    assert isinstance(config, GptConfig)
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -55,6 +55,7 @@ class Program:
         *,
         storage: str | None = "where data, runs and models lie",
         prints_json: bool = False,
+        takes_keys: bool = False,
         epilog: str | None = None,
     ) -> Parser:
         """Add a subcommand and return its parser, for options of its own.
@@ -64,13 +65,15 @@ class Program:
             function: runs it; returns the exit code.
             text: what it does, one line.
             storage: what --storage means here; None: the command has no such option.
-            prints_json: the command prints a result, which --json prints as JSON (`show`).
+            prints_json: the command prints a result, which --json prints as JSON (`print_json`).
+            takes_keys: arguments that the parser does not know are left to the command, in
+                `arguments.rest`.
             epilog: a note below the options.
         """
         parser: Parser = self._commands.add_parser(
             name, help=text, description=text, epilog=epilog, allow_abbrev=False
         )
-        parser.set_defaults(function=function)
+        parser.set_defaults(function=function, takes_keys=takes_keys)
         common = parser.add_argument_group("common options")
         if storage is not None:
             common.add_argument(
@@ -100,7 +103,8 @@ class Program:
             hint = nearest(argv[0], list(self._parsers))
             raise ValueError(f"unknown command {argv[0]}{hint}; see `{self.parser.prog} --help`")
         arguments, unknown = self.parser.parse_known_args(argv)
-        if unknown:
+        arguments.rest = unknown
+        if unknown and not arguments.takes_keys:
             known = self._parsers[argv[0]]._option_string_actions
             name = unknown[0].split("=", 1)[0]
             hint = nearest(name, list(known)) if name.startswith("--") else ""

@@ -36,7 +36,7 @@ def test_shapes_and_range(config: DcganConfig) -> None:
 @pytest.mark.parametrize("num_classes", [0, 5])
 @pytest.mark.parametrize("net", ["generator", "critic"])
 def test_a_picture_does_not_depend_on_its_company(net: str, num_classes: int) -> None:
-    """Alone or in a batch, training or not: so penalty, DDP and a served request see the same function."""
+    """LocalWorker or in a batch, training or not: so penalty, DDP and a served request see the same function."""
     torch.manual_seed(0)
     config = DcganConfig(latent_dim=16, width=4, num_classes=num_classes)
     module = (Generator if net == "generator" else Critic)(config).double()

@@ -31,7 +31,7 @@ from tests.support.bundles import (
 )
 from train import export as export_run
 from train import parity
-from train.config import sections as config
+from train.config import loader as config
 from train.data import text
 from train.export import export
 from train.gan import export as export_gan

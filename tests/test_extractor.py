@@ -14,12 +14,13 @@ from safetensors.torch import save
 
 from cluster import storage
 from models.nets.features import SURE, Extractor, ExtractorConfig
-from train.config.sections import GanConfig, ImageData
+from train.config.data import ImageData
 from train.data import images
-from train.data.images import Pictures
+from train.data.images import Images
 from train.data.shipped.files import shipped
 from train.data.shipped.make import GARMENTS
 from train.gan import extractor
+from train.gan.config import GanConfig
 
 SHIPPED = "fashion-mnist-extractor.safetensors"
 
@@ -120,7 +121,7 @@ def test_the_shipped_one_knows_garments_that_it_has_never_seen(
     size: int, tmp_path: Path, shipped_one: Extractor
 ) -> None:
     """None of the shipped pictures was trained on, so the training ones count too. Every size is resized to the same picture."""
-    found = Pictures(
+    found = Images(
         Path(images.prepare(ImageData.model_validate({"size": size}), str(tmp_path))),
         "heldout",
         size,
@@ -129,11 +130,11 @@ def test_the_shipped_one_knows_garments_that_it_has_never_seen(
 
 
 def test_the_shipped_one_has_seen_neither_side(garments: Path, shipped_one: Extractor) -> None:
-    sides = [Pictures(garments, split, 32) for split in ("train", "heldout")]
+    sides = [Images(garments, split, 32) for split in ("train", "heldout")]
     right = []
     for side in sides:
         assert side.labels is not None
-        found = shipped_one(torch.from_numpy(side.centred(slice(0, 1000)))).argmax(dim=1).numpy()
+        found = shipped_one(torch.from_numpy(side.centered(slice(0, 1000)))).argmax(dim=1).numpy()
         right.append((found == side.labels[:1000]).mean())
     assert abs(right[0] - right[1]) < 0.02, "what it had learned by heart, it would know better"
 
@@ -181,7 +182,7 @@ def test_it_learns_and_the_same_each_time(garments: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state), "the caller's own draws are left alone"
     net, card = extractor.unpack(content, "trained")
     assert card.accuracy > 0.5, "chance is a tenth"
-    assert card.accuracy == extractor.measure(net, Pictures(garments, "heldout", 32), telling=True)
+    assert card.accuracy == extractor.measure(net, Images(garments, "heldout", 32), telling=True)
     assert (card.task, card.train, card.heldout) == ("classes", 9000, 1000)
     assert card.dataset == storage.read_json(garments / "dataset.json")["fingerprint"]
 
@@ -197,8 +198,8 @@ def test_without_classes_it_learns_how_pictures_are_turned(tmp_path: Path) -> No
     assert card.accuracy > 0.4, "chance is a quarter"
     assert net.config.num_classes == 4
     assert net.config.num_modes == 20
-    pictures = Pictures(dataset, "train", 32)
-    modes = net.modes(net.features(torch.from_numpy(pictures.centred(slice(0, 1000)))))
+    pictures = Images(dataset, "train", 32)
+    modes = net.modes(net.features(torch.from_numpy(pictures.centered(slice(0, 1000)))))
     assert len(modes.unique()) == 20
 
 

@@ -18,17 +18,18 @@ from torch import Tensor
 from cluster import storage
 from models.nets.features import Extractor, ExtractorConfig
 from tests.support import workers
-from train.config.sections import GanConfig, load
+from train.config.loader import load
 from train.data import images
 from train.gan import extractor
 from train.gan import loop as gan
-from train.gan.loop import Gan, shape
-from train.gan.pictures import cells
+from train.gan.config import GanConfig
+from train.gan.film import cells
+from train.gan.trainer import GanTrainer, net_config
 from train.launch import fit
 from train.parallel import backends, zero
-from train.parallel.state import Fragment, Halt, State
+from train.parallel.state import Halt, Shard, State
 from train.parallel.strategy import Ddp
-from train.run import recorder as metrics
+from train.run import records
 from train.run.checkpoint import Checkpointer, complete, newest
 
 STEPS = 3
@@ -141,13 +142,13 @@ def after_training(cell: str, source: Path, root: Path, workers: int) -> State:
     torch.set_num_threads(1)
     torch.set_default_dtype(PRECISIONS[cell.split()[2]])
     try:
-        pictures = images.Pictures(
-            Path(images.prepare(config.data, str(root))),
+        pictures = images.Images(
+            images.prepare(config.data, str(root)),
             "train",
             config.data.size,
             config.data.horizontal_flip,
         )
-        trained = Gan(config, shape(config, pictures.meta), backends.build(config))
+        trained = GanTrainer(config, net_config(config, pictures), backends.build(config))
         before = copy.deepcopy(trained.state())
         for step in range(config.steps):
             while trained.turn < config.gan.critic_steps:
@@ -220,12 +221,12 @@ def by_two_workers(two_workers: Path) -> dict[str, State]:
     return first
 
 
-def whole(*shares: dict[str, Tensor | Fragment]) -> Tensors:
+def whole(*shares: dict[str, Tensor | Shard]) -> Tensors:
     """Tensors of which each worker has a share, or all."""
     found: Tensors = {}
     for share in shares:
         for name, value in share.items():
-            if isinstance(value, Fragment):
+            if isinstance(value, Shard):
                 target = found.setdefault(
                     name, torch.full(value.shape, torch.nan, dtype=value.values.dtype)
                 ).view(-1)
@@ -285,7 +286,7 @@ class Stop(Exception):
     pass
 
 
-class Interrupting(metrics.Silent):
+class Interrupting(NullRecorder):
     """Ends the loop as a kill would, in the middle of a step's aftermath."""
 
     def __init__(self, at: int) -> None:
@@ -313,10 +314,10 @@ def run_alone(
     config: GanConfig, dataset: str, run_uri: Path, stop_at: int | None = None
 ) -> dict[str, Any] | None:
     checkpoints = Checkpointer(str(run_uri), config.model_dump())
-    recorder = metrics.Silent() if stop_at is None else Interrupting(stop_at)
+    recorder = NullRecorder() if stop_at is None else Interrupting(stop_at)
     try:
         return gan.train(
-            workers.Alone(
+            workers.LocalWorker(
                 config, Ddp(), checkpoints, recorder, dataset, judged_by(config, dataset)
             ),
             checkpoints.load(),
@@ -367,7 +368,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
     }
 
 
-def advance(trained: Gan, pictures: images.Pictures, step: int) -> int:
+def advance(trained: Gan, pictures: images.Images, step: int) -> int:
     """One update of the net whose turn it is; the generator's steps so far."""
     if trained.turn < trained.config.gan.critic_steps:
         trained.update_critic(trained.critic_batches(trained.critic_updates, pictures))
@@ -382,8 +383,7 @@ def flat(state: State) -> dict[str, Any]:
         f"{part}.{name}": value for part, values in state.items() for name, value in values.items()
     }
     return {
-        name: value.values if isinstance(value, Fragment) else value
-        for name, value in found.items()
+        name: value.values if isinstance(value, Shard) else value for name, value in found.items()
     }
 
 
@@ -412,11 +412,11 @@ def resumed_anywhere(strategy_name: str, source: Path, root: Path) -> dict[int, 
         **STRATEGIES[strategy_name],
         **{"parallel.workers": 2, "batch.micro_size": 8},
     )
-    pictures = images.Pictures(
-        Path(images.prepare(config.data, str(root), True)), "train", config.data.size
+    pictures = images.Images(
+        images.prepare(config.data, str(root), True), "train", config.data.size
     )
     spread = backends.build(config)
-    straight, step = Gan(config, shape(config, pictures.meta), spread), 0
+    straight, step = GanTrainer(config, net_config(config, pictures), spread), 0
     kept = {
         cut: Checkpointer(str(root / f"{strategy_name}-{cut}"), config.model_dump(), spread.name)
         for cut in CUTS
@@ -429,7 +429,7 @@ def resumed_anywhere(strategy_name: str, source: Path, root: Path) -> dict[int, 
     found = {0: copy.deepcopy(straight.state())}
     for cut, checkpoints in kept.items():
         step, saved = checkpoints.load()  # type: ignore[misc]
-        resumed = Gan(config, straight.shape, backends.build(config), saved)
+        resumed = GanTrainer(config, straight.shape, backends.build(config), saved)
         for _ in range(UPDATES - cut):
             step = advance(resumed, pictures, step)
         found[cut] = copy.deepcopy(resumed.state())
@@ -460,7 +460,7 @@ def test_a_checkpoint_may_fall_anywhere_in_the_cadence(
             checkpoints.join()
         step = advance(straight, pictures, step)
     step, state = Checkpointer(str(tmp_path / "run"), {}).load()  # type: ignore[misc]
-    resumed = Gan(config, straight.shape, Ddp(), state)
+    resumed = GanTrainer(config, straight.shape, Ddp(), state)
     for _ in range(UPDATES - updates):
         step = advance(resumed, pictures, step)
     assert_same(straight.state(), resumed.state())
@@ -472,7 +472,7 @@ def test_another_critic_ratio_goes_on_with_the_next_pictures(source: Path, tmp_p
     step = 0
     while step < 2:
         step = advance(first, pictures, step)
-    faster = Gan(
+    faster = GanTrainer(
         config_of("plain", source, **{"gan.critic_steps": 4}), first.shape, Ddp(), first.state()
     )
     assert (faster.critic_updates, faster.turn) == (4, 0)
@@ -497,7 +497,7 @@ def test_final_metrics_have_every_figure_of_quality(source: Path, tmp_path: Path
         "sliced_wasserstein",
     )
     assert final.keys() >= {
-        f"heldout_{figure}{floor}" for figure in figures for floor in ("", "_floor")
+        f"heldout_{figure}{suffix}" for figure in figures for suffix in ("", "_baseline")
     }
     assert final.keys() >= {"heldout_samples", "wasserstein_distance", "real_score", "fake_score"}
     assert final["heldout_samples"] == 12
@@ -506,11 +506,9 @@ def test_final_metrics_have_every_figure_of_quality(source: Path, tmp_path: Path
 # ---------------------------------------------------------------- the parts of a step
 
 
-def single(config: GanConfig, tmp_path: Path) -> tuple[Gan, images.Pictures]:
-    pictures = images.Pictures(
-        Path(images.prepare(config.data, str(tmp_path))), "train", config.data.size
-    )
-    return Gan(config, shape(config, pictures.meta), Ddp()), pictures
+def single(config: GanConfig, tmp_path: Path) -> tuple[Gan, images.Images]:
+    pictures = images.Images(images.prepare(config.data, str(tmp_path)), "train", config.data.size)
+    return GanTrainer(config, net_config(config, pictures), Ddp()), pictures
 
 
 def test_an_update_moves_its_own_net_alone(source: Path, tmp_path: Path) -> None:
@@ -612,20 +610,20 @@ def collapsing(rank: int, source: Path, root: Path, on_collapse: str) -> None:
         source,
         **{"parallel.workers": 2, "steps": 4, "log.eval_every": 1, "gan.on_collapse": on_collapse},
     )
-    recorder = workers.Kept()
+    recorder = workers.MemoryRecorder()
     falling = iter([0.9, 0.9, 0.0, 0.0])
-    judge = gan.Judge.__call__
+    judge = gan.Evaluator.__call__
 
     def judged(self: Any, generate: Any) -> dict[str, float]:
         return judge(self, generate) | {
             "heldout_recall": next(falling),
-            "heldout_recall_floor": 0.95,
+            "heldout_recall_baseline": 0.95,
             "heldout_samples": 1000.0,
         }
 
-    gan.Judge.__call__ = judged  # type: ignore[method-assign]
+    gan.Evaluator.__call__ = judged  # type: ignore[method-assign]
     dataset = images.prepare(config.data, str(root))
-    worker = workers.Alone(
+    worker = workers.LocalWorker(
         config,
         Ddp(),
         Checkpointer(str(root / "run"), {}),
@@ -670,11 +668,11 @@ def test_what_rank_0_cannot_judge_by_is_said_once(source: Path, tmp_path: Path) 
     judge.write_bytes(judge.read_bytes()[:-1])
     with pytest.raises(Halt, match=r"is damaged"):
         gan.train(
-            workers.Alone(
+            workers.LocalWorker(
                 config,
                 Ddp(),
                 Checkpointer(str(tmp_path / "run"), {}),
-                workers.Kept(),
+                workers.MemoryRecorder(),
                 dataset,
                 str(judge),
             ),
@@ -684,9 +682,9 @@ def test_what_rank_0_cannot_judge_by_is_said_once(source: Path, tmp_path: Path) 
 
 def test_nan_is_an_alarm_before_it_ends_the_run(source: Path, tmp_path: Path) -> None:
     config = config_of("plain", source, **{"steps": 4, "log.every": 1})
-    recorder = workers.Kept()
+    recorder = workers.MemoryRecorder()
     dataset = images.prepare(config.data, str(tmp_path))
-    worker = workers.Alone(
+    worker = workers.LocalWorker(
         config,
         Ddp(),
         Checkpointer(str(tmp_path / "run"), {}),
@@ -710,7 +708,7 @@ def test_bfloat16_trains(source: Path, tmp_path: Path) -> None:
     pictures = single(config, tmp_path)[1]
     found = []
     for precision in ("bf16", "fp32"):
-        trained = Gan(config, shape(config, pictures.meta), Ddp(precision))
+        trained = GanTrainer(config, net_config(config, pictures), Ddp(precision))
         found.append(
             trained.update_critic(trained.critic_batches(0, pictures))
             | trained.update_generator(trained.generator_batches(0))
@@ -739,7 +737,7 @@ def test_two_ray_workers_end_where_one_process_does(
     summary = fit(config, str(tmp_path), quiet=True)
     run = tmp_path / "runs" / "two"
     assert [
-        row["step"] for row in metrics.read(str(run)) if "heldout_sliced_wasserstein" in row
+        row["step"] for row in records.metrics(str(run)) if "heldout_sliced_wasserstein" in row
     ] == [2, 4]
     assert {file.name for file in (run / "samples").glob("*.png")} == {
         *(

@@ -224,7 +224,7 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("line", readme_commands())
 def test_a_command_of_the_readme_exists(line: str, tmp_path: Path) -> None:
     """Each command starts: its options are known. What they do is the business of their own tests."""
-    from train.config import sections as config
+    from train.config import loader as config
 
     found = tmp_path / "best.yaml"  # what a search writes: a whole config
     found.write_text(config.dump(config.load("gpt", "gpt-tiny")))

@@ -9,13 +9,12 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from models.latents import slerp
-from train.gan import pictures
 
 Z = 64
 
 
 def plain(levels: list[float], size: int = 8, channels: int = 1) -> torch.Tensor:
-    """Pictures (N, C, size, size), each of one level."""
+    """Images (N, C, size, size), each of one level."""
     return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, channels, size, size)
 
 
@@ -88,14 +87,14 @@ def test_walks_go_round() -> None:
 
 
 def test_steps_are_spread_geometrically_with_both_ends() -> None:
-    assert pictures.spread([300, 100, 200]) == [100, 200, 300]
-    steps = pictures.spread(range(0, 20_001, 50))
+    assert pictures.as_shards([300, 100, 200]) == [100, 200, 300]
+    steps = pictures.as_shards(range(0, 20_001, 50))
     assert steps[0] == 0
     assert steps[-1] == 20_000
     assert len(steps) <= pictures.FRAMES
-    chosen = pictures.spread(range(100, 12_801, 100))
+    chosen = pictures.as_shards(range(100, 12_801, 100))
     assert chosen == [100, 200, 400, 800, 1600, 3200, 6400, 12800]
-    assert pictures.spread([7]) == [7]
+    assert pictures.as_shards([7]) == [7]
 
 
 def frame(level: int, size: int, rows: int = 2) -> np.ndarray:

@@ -41,8 +41,8 @@ def recorded_text() -> Any:
         "inter_token_latency",
         "filter_hits",
     ):
-        setattr(metrics, name, Recorder())
-    metrics.load = {name: Recorder() for name in metrics.load}
+        setattr(metrics, name, RunRecorder())
+    metrics.load = {name: RunRecorder() for name in metrics.load}
     return metrics
 
 

@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from models.nets.features import Extractor
-from train.config.sections import ImageData
-from train.data.images import Pictures, prepare
+from train.config.data import ImageData
+from train.data.images import Images, prepare
 from train.data.shipped.files import shipped
 from train.gan import quality
 from train.gan.alarms import Alarms
 from train.gan.extractor import unpack
-from train.gan.quality import Judge
+from train.gan.quality import Evaluator
 
 Generate = Callable[[np.ndarray], Tensor]
 
 
 @pytest.fixture(scope="module")
-def garments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pictures]:
+def garments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Images]:
     dataset = prepare(ImageData(), str(tmp_path_factory.mktemp("kiln")))
-    return {split: Pictures(Path(dataset), split, 32) for split in ("train", "heldout")}
+    return {split: Images(Path(dataset), split, 32) for split in ("train", "heldout")}
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +33,19 @@ def extractor() -> Extractor:
 
 
 @pytest.fixture(scope="module")
-def judge(garments: dict[str, Pictures], extractor: Extractor) -> Judge:
-    return Judge(garments["train"], garments["heldout"], extractor, 1000, "cpu")
+def judge(garments: dict[str, Images], extractor: Extractor) -> Evaluator:
+    return Evaluator(garments["train"], garments["heldout"], extractor, 1000, "cpu")
 
 
 @pytest.fixture(scope="module")
-def features(garments: dict[str, Pictures], extractor: Extractor) -> tuple[Tensor, Tensor]:
+def features(garments: dict[str, Images], extractor: Extractor) -> tuple[Tensor, Tensor]:
     """(300, 64) of held-out pictures and (250, 64) of training pictures with noise: neither equal nor far apart."""
     noise = torch.from_numpy(
         np.random.default_rng(0).normal(0, 0.1, (250, 1, 32, 32)).astype(np.float32)
     )
-    real = torch.from_numpy(garments["heldout"].centred(slice(0, 300)))
+    real = torch.from_numpy(garments["heldout"].centered(slice(0, 300)))
     return extractor.features(real).double(), extractor.features(
-        torch.from_numpy(garments["train"].centred(slice(0, 250))) + noise
+        torch.from_numpy(garments["train"].centered(slice(0, 250))) + noise
     ).double()
 
 
@@ -213,7 +213,7 @@ def test_a_shift_costs_its_mean_projection() -> None:
 
 
 @pytest.fixture(scope="module")
-def verdict(judge: Judge) -> Callable[[Generate], dict[str, float]]:
+def verdict(judge: Evaluator) -> Callable[[Generate], dict[str, float]]:
     """What the judge says of a generator, each figure but the number of samples without "heldout_"."""
 
     def judged(generate: Generate) -> dict[str, float]:
@@ -223,53 +223,53 @@ def verdict(judge: Judge) -> Callable[[Generate], dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def others(judge: Judge, garments: dict[str, Pictures]) -> np.ndarray:
+def others(judge: Evaluator, garments: dict[str, Images]) -> np.ndarray:
     """Training pictures that are not the floor's."""
     return np.setdiff1d(np.arange(len(garments["train"])), np.concatenate(judge.stand_ins))
 
 
-def of(pictures: Pictures, chosen: np.ndarray) -> Generate:
+def of(pictures: Images, chosen: np.ndarray) -> Generate:
     """A generator of these pictures, in turn."""
     place = iter(range(10**9))
     return lambda part: torch.from_numpy(
-        pictures.centred(chosen[[next(place) % len(chosen) for _ in part]])
+        pictures.centered(chosen[[next(place) % len(chosen) for _ in part]])
     )
 
 
-def test_other_real_pictures_are_at_the_floor(
-    verdict: Callable, garments: dict[str, Pictures], others: np.ndarray
+def test_other_real_pictures_are_at_the_baseline(
+    verdict: Callable, garments: dict[str, Images], others: np.ndarray
 ) -> None:
     found = verdict(of(garments["train"], np.random.default_rng(0).permutation(others)))
     assert found["samples"] == 1000
-    assert found["frechet_distance"] < 2 * found["frechet_distance_floor"]
+    assert found["frechet_distance"] < 2 * found["frechet_distance_baseline"]
     assert abs(found["kid"]) < 2 * found["kid_spread"]
     for tag in ("precision", "recall", "density", "coverage"):
-        assert found[tag] > found[f"{tag}_floor"] - 0.05, tag
-    assert found["modes"] == found["modes_floor"] == 10
+        assert found[tag] > found[f"{tag}_baseline"] - 0.05, tag
+    assert found["modes"] == found["modes_baseline"] == 10
     assert found["mode_kl"] < 0.02
-    assert found["sliced_wasserstein"] < 1.5 * found["sliced_wasserstein_floor"]
+    assert found["sliced_wasserstein"] < 1.5 * found["sliced_wasserstein_baseline"]
 
 
 def test_a_memoriser_is_told_by_recall_and_coverage(
-    verdict: Callable, garments: dict[str, Pictures]
+    verdict: Callable, garments: dict[str, Images]
 ) -> None:
     """50 pictures repeated look as good as real ones, and have all modes: only what looks for variety sees it."""
     found = verdict(of(garments["train"], np.arange(50)))
-    assert found["recall"] < 0.1 < found["recall_floor"] - 0.5
-    assert found["coverage"] < 0.5 * found["coverage_floor"]
-    assert found["precision"] > found["precision_floor"] - 0.1
+    assert found["recall"] < 0.1 < found["recall_baseline"] - 0.5
+    assert found["coverage"] < 0.5 * found["coverage_baseline"]
+    assert found["precision"] > found["precision_baseline"] - 0.1
     assert found["modes"] >= 9
 
 
 def test_a_generator_that_comes_to_copy_or_to_make_one_class_is_a_collapse(
-    judge: Judge, garments: dict[str, Pictures], others: np.ndarray
+    judge: Evaluator, garments: dict[str, Images], others: np.ndarray
 ) -> None:
     train = garments["train"]
     assert train.labels is not None
     for collapsed in (np.arange(50), np.flatnonzero(train.labels == 6)):
         alarms = Alarms("wgan-gp")
-        assert alarms.judged(100, judge(of(train, others))) == []
-        found = alarms.judged(200, judge(of(train, collapsed)))
+        assert alarms.evaluated(100, judge(of(train, others))) == []
+        found = alarms.evaluated(200, judge(of(train, collapsed)))
         assert "collapse" in {alarm.kind for alarm in found}
 
 
@@ -277,19 +277,19 @@ def test_a_generator_that_comes_to_copy_or_to_make_one_class_is_a_collapse(
     "label", [2, 6, 9]
 )  # a shirt is what is most often taken for another, a pullover next
 def test_a_class_alone_is_one_mode(
-    label: int, verdict: Callable, garments: dict[str, Pictures]
+    label: int, verdict: Callable, garments: dict[str, Images]
 ) -> None:
     train = garments["train"]
     assert train.labels is not None
     found = verdict(of(train, np.flatnonzero(train.labels == label)))
     assert found["modes"] == 1
     assert found["mode_kl"] > 1
-    assert found["coverage"] < 0.5 * found["coverage_floor"]
-    assert found["frechet_distance"] > 20 * found["frechet_distance_floor"]
+    assert found["coverage"] < 0.5 * found["coverage_baseline"]
+    assert found["frechet_distance"] > 20 * found["frechet_distance_baseline"]
     assert found["precision"] > 0.7, "each picture by itself is a real one"
 
 
-def test_missing_classes_are_counted(verdict: Callable, garments: dict[str, Pictures]) -> None:
+def test_missing_classes_are_counted(verdict: Callable, garments: dict[str, Images]) -> None:
     train = garments["train"]
     assert train.labels is not None
     found = verdict(
@@ -301,7 +301,7 @@ def test_missing_classes_are_counted(verdict: Callable, garments: dict[str, Pict
 
 @pytest.mark.parametrize("damage", ["blur", "noise"])
 def test_damaged_pictures_are_told_from_real_ones(
-    damage: str, verdict: Callable, garments: dict[str, Pictures], others: np.ndarray
+    damage: str, verdict: Callable, garments: dict[str, Images], others: np.ndarray
 ) -> None:
     real = of(garments["train"], np.random.default_rng(0).permutation(others))
     draw = torch.Generator().manual_seed(0)
@@ -315,10 +315,10 @@ def test_damaged_pictures_are_told_from_real_ones(
         )
 
     found = verdict(generate)
-    assert found["frechet_distance"] > 10 * found["frechet_distance_floor"]
+    assert found["frechet_distance"] > 10 * found["frechet_distance_baseline"]
     assert found["kid"] > 10 * found["kid_spread"]
-    assert found["density"] < 0.8 * found["density_floor"]
-    assert found["coverage"] < 0.8 * found["coverage_floor"]
+    assert found["density"] < 0.8 * found["density_baseline"]
+    assert found["coverage"] < 0.8 * found["coverage_baseline"]
 
 
 def test_nothing_but_noise_is_nothing(verdict: Callable) -> None:
@@ -329,25 +329,25 @@ def test_nothing_but_noise_is_nothing(verdict: Callable) -> None:
     assert found["recall"] < 0.1
     assert found["modes"] <= 1
     assert found["mode_kl"] > 1
-    assert found["sliced_wasserstein"] > 5 * found["sliced_wasserstein_floor"]
+    assert found["sliced_wasserstein"] > 5 * found["sliced_wasserstein_baseline"]
 
 
 # ---------------------------------------------------------------- the judge
 
 
 def test_the_verdict_is_the_same_at_each_call_and_in_each_run(
-    garments: dict[str, Pictures], extractor: Extractor
+    garments: dict[str, Images], extractor: Extractor
 ) -> None:
     def mirrored(part: np.ndarray) -> Tensor:
-        return torch.from_numpy(garments["train"].centred(part)).flip(3)
+        return torch.from_numpy(garments["train"].centered(part)).flip(3)
 
     judge, again = (
-        Judge(garments["train"], garments["heldout"], extractor, 200, "cpu") for _ in range(2)
+        Evaluator(garments["train"], garments["heldout"], extractor, 200, "cpu") for _ in range(2)
     )
     found = judge(mirrored)
     assert judge(mirrored) == found
     assert again(mirrored) == found
-    assert {tag for tag in found if not tag.endswith("_floor")} == {
+    assert {tag for tag in found if not tag.endswith("_baseline")} == {
         *(
             f"heldout_{tag}"
             for tag in (
@@ -364,53 +364,57 @@ def test_the_verdict_is_the_same_at_each_call_and_in_each_run(
     }
     without = {"heldout_kid_spread", "heldout_samples"}
     assert all(
-        f"{tag}_floor" in found
+        f"{tag}_baseline" in found
         for tag in found
-        if not tag.endswith("_floor") and tag not in without
+        if not tag.endswith("_baseline") and tag not in without
     )
 
 
 def test_pictures_are_drawn_from_all_classes(
-    garments: dict[str, Pictures], extractor: Extractor
+    garments: dict[str, Images], extractor: Extractor
 ) -> None:
     """A folder's pictures lie class by class: the first ones would be of one class. The floor's own pictures are at the floor."""
     seen: list[int] = []
 
     def generate(part: np.ndarray) -> Tensor:
         seen.extend(part.tolist())
-        return torch.from_numpy(garments["train"].centred(part))
+        return torch.from_numpy(garments["train"].centered(part))
 
-    found = Judge(garments["train"], garments["heldout"], extractor, 200, "cpu")(generate)
-    assert all(found[tag] == found[f"{tag}_floor"] for tag in found if f"{tag}_floor" in found)
+    found = Evaluator(garments["train"], garments["heldout"], extractor, 200, "cpu")(generate)
+    assert all(
+        found[tag] == found[f"{tag}_baseline"] for tag in found if f"{tag}_baseline" in found
+    )
     assert found["heldout_samples"] == len(set(seen)) == 200
     assert max(seen) > 8000
 
 
 def test_batches_do_not_matter(
-    garments: dict[str, Pictures], extractor: Extractor, monkeypatch: pytest.MonkeyPatch
+    garments: dict[str, Images], extractor: Extractor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def blurred(part: np.ndarray) -> Tensor:
-        return gaussian_blur(torch.from_numpy(garments["train"].centred(part)), [3, 3])
+        return gaussian_blur(torch.from_numpy(garments["train"].centered(part)), [3, 3])
 
     found = []
     for size in (100, 37):
         monkeypatch.setattr(quality, "BATCH", size)
-        found.append(Judge(garments["train"], garments["heldout"], extractor, 150, "cpu")(blurred))
+        found.append(
+            Evaluator(garments["train"], garments["heldout"], extractor, 150, "cpu")(blurred)
+        )
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
 
 
 def test_a_handful_of_pictures_can_be_judged(
-    garments: dict[str, Pictures], extractor: Extractor
+    garments: dict[str, Images], extractor: Extractor
 ) -> None:
-    found = Judge(garments["train"], garments["heldout"], extractor, 4, "cpu")(
+    found = Evaluator(garments["train"], garments["heldout"], extractor, 4, "cpu")(
         lambda part: torch.zeros(len(part), 1, 32, 32)
     )
     assert all(np.isfinite(value) for value in found.values())
 
 
-def test_a_generator_of_nan_gets_nan(garments: dict[str, Pictures], extractor: Extractor) -> None:
+def test_a_generator_of_nan_gets_nan(garments: dict[str, Images], extractor: Extractor) -> None:
     """What then stops the run is the trainer's business: see `train.run.recorder.finite`."""
-    found = Judge(garments["train"], garments["heldout"], extractor, 20, "cpu")(
+    found = Evaluator(garments["train"], garments["heldout"], extractor, 20, "cpu")(
         lambda part: torch.full((len(part), 1, 32, 32), torch.nan)
     )
     assert np.isnan(found["heldout_frechet_distance"])
@@ -437,18 +441,21 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_with_inception_there_is_an_fid(
-    garments: dict[str, Pictures], extractor: Extractor, weights: str
+    garments: dict[str, Images], extractor: Extractor, weights: str
 ) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    judge = Judge(garments["train"], garments["heldout"], extractor, 4, "cpu", weights)
+    judge = Evaluator(garments["train"], garments["heldout"], extractor, 4, "cpu", weights)
     own = [
         torch.from_numpy(side.pixels[:2, ..., 0].copy())[:, None].repeat(1, 3, 1, 1)
         for side in garments.values()
     ]
     assert judge.inception is not None
     ours = torch.cat(
-        [judge.inception(torch.from_numpy(side.centred(slice(0, 2)))) for side in garments.values()]
+        [
+            judge.inception(torch.from_numpy(side.centered(slice(0, 2))))
+            for side in garments.values()
+        ]
     )
     net = FeatureExtractorInceptionV3(
         "inception-v3", ["2048"], feature_extractor_weights_path=weights
@@ -456,8 +463,8 @@ def test_with_inception_there_is_an_fid(
     assert torch.equal(ours, net(torch.cat(own))[0]), (
         "the 8 bits of a picture reach Inception as they were"
     )
-    found = judge(lambda part: torch.from_numpy(garments["train"].centred(part)))
-    assert found["heldout_fid"] == found["heldout_fid_floor"] > 0
+    found = judge(lambda part: torch.from_numpy(garments["train"].centered(part)))
+    assert found["heldout_fid"] == found["heldout_fid_baseline"] > 0
 
 
 def test_what_inception_lacks_is_said_in_a_sentence(

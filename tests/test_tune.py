@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from cluster import local
-from train.config import sections as configs
+from train.config import loader as configs
 from tune import launch, results, space
 from tune.launch import Plan
 from tune.table import Progress

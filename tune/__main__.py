@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import cli
-from train.config import sections as configs
+from train.config import loader as configs
+from train.kinds import KINDS
 
 USAGE = """usage: python -m tune gpt|gan [--config NAME|FILE] [--space NAME|FILE] [--num-samples N] [--max-concurrent N]
                       [--name NAME] [--storage URI] [--dry-run] [--debug] [--KEY VALUE ...]
@@ -21,9 +22,9 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0 if argv else 2
     kind, *rest = argv
-    if kind not in configs.KINDS:
+    if kind not in KINDS:
         raise ValueError(
-            f"there is no kind of run {kind!r}{configs.nearest(kind, list(configs.KINDS))}: use gpt or gan"
+            f"there is no kind of run {kind!r}{configs.nearest(kind, list(KINDS))}: use gpt or gan"
         )
     given, keys = _parser(kind).parse_known_args(rest)
 

@@ -23,8 +23,10 @@ from ray.tune.search import BasicVariantGenerator
 from cluster import storage
 from cluster.connect import connect
 from train import launch
-from train.config import sections as configs
-from train.run import recorder as metrics
+from train.config import loader as configs
+from train.config.sections import Config
+from train.kinds import KINDS
+from train.run import records
 from tune import results
 from tune import space as spaces
 from tune.table import Progress
@@ -77,18 +79,18 @@ class Plan:
         self.config({}, run=f"{self.name}-00000")
         spaces.check(self.space, self.kind, self.base)
 
-    def config(self, values: dict[str, Any], run: str | None = None) -> configs.Config:
+    def config(self, values: dict[str, Any], run: str | None = None) -> Config:
         """The config with `values` (dotted keys) drawn; as a trial's, named and judged often, where `run` is given."""
         drawn = configs.merge(self.base, configs.nested(values))
         if run is not None:
             drawn = configs.merge(
                 drawn, configs.nested({"run.name": run, "log.eval_every": self.rung})
             )
-        return configs.build(configs.KINDS[self.kind], drawn, f"search {self.name}")
+        return configs.build(KINDS[self.kind].config, drawn, f"search {self.name}")
 
     @property
     def steps(self) -> int:
-        return configs.build(configs.KINDS[self.kind], self.base, f"search {self.name}").steps
+        return configs.build(KINDS[self.kind].config, self.base, f"search {self.name}").steps
 
     @property
     def rung(self) -> int:
@@ -163,7 +165,7 @@ def at_once(plan: Plan, nodes: list[dict[str, Any]], private: bool) -> int:
     return plan.max_concurrent or max(fit, 1)
 
 
-def fitting(config: configs.Config, nodes: list[dict[str, Any]]) -> int:
+def fitting(config: Config, nodes: list[dict[str, Any]]) -> int:
     """How many of a config's runs the nodes (`ray.nodes()`) hold side by side; a worker is never split over two nodes."""
     parallel = config.parallel
     slots = 0
@@ -181,14 +183,14 @@ def run_trial(values: dict[str, Any], plan: Plan, root: str) -> None:
         root, name
     ):  # complete in a search that was killed before Tune wrote that down
         # Each judgement at its own step: the last one alone would be held against other trials' early ones.
-        for row in metrics.read(storage.join(root, "runs", name)):
+        for row in records.metrics(storage.join(root, "runs", name)):
             if plan.metric in row:
                 ray.tune.report(row)
         return
     launch.fit(plan.config(values, run=name), root, callbacks=[TuneReportCallback()], quiet=True)
 
 
-def _misfit(config: configs.Config, nodes: list[dict[str, Any]]) -> str:
+def _misfit(config: Config, nodes: list[dict[str, Any]]) -> str:
     parallel = config.parallel
     have = {
         kind: sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"])

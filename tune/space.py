@@ -16,7 +16,8 @@ from typing import Any
 import ray.tune
 import yaml
 
-from train.config import sections as configs
+from train.config import loader as configs
+from train.kinds import KINDS
 
 SPACES = Path(__file__).parent / "spaces"
 DISTRIBUTIONS: dict[str, Callable[..., Any]] = {
@@ -88,7 +89,7 @@ def check(space: Space, kind: str, base: dict[str, Any]) -> None:
     Raises:
         ValueError: an unknown key (with the nearest valid one), a key that the search decides, or a value out of range.
     """
-    model = configs.KINDS[kind]
+    model = KINDS[kind].config
     valid = configs.keys(model)
     for key, distribution in space.items():
         if key not in valid:

@@ -165,20 +165,18 @@ class Demo:
         return rows
 
     def _photograph(self, url: str) -> str | None:
-        """The page's picture once it has written and drawn, where a browser is installed."""
-        if not browser.is_installed():
-            return None
-        target = self.folder / "page.png"
-        written = "return document.getElementById('reason').textContent !== '–' && !document.getElementById('way').hidden"
+        """Save a screenshot of the page with its text and images, or log why there is none."""
+        path = self.folder / "page.png"
+        ready = (
+            "return document.getElementById('finish-reason').textContent !== '–' "
+            "&& !document.getElementById('interpolation').hidden"
+        )
         try:
-            with browser.started(1200, 1200) as page:
-                page.open(url)
-                page.until(lambda: page.run(written))
-                page.screenshot(target)
-        except (RuntimeError, TimeoutError, httpx.HTTPError) as error:
-            self.say(f"no picture of the page: {error}")  # the road was gone to its end without it
+            browser.screenshot(url, ready, path)
+        except RuntimeError as error:
+            self.say(f"no screenshot of the page was taken: {error}")
             return None
-        return str(target)
+        return str(path)
 
     # ---------------------------------------------------------------- what is left behind
 
@@ -202,7 +200,7 @@ class Demo:
                 tag: measured["gan"][tag]
                 for tag in (
                     "heldout_frechet_distance",
-                    "heldout_frechet_distance_floor",
+                    "heldout_frechet_distance_baseline",
                     "heldout_recall",
                 )
             },
@@ -236,7 +234,7 @@ class Demo:
         )
         table.add_row(
             "held-out pictures",
-            f"Frechet distance {summary['heldout_frechet_distance']:.2f} ({summary['heldout_frechet_distance_floor']:.2f} between real and real), "
+            f"Frechet distance {summary['heldout_frechet_distance']:.2f} ({summary['heldout_frechet_distance_baseline']:.2f} between real and real), "
             f"recall {summary['heldout_recall']:.2f}",
         )
         table.add_row(

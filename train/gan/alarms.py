@@ -2,7 +2,7 @@
 
     alarms = Alarms(config.gan.objective, saved)
     for alarm in alarms.measured(step, figures): ...   # at each measurement: losses, scores, penalty
-    for alarm in alarms.judged(step, figures): ...     # at each judgement of held-out pictures
+    for alarm in alarms.evaluated(step, figures): ...     # at each judgement of held-out pictures
 
 Each rule gives a severity: at 1 its alarm begins, below `EASED` it is calm, and after `CALM` such looks in a row it has
 ended: only then it is said again. One batch says little, so what is measured is seen through the medians of the last
@@ -30,21 +30,21 @@ LONG, LONG_STEPS = (
     1000,
 )  # measurements, and steps, in which a generator has followed its critic, if it can
 EASED = 0.7
-CALM = {"measured": WINDOW, "judged": 1}
+CALM = {"measured": WINDOW, "evaluated": 1}
 
 # The loss of a critic that scores every picture alike, at the best such score: 0.5 for lsgan, 0 for the others.
 BLIND = {"lsgan": 0.25, "hinge": 2.0, "non-saturating": 2 * math.log(2)}
 
-Finding = tuple[str, float, str]  # kind, severity, sentence
+Finding = tuple[str, float, str]  # kind, severity, message
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something has begun to go wrong: when it was seen, what it is, and in a sentence its figures and what one does about it."""
+    """Something has begun to go wrong: when it was seen, what it is, and in a message its figures and what one does about it."""
 
     step: int
-    kind: str  # collapse, divergence, critic has won, critic has given up
-    sentence: str
+    kind: str  # collapse, divergence, critic dominates, critic gives no gradient
+    message: str
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Alarms:
         rules = self._wasserstein if self._blind is None else self._bounded
         return self._new(step, "measured", [*rules(now), *self._given_up(now)])
 
-    def judged(self, step: int, figures: dict[str, float]) -> list[Alarm]:
+    def evaluated(self, step: int, figures: dict[str, float]) -> list[Alarm]:
         """The alarms that a judgement sets off.
 
         Args:
@@ -119,13 +119,16 @@ class Alarms:
         }.items():
             if tag in figures:
                 best, at = self._best_yet(tag, figures[tag], step)
-                lost = f"{tag} fell from {best:.3g} at step {at:,.0f} to {figures[tag]:.3g} (floor {figures[f'{tag}_floor']:.3g})"
+                lost = f"{tag} fell from {best:.3g} at step {at:,.0f} to {figures[tag]:.3g} (floor {figures[f'{tag}_baseline']:.3g})"
                 way_out = "the generator makes ever fewer kinds of pictures; start another run with a lower optim.lr or more gan.critic_steps"
                 found.append(
                     (
                         "collapse",
                         rule(
-                            best, figures[tag], figures[f"{tag}_floor"], figures["heldout_samples"]
+                            best,
+                            figures[tag],
+                            figures[f"{tag}_baseline"],
+                            figures["heldout_samples"],
                         ),
                         f"{lost}: {way_out}",
                     )
@@ -134,12 +137,12 @@ class Alarms:
         if tag in figures:
             best, at = self._best_yet(tag, figures[tag], step, lower=True)
             # The floor is the noise of so many samples.
-            severity = figures[tag] / (3 * (best + figures[f"{tag}_floor"]))
+            severity = figures[tag] / (3 * (best + figures[f"{tag}_baseline"]))
             risen = f"{tag} rose from {best:.3g} at step {at:,.0f} to {figures[tag]:.3g}"
             found.append(
                 ("divergence", severity, f"{risen}: start another run with a lower optim.lr")
             )
-        return self._new(step, "judged", found)
+        return self._new(step, "evaluated", found)
 
     # ------------------------------------------------------------ what is remembered
 
@@ -169,10 +172,10 @@ class Alarms:
         worst: dict[str, Finding] = {}
         for finding in found:
             worst[finding[0]] = max(worst.get(finding[0], finding), finding, key=lambda one: one[1])
-        for kind, severity, sentence in worst.values():
+        for kind, severity, message in worst.values():
             name = f"{seen}: {kind}"
             if severity >= 1 and name not in self._seen.begun:
-                alarms.append(Alarm(step, kind, sentence))
+                alarms.append(Alarm(step, kind, message))
             if severity >= 1 or name in self._seen.begun:
                 self._seen.begun[name] = (
                     self._seen.begun.get(name, 0) + 1 if severity < EASED else 0
@@ -201,7 +204,7 @@ class Alarms:
             if peak > 0
             else "never was above it"
         )
-        yield "critic has given up", severity, f"{is_now} and {was}: {way_out}"
+        yield "critic gives no gradient", severity, f"{is_now} and {was}: {way_out}"
 
     def _wasserstein(self, now: dict[str, float]) -> Iterator[Finding]:
         """WGAN: the gap is the estimate of the Wasserstein distance."""
@@ -240,8 +243,8 @@ class Alarms:
                 if penalty <= 1 and width < paid / 10 and self._seen.measurements >= BEGINNING
                 else 0.0
             )
-            sentence = f"gradient_penalty is {penalty:.3g}, the critic scores every picture alike: its optim.critic_lr is too low, or broke it"
-            yield "critic has given up", flat, sentence
+            message = f"gradient_penalty is {penalty:.3g}, the critic scores every picture alike: its optim.critic_lr is too low, or broke it"
+            yield "critic gives no gradient", flat, message
         won, stuck = 0.0, 0.0
         if self._seen.measurements > BEGINNING and low <= peak / 2:
             won = gap / (3 * peak) if low > 0 else 0.0
@@ -251,10 +254,10 @@ class Alarms:
         way_out = (
             "the generator no longer follows; use a lower optim.critic_lr or fewer gan.critic_steps"
         )
-        yield "critic has won", won, f"{risen}: {way_out}"
+        yield "critic dominates", won, f"{risen}: {way_out}"
         still = f"wasserstein_distance is {gap:.3g} and was hardly more at its most, {peak:.3g} at step {self._seen.gap['peak_step']:,}"
         yield (
-            "critic has won",
+            "critic dominates",
             stuck,
             f"{still}: the generator does not follow; use a lower optim.critic_lr than its optim.lr",
         )
@@ -279,7 +282,7 @@ class Alarms:
             else 0.0
         )
         yield (
-            "critic has given up",
+            "critic gives no gradient",
             blind,
             f"{times}: raise optim.critic_lr, or give it more gan.critic_steps",
         )
@@ -287,7 +290,7 @@ class Alarms:
         won = (
             _ratio(0.05 * self._blind, loss) if self._seen.measurements >= BEGINNING else 0.0
         )  # a first generator is easily seen through
-        yield "critic has won", won, f"{times}: {sure}"
+        yield "critic dominates", won, f"{times}: {sure}"
 
 
 def _not_finite(step: int, figures: dict[str, float]) -> list[Alarm]:

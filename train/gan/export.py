@@ -14,7 +14,11 @@ from cluster import storage
 from models.latents import seeded_latents
 from models.nets.dcgan import Generator
 from models.runtime import ImageGraph, signature
-from train.parity import judge
+from train.data.dataset import Dataset
+from train.gan.config import GanConfig
+from train.gan.trainer import net_config
+from train.parallel.state import State
+from train.parity import check_parity
 
 OPSET = 20
 MAX_BATCH = 1024
@@ -22,6 +26,15 @@ TOLERANCE = 1e-5  # of values in [-1, 1]
 BATCHES = (1, 2, 3, 8)
 GOLDEN_SEED = 7
 GOLDEN_PICTURES, SAMPLE_ROWS, SAMPLE_COLUMNS = 2, 10, 8
+
+
+def export_checkpoint(
+    config: GanConfig, state: State, dataset: Dataset, folder: Path
+) -> dict[str, Any]:
+    """Write the bundle of a checkpoint's averaged generator. See `train.kinds.Kind.export`."""
+    generator = Generator(net_config(config, dataset))
+    generator.load_state_dict(dict(state["generator_ema"]))
+    return export_gan(generator, dataset.meta["classes"], folder)
 
 
 def export_gan(generator: Generator, class_names: list[str], folder: Path) -> dict[str, Any]:
@@ -112,7 +125,7 @@ def measure_parity(generator: Generator, graph: ImageGraph) -> dict[str, Any]:
                 torch.from_numpy(latents), None if labels is None else torch.from_numpy(labels)
             ).numpy()
         differences[f"batch {batch}"] = float(np.abs(graph.run(latents, labels) - expected).max())
-    return judge(differences, TOLERANCE, "pictures")
+    return check_parity(differences, TOLERANCE, "pictures")
 
 
 def _inputs(generator: Generator, seed: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -1,7 +1,7 @@
 """Trains a data set's extractor once and keeps it beside the data: `python -m train extractor --config gan-fashion`.
 
-    uri = prepare(config, dataset)       # on the driver: found, shipped, or trained by a task on the cluster
-    extractor = load(uri, device)        # on each worker
+    dataset = prepare(config, dataset)              # on the driver: found, shipped, or trained
+    extractor = load(dataset.extractor["uri"], device)     # on each worker
 
 What it learns is to tell the data set's classes apart; where there are none, how far a picture was turned (Gidaris et al.
 2018, https://arxiv.org/abs/1803.07728), and clusters of its features then stand for the modes (Richardson & Weiss 2018,
@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,11 @@ from torch.nn import functional
 from cluster import storage
 from cluster.connect import connect
 from models.nets.features import Extractor, ExtractorConfig
-from train.config.sections import GanConfig
-from train.data.dataset import fetch
-from train.data.images import Pictures
+from train.data.dataset import Dataset
+from train.data.images import Images
 from train.data.order import Order, rng
 from train.data.shipped.files import shipped
+from train.gan.config import GanConfig
 
 VERSION = 1  # part of the file's name: raise it when the net or its training changes
 SEED = 0  # not the run's: all runs on a data set are judged by the same extractor
@@ -53,7 +52,7 @@ class Card:
     """The share of `heldout` pictures, never trained on, that it gets right."""
     heldout: int
     train: int
-    """Pictures that it was trained on."""
+    """Images that it was trained on."""
     classes: list[str]
     dataset: str
     """The fingerprint of the data set that it was trained on."""
@@ -62,33 +61,33 @@ class Card:
 # ---------------------------------------------------------------- finding
 
 
-def prepare(config: GanConfig, dataset: str, say: Callable[[str], None] = print) -> str:
-    """The URI of the extractor by which pictures of a prepared data set are judged; trains it where there is none yet.
+def prepare(config: GanConfig, dataset: Dataset, say: Callable[[str], None] = print) -> Dataset:
+    """Return the data set with the extractor that evaluates images of it; train one where there is
+    none yet.
 
     Quick where it is there already, or the data are the shipped ones, whose extractor ships too.
 
     Args:
         config: the run's; its GPU, or as many CPUs as its workers have, train.
-        dataset: the URI of a prepared data set; the extractor lies in its folder.
+        dataset: a prepared data set; the extractor lies in its folder.
         say: takes a line on what is done.
 
     Raises:
         ValueError: it is damaged, or the data set is too small to judge by.
     """
-    meta = storage.read_json(storage.join(dataset, "dataset.json"))
-    _refuse_too_few(meta["splits"], dataset)
-    found = find(dataset, config.data.size)
+    meta = dataset.meta
+    _refuse_too_few(meta["splits"], dataset.uri)
+    found = find(dataset.uri, config.data.size)
     if found is None and meta["source"] == ["fashion-mnist"]:
-        found = publish(
-            shipped("fashion-mnist-extractor.safetensors").read_bytes(), dataset, config.data.size
-        )
+        shipped_file = shipped("fashion-mnist-extractor.safetensors").read_bytes()
+        found = publish(shipped_file, dataset.uri, config.data.size)
     if found is None:
         say(
-            f"extractor: training on {meta['splits']['train']['pictures']:,} pictures, once for this data set"
+            f"extractor: training on {meta['splits']['train']['images']:,} images, once for this data set"
         )
         found = _train_on_cluster(config, dataset)
     say(f"extractor {found[-24:-12]}: {describe(read(found)[1])}: {found}")
-    return found
+    return dataset.with_extractor(facts(found))
 
 
 def find(dataset: str, size: int) -> str | None:
@@ -113,9 +112,9 @@ def _stem(size: int) -> str:
 
 def _refuse_too_few(splits: dict[str, dict[str, int]], dataset: str) -> None:
     for split, facts in splits.items():
-        if facts["pictures"] < MIN_PICTURES:
+        if facts["images"] < MIN_PICTURES:
             raise ValueError(
-                f"{dataset} has {facts['pictures']} pictures in its {split} split, and generated ones can't be judged by fewer than {MIN_PICTURES}: "
+                f"{dataset} has {facts['images']} images in its {split} split, and generated ones can't be judged by fewer than {MIN_PICTURES}: "
                 "give more pictures in data.source, or another data.heldout_fraction"
             )
 
@@ -206,7 +205,7 @@ def load(uri: str, device: torch.device | str) -> Extractor:
 # ---------------------------------------------------------------- training
 
 
-def _train_on_cluster(config: GanConfig, dataset: str) -> str:
+def _train_on_cluster(config: GanConfig, dataset: Dataset) -> str:
     """Trains as a task where the run's workers will be, which have not started yet: with their CPUs as far as one node has them."""
     connect()
     parallel = config.parallel
@@ -224,29 +223,29 @@ def _train_on_cluster(config: GanConfig, dataset: str) -> str:
         )
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error  # its sentence, without the task's traceback around it
-    return find(dataset, config.data.size) or found  # another driver's, where that is found first
+    return (
+        find(dataset.uri, config.data.size) or found
+    )  # another driver's, where that is found first
 
 
-def _task(dataset: str, size: int, threads: int, device: str) -> str:
+def _task(dataset: Dataset, size: int, threads: int, device: str) -> str:
     torch.set_num_threads(threads)
-    return publish(pack(*train(fetch(dataset), size, device)), dataset, size)
+    return publish(pack(*train(dataset, size, device)), dataset.uri, size)
 
 
 def train(
-    folder: Path, size: int, device: torch.device | str = "cpu", steps: int | None = None
+    dataset: Dataset, size: int, device: torch.device | str = "cpu", steps: int | None = None
 ) -> tuple[Extractor, Card]:
     """The extractor of a prepared data set on this machine; on a CPU with as many threads the same one each time.
 
     Args:
-        folder: the data set.
+        dataset: a prepared data set of images.
         size: pixels a side that the generator's pictures have.
         device: where to train.
         steps: batches of BATCH pictures, or of all where they are fewer; by default EPOCHS over the training pictures, within MIN_STEPS and MAX_STEPS.
     """
-    pictures, heldout = (
-        Pictures(folder, "train", size, horizontal_flip=True),
-        Pictures(folder, "heldout", size),
-    )
+    pictures = Images(dataset, "train", size, horizontal_flip=True)
+    heldout = Images(dataset, "heldout", size)
     classes = pictures.meta["classes"]
     telling = len(classes) > 1  # one class is nothing to tell apart
     config = ExtractorConfig(
@@ -282,11 +281,11 @@ def train(
     )
 
 
-def _batch_size(pictures: Pictures) -> int:
+def _batch_size(pictures: Images) -> int:
     return min(BATCH, len(pictures))
 
 
-def _fit(extractor: Extractor, pictures: Pictures, telling: bool, steps: int) -> None:
+def _fit(extractor: Extractor, pictures: Images, telling: bool, steps: int) -> None:
     """Trains in place: AdamW under one cycle of the learning rate, on pictures mirrored and shifted a little."""
     optimizer = torch.optim.AdamW(extractor.parameters(), LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
@@ -308,7 +307,7 @@ def _fit(extractor: Extractor, pictures: Pictures, telling: bool, steps: int) ->
 
 
 def _shifted(images: Tensor, draw: np.random.Generator) -> Tensor:
-    """Pictures (B, C, H, W) moved by up to a sixteenth of their size, all of a batch alike; the edge is repeated."""
+    """Images (B, C, H, W) moved by up to a sixteenth of their size, all of a batch alike; the edge is repeated."""
     size = images.shape[-1]
     most = size // 16
     top, left = draw.integers(2 * most + 1, size=2)
@@ -318,23 +317,23 @@ def _shifted(images: Tensor, draw: np.random.Generator) -> Tensor:
 
 
 def turned(images: Tensor, turns: np.ndarray) -> Tensor:
-    """Pictures (B, C, H, H), each by its own number of right angles (B)."""
+    """Images (B, C, H, H), each by its own number of right angles (B)."""
     return torch.stack(
         [image.rot90(int(turn), (1, 2)) for image, turn in zip(images, turns, strict=True)]
     )
 
 
 def batches(
-    pictures: Pictures, device: torch.device | str, indices: np.ndarray | None = None
+    pictures: Images, device: torch.device | str, indices: np.ndarray | None = None
 ) -> list[tuple[Tensor, np.ndarray]]:
-    """Pictures without augmentation and their indices, batch by batch; by default all."""
+    """Images without augmentation and their indices, batch by batch; by default all."""
     wanted = np.arange(len(pictures)) if indices is None else indices
     parts = np.array_split(wanted, -(-len(wanted) // BATCH))
-    return [(torch.from_numpy(pictures.centred(part)).to(device), part) for part in parts]
+    return [(torch.from_numpy(pictures.centered(part)).to(device), part) for part in parts]
 
 
 @torch.no_grad()
-def measure(extractor: Extractor, heldout: Pictures, telling: bool) -> float:
+def measure(extractor: Extractor, heldout: Images, telling: bool) -> float:
     """The share of pictures whose class, or else whose turn, the extractor tells right."""
     right = 0
     for images, part in batches(heldout, extractor.head.weight.device):

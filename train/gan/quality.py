@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.nets.features import Extractor
-from train.data.images import Pictures
+from train.data.images import Images
 from train.data.order import rng
 
 NUM_DIRECTIONS = 512
@@ -36,7 +36,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """The squared Frechet distance of two normal distributions with the points' means and (unbiased) covariances.
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) (Dowson & Landau 1982; for pictures Heusel et al. 2017,
-    https://arxiv.org/abs/1706.08500). With S = R'R of the centred points' QR decomposition, the last trace is the sum of
+    https://arxiv.org/abs/1706.08500). With S = R'R of the centered points' QR decomposition, the last trace is the sum of
     the singular values of R1 R2': no root of a matrix is taken, and it holds for fewer points than dimensions too.
 
     Args:
@@ -149,7 +149,7 @@ def _distances(points: Tensor, others: Tensor) -> Iterator[Tensor]:
 def mode_figures(real: Tensor, made: Tensor, num_modes: int) -> tuple[int, float]:
     """The number of modes that are there, and the Kullback-Leibler divergence of the made modes' shares from the real ones', in nats.
 
-    A mode is there if its share is at least `PRESENT` of its real share. Pictures of no mode have a share of their own in
+    A mode is there if its share is at least `PRESENT` of its real share. Images of no mode have a share of their own in
     the divergence; one picture is added to each real share, for what has none.
 
     Args:
@@ -184,7 +184,7 @@ def sliced_wasserstein(first: Tensor, second: Tensor) -> float:
 
 
 def project(images: Tensor) -> Tensor:
-    """Pictures (B, C, H, W) on `NUM_DIRECTIONS` unit directions of pixel space, always the same: (B, K)."""
+    """Images (B, C, H, W) on `NUM_DIRECTIONS` unit directions of pixel space, always the same: (B, K)."""
     flat = images.flatten(1).float()
     return flat @ _directions(flat.shape[1]).to(flat.device)
 
@@ -210,7 +210,7 @@ class Seen:
     inception: Tensor | None  # (N, 2048) float64
 
 
-class Judge:
+class Evaluator:
     """Generated pictures against held-out ones: all figures with their floors, the same at each call for the same generator.
 
     Args:
@@ -224,8 +224,8 @@ class Judge:
 
     def __init__(
         self,
-        train: Pictures,
-        heldout: Pictures,
+        train: Images,
+        heldout: Images,
         extractor: Extractor,
         samples: int,
         device: torch.device | str,
@@ -241,12 +241,14 @@ class Judge:
             )
             for side in (heldout, train)
         )
-        self.real = self._see(torch.from_numpy(heldout.centred(part)) for part in real)
-        floor = self._compare(
-            self._see(torch.from_numpy(train.centred(part)) for part in self.stand_ins)
+        self.real = self._see(torch.from_numpy(heldout.centered(part)) for part in real)
+        baseline = self._compare(
+            self._see(torch.from_numpy(train.centered(part)) for part in self.stand_ins)
         )
-        self.floor = {
-            f"{tag}_floor": value for tag, value in floor.items() if tag != "heldout_kid_spread"
+        self.baseline = {
+            f"{tag}_baseline": value
+            for tag, value in baseline.items()
+            if tag != "heldout_kid_spread"
         }
 
     def __call__(self, generate: Callable[[np.ndarray], Tensor]) -> dict[str, float]:
@@ -260,7 +262,7 @@ class Judge:
             heldout_frechet_distance, heldout_kid, ..., each but heldout_kid_spread with its floor, and heldout_samples.
         """
         found = self._compare(self._see(generate(part) for part in self.stand_ins))
-        return {**found, **self.floor, "heldout_samples": float(self.count)}
+        return {**found, **self.baseline, "heldout_samples": float(self.count)}
 
     @torch.no_grad()
     def _see(self, batches: Iterable[Tensor]) -> Seen:
@@ -304,7 +306,7 @@ class Judge:
 
 
 def inception(weights: str, device: torch.device | str) -> Callable[[Tensor], Tensor]:
-    """Pictures (B, C, H, W) in [-1, 1] to Inception's features (B, 2048), as torch-fidelity computes them for its FID.
+    """Images (B, C, H, W) in [-1, 1] to Inception's features (B, 2048), as torch-fidelity computes them for its FID.
 
     Raises:
         ValueError: the file or the package `torch-fidelity` is missing, or the file holds no tensors, or another net's.

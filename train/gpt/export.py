@@ -28,16 +28,22 @@ from transformers.utils import logging as transformers_logging
 from cluster import storage
 from models.nets import gpt
 from models.runtime import TextGraph, signature
+from train.data import text
+from train.data.dataset import Dataset
 from train.gpt import quantize
-from train.parity import VERSIONS, judge
+from train.gpt.config import GptConfig
+from train.gpt.model import build
+from train.parallel.state import State
+from train.parity import VERSIONS, check_parity
 
-WEIGHTS = ("fp32", "int8")
 OPSET = 24
 ATTENTION = "raykiln_slot_cache"
 # Of the largest logit, so that it fits any model. float32 keeps 7 digits, of which sums over width and layers take two. 8 bits keep
 # two: the demo's logits are 1 % off; how much text that costs is what decides (train/gpt/quantize.py).
 RELATIVE_TOLERANCE = {"fp32": 1e-5, "int8": 0.05}
 PROMPT_TOKENS, GOLDEN_TOKENS, SAMPLE_TOKENS = 8, 32, 300
+# Enough to measure the cost of 8-bit weights to four digits: both graphs get the same tokens.
+HELDOUT_TOKENS = 8192
 
 # What parity is measured on: for each row of a batch, the sizes of the chunks in which its tokens come.
 CASES: dict[str, list[list[int]]] = {
@@ -49,6 +55,27 @@ CASES: dict[str, list[list[int]]] = {
     "ragged batch": [[6, 2], [4, 1], [2, 3]],
     "chunked prefill": [[3, 4, 1]],
 }
+
+
+def export_checkpoint(
+    config: GptConfig, state: State, dataset: Dataset, folder: Path, weights: str
+) -> dict[str, Any]:
+    """Write the bundle of a checkpoint: the averaged weights where the run has them.
+
+    See `train.kinds.Kind.export`.
+    """
+    model = build(config, dataset)
+    gpt.restore(model, state["model_ema" if "model_ema" in state else "model"])
+    heldout = _heldout_tokens(text.Tokens(dataset, "heldout", model.config.n_positions))
+    return export_gpt(model, dataset.fetch() / "tokenizer.json", heldout, folder, weights)
+
+
+def _heldout_tokens(tokens: text.Tokens) -> np.ndarray:
+    """Return about `HELDOUT_TOKENS` tokens: whole windows of the model's context, spaced evenly
+    over the held-out text."""
+    stride = max(tokens.num_windows * tokens.context // HELDOUT_TOKENS, 1)
+    windows = tokens.every_window(0, stride)
+    return np.concatenate([inputs[targets >= 0] for inputs, targets in windows])
 
 
 def export_gpt(
@@ -271,7 +298,7 @@ def measure_parity(
         )
         peak = max(peak, *(float(np.abs(logits).max()) for logits in expected))
     way_out = VERSIONS if weights == "fp32" else "export with --weights fp32"
-    return judge(differences, RELATIVE_TOLERANCE[weights] * peak, "logits", way_out)
+    return check_parity(differences, RELATIVE_TOLERANCE[weights] * peak, "logits", way_out)
 
 
 @torch.no_grad()

@@ -57,10 +57,10 @@ class Average:
             yield self.learner.core.get_buffer(name), average
 
     def state(self) -> State:
-        return {self.part: self.learner.spread(self.values) | self.buffers}
+        return {self.part: self.learner.as_shards(self.values) | self.buffers}
 
     def restore(self, saved: State) -> None:
         for name, value in self.values.items():
-            value.copy_(self.learner.share(name, saved[self.part][name]))
+            value.copy_(self.learner.local_part(name, saved[self.part][name]))
         for name, value in self.buffers.items():
             value.copy_(saved[self.part][name])

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-State = dict[str, Any]  # part -> {name: tensor or Fragment}, or -> what JSON can hold
+State = dict[str, Any]  # part -> {name: tensor or Shard}, or -> what JSON can hold
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam and AdamW keep of each parameter (torch's names)
 
 
@@ -14,7 +14,7 @@ class Halt(ValueError):
 
 
 @dataclass(frozen=True)
-class Fragment:
+class Shard:
     """A worker's share of a tensor that is spread over the workers."""
 
     values: torch.Tensor  # 1-D: the elements from `start` on of the flattened whole

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train.parallel.state import MOMENTS, Fragment, Halt, State, adam_state
+from train.parallel.state import MOMENTS, Halt, Shard, State, adam_state
 
 
 class Strategy:
@@ -89,7 +89,7 @@ class Strategy:
             dist.all_reduce(total)
         return total.tolist()
 
-    def of_first(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def from_rank_0(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """What rank 0 makes, on every worker; the others wait.
 
         Raises:
@@ -171,7 +171,7 @@ class Learner:
             loss = self.scaler.scale(loss)
         loss.backward()
 
-    def rehearse(self, loss: Callable[[], torch.Tensor]) -> None:
+    def warm_up(self, loss: Callable[[], torch.Tensor]) -> None:
         """One backward whose gradients are thrown away, before the first step of a process, where that step would differ from later ones.
 
         DDP orders its buckets anew after the first backward it sees. With more than two workers the place in a bucket
@@ -205,7 +205,7 @@ class Learner:
             else nn.utils.clip_grad_norm_(self.core.parameters(), self.clip or math.inf)
         )
 
-    def figures(self, norm: torch.Tensor | None) -> dict[str, float]:
+    def metrics(self, norm: torch.Tensor | None) -> dict[str, float]:
         """What is worth watching of a step: the gradient's norm, and the scale that keeps fp16 gradients in range."""
         found = {} if norm is None else {"grad_norm": float(norm)}
         if self.scaler is not None:
@@ -224,7 +224,7 @@ class Learner:
         if self.scaler is not None:
             progress["scaler"] = self.scaler.state_dict()
         return {
-            self.name: self.spread(self.local()) | dict(self.core.named_buffers()),
+            self.name: self.as_shards(self.local()) | dict(self.core.named_buffers()),
             f"{self.name}_optimizer": self._moments(),
             f"{self.name}_progress": progress,
         }
@@ -243,18 +243,18 @@ class Learner:
         """This worker's share of the weights by name, to be read and written in place."""
         return {name: parameter.data for name, parameter in self.core.named_parameters()}
 
-    def spread(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Fragment]:
+    def as_shards(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Shard]:
         """Tensors shaped like `local`'s as what a checkpoint takes: as they are, or as shares of a whole."""
         return dict(values)
 
-    def share(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+    def local_part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """What of a whole tensor belongs to this worker, shaped like `local`'s."""
         return whole
 
     def _updates(self) -> int:
         return max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
 
-    def _moments(self) -> dict[str, torch.Tensor | Fragment]:
+    def _moments(self) -> dict[str, torch.Tensor | Shard]:
         """Adam's moments as {"exp_avg/<parameter>": ...}."""
         state = self.optimizer.state
         return {

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from train.parallel.state import MOMENTS, Fragment, adam_state
+from train.parallel.state import MOMENTS, Shard, adam_state
 from train.parallel.strategy import Learner, Strategy
 
 BUCKET_ELEMENTS = 50_000_000  # exchanged at once; DeepSpeed's default of 5e8 costs 2 GB of buffers
@@ -45,7 +45,9 @@ class DeepSpeed(Strategy):
         self.deepspeed = _import(self.device)
 
     def _kind(self) -> "type[Learner]":
-        return [_Replicated, _SpreadOptimizer, _SpreadOptimizer, _SpreadParameters][self.stage]
+        return [_Replicated, _PartitionedOptimizer, _PartitionedOptimizer, _PartitionedParameters][
+            self.stage
+        ]
 
     def settings(self, clip: float | None) -> dict[str, Any]:
         """DeepSpeed's config."""
@@ -139,18 +141,18 @@ class _Replicated(_Engine):
         return norm
 
 
-class _SpreadOptimizer(_Engine):
+class _PartitionedOptimizer(_Engine):
     """Stages 1 and 2: a group's parameters are laid end to end, and each worker owns an equal run of that line."""
 
-    def _moments(self) -> dict[str, torch.Tensor | Fragment]:
-        found: dict[str, torch.Tensor | Fragment] = {}
+    def _moments(self) -> dict[str, torch.Tensor | Shard]:
+        found: dict[str, torch.Tensor | Shard] = {}
         if not self._updates():
             return found
         for name, parameter, flat, place in self._owned():
             here, whole = place.hp_fragment_address, place.lp_fragment_address
             for key in MOMENTS:
                 values = self.optimizer.state[flat][key].narrow(0, here.start, here.numel)
-                found[f"{key}/{name}"] = Fragment(values, whole.start, tuple(parameter.shape))
+                found[f"{key}/{name}"] = Shard(values, whole.start, tuple(parameter.shape))
         return found
 
     def _set_moments(self, saved: Any, updates: int) -> None:
@@ -175,7 +177,7 @@ class _SpreadOptimizer(_Engine):
                 )
 
 
-class _SpreadParameters(_Engine):
+class _PartitionedParameters(_Engine):
     """Stage 3: each worker owns an equal part of every parameter, the last one padded."""
 
     def local(self) -> dict[str, torch.Tensor]:
@@ -185,20 +187,20 @@ class _SpreadParameters(_Engine):
             for name, parameter in self.core.named_parameters()
         }
 
-    def spread(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Fragment]:
+    def as_shards(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Shard]:
         return {
-            name: self._fragment(self.core.get_parameter(name), value)
+            name: self._shard(self.core.get_parameter(name), value)
             for name, value in values.items()
             if value.numel()
         }
 
-    def share(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+    def local_part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         parameter = self.core.get_parameter(name)
         start = self._start(parameter)
         return whole.flatten()[start : start + parameter.ds_tensor.numel()]  # type: ignore[attr-defined]
 
-    def _moments(self) -> dict[str, torch.Tensor | Fragment]:
-        found: dict[str, torch.Tensor | Fragment] = {}
+    def _moments(self) -> dict[str, torch.Tensor | Shard]:
+        found: dict[str, torch.Tensor | Shard] = {}
         for name, parameter in self.core.named_parameters():
             for key in MOMENTS:
                 values = self._owned(
@@ -206,7 +208,7 @@ class _SpreadParameters(_Engine):
                     self.strategy.deepspeed.utils.safe_get_local_optimizer_state(parameter, key),
                 )
                 if values.numel():
-                    found[f"{key}/{name}"] = self._fragment(parameter, values)
+                    found[f"{key}/{name}"] = self._shard(parameter, values)
         return found
 
     def _set_moments(self, saved: Any, updates: int) -> None:
@@ -215,7 +217,7 @@ class _SpreadParameters(_Engine):
         for name, parameter in self.core.named_parameters():
             for key in MOMENTS:
                 padded = torch.zeros_like(parameter.ds_tensor.data, dtype=torch.float32)  # type: ignore[attr-defined]
-                values = self.share(name, saved[f"{key}/{name}"])
+                values = self.local_part(name, saved[f"{key}/{name}"])
                 padded[: values.numel()].copy_(values)
                 self.strategy.deepspeed.utils.safe_set_local_optimizer_state(parameter, padded, key)
 
@@ -226,5 +228,5 @@ class _SpreadParameters(_Engine):
         """A worker's share without the padding at the end of the last one's."""
         return padded.flatten()[: max(parameter.ds_numel - self._start(parameter), 0)]
 
-    def _fragment(self, parameter: Any, values: torch.Tensor) -> Fragment:
-        return Fragment(values, self._start(parameter), tuple(parameter.ds_shape))
+    def _shard(self, parameter: Any, values: torch.Tensor) -> Shard:
+        return Shard(values, self._start(parameter), tuple(parameter.ds_shape))

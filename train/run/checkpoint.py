@@ -25,12 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cluster import storage
-from train.parallel.state import Fragment, Halt, State
+from train.parallel.state import Halt, Shard, State
+from train.run.hooks import Hooks
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # raise it when a checkpoint's layout changes
+FORMAT = 3  # raise it when a checkpoint's layout changes
 RETRY_S = 1.0
 UPLOAD_LIMIT = timedelta(hours=12)  # how long the workers wait for the slowest one's files
 
@@ -137,23 +138,23 @@ def best(manifests: list[Manifest]) -> list[Manifest]:
 
 
 class Part(Mapping[str, torch.Tensor]):
-    """A part's tensors by name, on the CPU, each read (and put together from its fragments) when it is asked for."""
+    """A part's tensors by name, on the CPU, each read (and put together from its shards) when it is asked for."""
 
     def __init__(self, files: list[Path], owner: Any = None) -> None:
         self._owner = owner  # keeps a downloaded copy alive
         self._places: dict[str, list[tuple[Any, dict[str, Any] | None]]] = {}
         for file in files:
             handle = safe_open(file, framework="pt")
-            fragments = json.loads((handle.metadata() or {}).get("fragments", "{}"))
+            shards = json.loads((handle.metadata() or {}).get("shards", "{}"))
             for name in handle.keys():  # noqa: SIM118  # a handle is no dict
-                self._places.setdefault(name, []).append((handle, fragments.get(name)))
+                self._places.setdefault(name, []).append((handle, shards.get(name)))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        handle, fragment = self._places[name][0]
-        if fragment is None:
+        handle, shard = self._places[name][0]
+        if shard is None:
             return handle.get_tensor(name)
         first = handle.get_tensor(name)
-        whole = torch.empty(torch.Size(fragment["shape"]), dtype=first.dtype)
+        whole = torch.empty(torch.Size(shard["shape"]), dtype=first.dtype)
         filled = 0
         for handle, place in self._places[name]:
             assert place is not None
@@ -161,7 +162,7 @@ class Part(Mapping[str, torch.Tensor]):
             whole.view(-1)[place["start"] : place["start"] + values.numel()] = values
             filled += values.numel()
         if filled != whole.numel():
-            raise ValueError(f"{name}: the fragments have {filled} of {whole.numel()} elements")
+            raise ValueError(f"{name}: the shards have {filled} of {whole.numel()} elements")
         return whole
 
     def __iter__(self) -> Iterator[str]:
@@ -212,7 +213,8 @@ class Checkpointer:
         keep_last: how many of the newest stay.
         keep_best: how many of those with the smallest score stay beside them.
         driver: the token that `driver.json` must hold while this driver's workers may write (None: not checked).
-        reached: is told ("upload", step) when a checkpoint's files are there and its manifest is not (see train/verify/faults.py).
+        hooks: `files_uploaded` is called when a checkpoint's files are on storage and its
+            manifest is not.
     """
 
     def __init__(
@@ -223,18 +225,13 @@ class Checkpointer:
         keep_last: int = 2,
         keep_best: int = 0,
         driver: str | None = None,
-        reached: Callable[[str, int], None] = lambda moment, step: None,
+        hooks: Hooks | None = None,
     ) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
-        self.run_uri, self.config, self.strategy, self.driver, self.reached = (
-            run_uri,
-            config,
-            strategy,
-            driver,
-            reached,
-        )
+        self.run_uri, self.config, self.strategy, self.driver = run_uri, config, strategy, driver
+        self.hooks = hooks or Hooks()
         self.keep_last, self.keep_best = keep_last, keep_best
         # The writers agree in the background, beside the exchange of gradients: that needs a group of its own.
         self._group: Any = (
@@ -288,8 +285,8 @@ class Checkpointer:
 
         Args:
             step: of the run.
-            state: {part: {name: tensor or Fragment}}, or {part: what JSON can hold}. Whole parts are written by rank 0,
-                fragments by each worker.
+            state: {part: {name: tensor or Shard}}, or {part: what JSON can hold}. Whole parts are written by rank 0,
+                shards by each worker.
             score: on held-out data at this step, the smaller the better.
 
         Raises:
@@ -324,7 +321,7 @@ class Checkpointer:
         return {
             name: _to_cpu(value)
             for name, value in values.items()
-            if self.rank == 0 or isinstance(value, Fragment)
+            if self.rank == 0 or isinstance(value, Shard)
         }
 
     # ------------------------------------------------------------ in the background
@@ -335,7 +332,7 @@ class Checkpointer:
             self._agree(lambda: self._clear(uri) if self.rank == 0 else None)
             try:
                 files = self._agree(lambda: self._upload(uri, mine))
-                self.reached("upload", step)
+                self.hooks.files_uploaded(step)
                 merged = {file: facts for part in files for file, facts in part.items()}
                 manifest = Manifest(
                     FORMAT, step, self.world_size, self.strategy, score, merged, self.config
@@ -394,21 +391,21 @@ class Checkpointer:
         if not _is_tensors(values):
             storage.write_json(folder / f"{part}.json", values)
             return folder / f"{part}.json"
-        fragments = {name: value for name, value in values.items() if isinstance(value, Fragment)}
+        shards = {name: value for name, value in values.items() if isinstance(value, Shard)}
         places = {
             name: {"start": value.start, "shape": list(value.shape)}
-            for name, value in fragments.items()
+            for name, value in shards.items()
         }
         path = folder / (
             f"{part}-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
-            if fragments
+            if shards
             else f"{part}.safetensors"
         )
         tensors = {
-            name: value.values if isinstance(value, Fragment) else value
+            name: value.values if isinstance(value, Shard) else value
             for name, value in values.items()
         }
-        save_file(tensors, path, metadata={"fragments": json.dumps(places)} if fragments else None)
+        save_file(tensors, path, metadata={"shards": json.dumps(places)} if shards else None)
         return path
 
     def _finish(self, uri: str, manifest: Manifest) -> None:
@@ -457,13 +454,13 @@ class Checkpointer:
 
 def _is_tensors(values: dict[str, Any]) -> bool:
     return bool(values) and all(
-        isinstance(value, (torch.Tensor, Fragment)) for value in values.values()
+        isinstance(value, (torch.Tensor, Shard)) for value in values.values()
     )
 
 
-def _to_cpu(value: torch.Tensor | Fragment) -> torch.Tensor | Fragment:
-    if isinstance(value, Fragment):
-        return Fragment(
+def _to_cpu(value: torch.Tensor | Shard) -> torch.Tensor | Shard:
+    if isinstance(value, Shard):
+        return Shard(
             value.values.detach().to("cpu", copy=True).contiguous(), value.start, value.shape
         )
     return value.detach().to("cpu", copy=True).contiguous()

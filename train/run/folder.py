@@ -21,7 +21,7 @@ import psutil
 import yaml
 
 from cluster import storage
-from train.config.sections import Config, dump
+from train.config.sections import Config
 from train.run import checkpoint
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def open_run(config: Config, root: str, stem: str) -> Iterator[Run]:
     _start(config, name, uri)  # what is refused leaves no trace
     with _driver(name, uri) as token:
         start = _start(config, name, uri)
-        storage.write_bytes(storage.join(uri, "run.yaml"), dump(config).encode())
+        storage.write_bytes(storage.join(uri, "run.yaml"), config.to_yaml().encode())
         yield Run(name, uri, start, token)
 
 
@@ -106,7 +106,7 @@ def _start(config: Config, name: str, uri: str) -> int:
 
 
 def _refuse_another_config(config: Config, name: str, before: dict[str, Any]) -> None:
-    now, then = _flat(yaml.safe_load(dump(config))), _flat(before)
+    now, then = _flat(yaml.safe_load(config.to_yaml())), _flat(before)
     for key in sorted(now.keys() | then.keys()):
         if not key.startswith(FREE) and now.get(key) != then.get(key):
             raise ValueError(

@@ -19,15 +19,17 @@ class Compared:
     what: str
     difference: str = ""  # in words; empty: bit for bit the same
     absolute: float = 0.0
-    relative: float = 0.0  # to the largest magnitude in the straight run's
+    relative: float = 0.0  # to the largest magnitude in the uninterrupted run's
 
     def within(self, tolerance: float) -> bool:
         return not self.difference or (tolerance > 0 and self.relative <= tolerance)
 
 
-def figures(straight: list[dict[str, float]], killed: list[dict[str, float]]) -> Iterator[Compared]:
+def metrics(
+    uninterrupted: list[dict[str, float]], killed: list[dict[str, float]]
+) -> Iterator[Compared]:
     """Every figure that is mathematics in the rows of two metrics.jsonl, step by step."""
-    one, other = _mathematics(straight), _mathematics(killed)
+    one, other = _mathematics(uninterrupted), _mathematics(killed)
     for step, tag in sorted(one.keys() | other.keys()):
         yield _compare(step, f"{tag} at step {step}", one.get((step, tag)), other.get((step, tag)))
 
@@ -43,27 +45,27 @@ def _mathematics(rows: list[dict[str, float]]) -> dict[tuple[int, str], float]:
     }
 
 
-def checkpoints(straight_uri: str, killed_uri: str) -> Iterator[Compared]:
+def checkpoints(uninterrupted_uri: str, killed_uri: str) -> Iterator[Compared]:
     """All that the checkpoints of two runs hold."""
     one, other = (
         {manifest.step: manifest for manifest in checkpoint.complete(uri)}
-        for uri in (straight_uri, killed_uri)
+        for uri in (uninterrupted_uri, killed_uri)
     )
     for step in sorted(one.keys() | other.keys()):
         if step in one and step in other:
             yield from states(
                 step,
-                checkpoint.read(straight_uri, one[step]),
+                checkpoint.read(uninterrupted_uri, one[step]),
                 checkpoint.read(killed_uri, other[step]),
             )
         else:
             yield _missing(step, f"the checkpoint of step {step}", step in one)
 
 
-def states(step: int, straight: State, killed: State) -> Iterator[Compared]:
+def states(step: int, uninterrupted: State, killed: State) -> Iterator[Compared]:
     """All that two checkpoints of a step hold, part by part and name by name."""
-    for part in sorted(straight.keys() | killed.keys()):
-        one, other = straight.get(part, {}), killed.get(part, {})
+    for part in sorted(uninterrupted.keys() | killed.keys()):
+        one, other = uninterrupted.get(part, {}), killed.get(part, {})
         for name in sorted(set(one) | set(other)):
             what = f"{part} {name} in the checkpoint of step {step}"
             yield _compare(step, what, one.get(name), other.get(name))
@@ -77,7 +79,7 @@ def _compare(step: int, what: str, one: Any, other: Any) -> Compared:
         return _compare_tensors(step, what, one, other)
     if repr(one) == repr(other):  # of a float: every bit
         return Compared(step, what)
-    words = f"{one!r} straight, {other!r} killed"
+    words = f"{one!r} uninterrupted, {other!r} killed"
     if not isinstance(one, int | float) or not isinstance(other, int | float):
         return Compared(step, what, words, math.inf, math.inf)
     return Compared(step, what, words, *_sizes(abs(one - other), abs(one)))
@@ -85,7 +87,9 @@ def _compare(step: int, what: str, one: Any, other: Any) -> Compared:
 
 def _compare_tensors(step: int, what: str, one: torch.Tensor, other: torch.Tensor) -> Compared:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
-        words = f"{one.dtype} {list(one.shape)} straight, {other.dtype} {list(other.shape)} killed"
+        words = (
+            f"{one.dtype} {list(one.shape)} uninterrupted, {other.dtype} {list(other.shape)} killed"
+        )
         return Compared(step, what, words, math.inf, math.inf)
     if torch.equal(*(tensor.flatten().view(torch.uint8) for tensor in (one, other))):
         return Compared(step, what)
@@ -101,7 +105,11 @@ def _sizes(absolute: float, magnitude: float) -> tuple[float, float]:
     return absolute, absolute / magnitude if magnitude else (math.inf if absolute else 0.0)
 
 
-def _missing(step: int, what: str, in_straight: bool) -> Compared:
+def _missing(step: int, what: str, in_uninterrupted: bool) -> Compared:
     return Compared(
-        step, what, f"only in the {'straight' if in_straight else 'killed'} run", math.inf, math.inf
+        step,
+        what,
+        f"only in the {'uninterrupted' if in_uninterrupted else 'killed'} run",
+        math.inf,
+        math.inf,
     )

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import torch
 
 from cluster import storage
-from train.config.sections import ImageData
+from train.config.data import ImageData
 from train.data import images
-from train.data.images import Pictures
+from train.data.images import Images
 from train.data.shipped.make import GARMENTS, HERE, PICTURES_PER_CLASS, read_garments
 from train.gan import extractor
-from train.gan.pictures import png
+from train.gan.film import png
 
 FILE = HERE / "fashion-mnist-extractor.safetensors"
 ASIDE_PER_CLASS = 500
@@ -46,8 +46,8 @@ def main(source: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         pq.write_table(remaining(source / "fashion-mnist"), f"{scratch}/rest.parquet")
         rest = images.prepare(ImageData(source=[f"{scratch}/rest.parquet"]), scratch)
-        found, card = extractor.train(Path(rest), ImageData().size)
-        ours = Pictures(Path(images.prepare(ImageData(), scratch)), "heldout", ImageData().size)
+        found, card = extractor.train(rest, ImageData().size)
+        ours = Images(images.prepare(ImageData(), scratch), "heldout", ImageData().size)
         accuracy = extractor.measure(found, ours, telling=True)
     FILE.write_bytes(extractor.pack(found, card))
     hashes = storage.read_json(HERE / "sha256.json")

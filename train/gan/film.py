@@ -90,7 +90,7 @@ def interpolations(latents: Tensor, steps: int) -> Tensor:
 # ---------------------------------------------------------------- the film of a training
 
 
-def spread(steps: Sequence[int], count: int = FRAMES) -> list[int]:
+def select_steps(steps: Sequence[int], count: int = FRAMES) -> list[int]:
     """At most `count` of the steps, the first and the last among them, ever further apart: training does most at its beginning."""
     ordered = sorted(steps)
     if len(ordered) <= count:
