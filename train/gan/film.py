@@ -1,4 +1,4 @@
-"""Pictures put side by side: grids, walks through the latent space, and the film of a training."""
+"""Image grids, interpolations between latents, and the film of a training."""
 
 import io
 import math
@@ -12,100 +12,93 @@ from torch import Tensor
 from models.latents import walk
 
 GRID_ROWS, GRID_COLUMNS = 10, 10
-GUTTER = 2  # pixels between the pictures of a grid
+GUTTER = 2  # pixels between the images of a grid
 FRAMES = 8  # rows of a film at most
 
 PAPER, INK, RULE = (255, 255, 255), (40, 40, 40), (128, 128, 128)
-CELL = 64  # what a picture in a film is enlarged to, by whole factors
-MARGIN = 84  # left of a film's pictures: the steps
+CELL = 64  # pixels that the images of a film are enlarged to, by whole factors
+MARGIN = 84  # pixels left of a film's images, for the steps
 
 
 def grid(images: Tensor, columns: int) -> np.ndarray:
-    """Pictures row by row, grey lines between them.
+    """Draw images row by row, with gray lines between them.
 
     Args:
-        images: (N, C, H, W) in [-1, 1]; grey (C = 1) or colour (C = 3).
-        columns: pictures a row.
+        images: (N, C, H, W) in [-1, 1]; grayscale (C = 1) or color (C = 3).
+        columns: images per row.
 
     Returns:
-        (rows, width, 3) uint8; picture i is in row i // columns, column i % columns.
+        (rows, width, 3) uint8; image i is in row i // columns, column i % columns.
     """
-    pixels = (
-        ((images.detach().float().clamp(-1, 1) + 1) * 127.5)
-        .round()
-        .byte()
-        .permute(0, 2, 3, 1)
-        .cpu()
-        .numpy()
-    )
+    pixels = _to_uint8(images)
     height, width = (size + GUTTER for size in pixels.shape[1:3])
-    sheet = np.full(
-        (math.ceil(len(pixels) / columns) * height + GUTTER, columns * width + GUTTER, 3),
-        RULE,
-        np.uint8,
-    )
-    for index, picture in enumerate(pixels):
+    rows = math.ceil(len(pixels) / columns)
+    canvas = np.full((rows * height + GUTTER, columns * width + GUTTER, 3), RULE, np.uint8)
+    for index, image in enumerate(pixels):
         top, left = index // columns * height + GUTTER, index % columns * width + GUTTER
-        sheet[top : top + height - GUTTER, left : left + width - GUTTER] = picture
-    return sheet
+        canvas[top : top + height - GUTTER, left : left + width - GUTTER] = image
+    return canvas
 
 
-def cells(sheet: np.ndarray, columns: int) -> np.ndarray:
-    """The pictures of a `grid` again, (rows, columns, H, W, 3); all are as high as wide.
+def _to_uint8(images: Tensor) -> np.ndarray:
+    """Return images (N, C, H, W) in [-1, 1] as (N, H, W, C) uint8."""
+    scaled = (images.detach().float().clamp(-1, 1) + 1) * 127.5
+    pixels: np.ndarray = scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return pixels
+
+
+def cells(drawn: np.ndarray, columns: int) -> np.ndarray:
+    """Return the images of a `grid`, which must be square: (rows, columns, H, W, 3).
 
     Raises:
-        ValueError: the picture is no such grid.
+        ValueError: the pixels are not such a grid.
     """
-    size, rest = divmod(sheet.shape[1] - GUTTER, columns)
-    rows, left = divmod(sheet.shape[0] - GUTTER, size) if size else (0, 1)
+    size, rest = divmod(drawn.shape[1] - GUTTER, columns)
+    rows, left = divmod(drawn.shape[0] - GUTTER, size) if size else (0, 1)
     if rest or left or size <= GUTTER:
         raise ValueError(
-            f"a picture of {sheet.shape[1]} x {sheet.shape[0]} pixels is no grid of {columns} columns: draw it by `grid`"
+            f"an image of {drawn.shape[1]} x {drawn.shape[0]} pixels is not a grid of {columns} "
+            "columns of square images: draw it with `grid`"
         )
-    return (
-        sheet[GUTTER:, GUTTER:]
-        .reshape(rows, size, columns, size, 3)
-        .swapaxes(1, 2)[:, :, : size - GUTTER, : size - GUTTER]
-    )
+    with_gutters = drawn[GUTTER:, GUTTER:].reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+    return with_gutters[:, :, : size - GUTTER, : size - GUTTER]
 
 
-# ---------------------------------------------------------------- between latents
+# ---- between latents
 
 
 def interpolations(latents: Tensor, steps: int) -> Tensor:
-    """Walks from each latent to the next, and from the last to the first: one row of `grid(..., columns=steps)` each.
+    """Interpolate from each latent to the next, and from the last to the first.
 
     Args:
         latents: (N, Z).
-        steps: points of a walk, both ends included; at least 2.
+        steps: points of an interpolation, both ends included; at least 2.
 
     Returns:
-        (N * steps, Z).
+        (N * steps, Z): each interpolation is a row of `grid(..., columns=steps)`.
     """
     ends = latents.cpu().numpy()
-    walks = walk(ends, np.roll(ends, -1, axis=0), steps)  # (steps, N, Z)
-    return torch.from_numpy(walks).to(latents.device).transpose(0, 1).flatten(0, 1)
+    points = walk(ends, np.roll(ends, -1, axis=0), steps)  # (steps, N, Z)
+    return torch.from_numpy(points).to(latents.device).transpose(0, 1).flatten(0, 1)
 
 
-# ---------------------------------------------------------------- the film of a training
+# ---- the film of a training
 
 
 def select_steps(steps: Sequence[int], count: int = FRAMES) -> list[int]:
-    """At most `count` of the steps, the first and the last among them, ever further apart: training does most at its beginning."""
+    """Select at most `count` steps, spaced geometrically, the first and the last among them.
+
+    Images change the most at the beginning of a training.
+    """
     ordered = sorted(steps)
     if len(ordered) <= count:
         return ordered
-    wanted = np.geomspace(max(ordered[0], 1), ordered[-1], count)
-    return sorted(
-        {
-            ordered[0],
-            ordered[-1],
-            *(
-                min(ordered, key=lambda step: abs(math.log(max(step, 1) / target)))
-                for target in wanted
-            ),
-        }
-    )
+
+    def nearest(target: float) -> int:
+        return min(ordered, key=lambda step: abs(math.log(max(step, 1) / target)))
+
+    targets = np.geomspace(max(ordered[0], 1), ordered[-1], count)
+    return sorted({ordered[0], ordered[-1], *map(nearest, targets)})
 
 
 def film(
@@ -113,47 +106,51 @@ def film(
     class_names: Sequence[str] | None = None,
     real: np.ndarray | None = None,
 ) -> bytes:
-    """A training as a strip, a PNG: one row a step, in each the same latents, and real pictures below them.
+    """Draw a training as one image: a row of the same latents for each step.
 
     Args:
-        frames: (step, grid of `GRID_COLUMNS` columns), each drawn from the same latents; in the order of their rows.
-        class_names: of a conditional generator, whose grids have one row a class: one picture of each is shown, below its name
-            if that is known. None: a grid's first row is shown.
-        real: a grid of the same layout of real pictures.
+        frames: (step, grid of `GRID_COLUMNS` columns) in the order of the rows, all grids drawn
+            from the same latents.
+        class_names: of a conditional generator, whose grids have one row per class: the film shows
+            one image of each class below its name, or without names where the sequence is empty.
+            None: the film shows a grid's first row.
+        real: a grid of real images in the same layout, for a last row.
+
+    Returns:
+        A PNG.
     """
-    rows = [(f"step {step:,}", _shown(sheet, class_names is not None)) for step, sheet in frames]
+    conditional = class_names is not None
+    rows = [(f"step {step:,}", _select_images(drawn, conditional)) for step, drawn in frames]
     if real is not None:
-        rows.append(("real", _shown(real, class_names is not None)))
-    side = rows[0][1].shape[1]
+        rows.append(("real", _select_images(real, conditional)))
+    columns, side = rows[0][1].shape[:2]
     scale = max(1, round(CELL / side))
     pitch = scale * side + GUTTER
-    columns = len(rows[0][1])
-    head = _head((class_names or [])[:columns], pitch)
-    below = [
+    head = _draw_names((class_names or [])[:columns], pitch)
+    tops = [
         head.height + number * pitch + (8 if label == "real" else 0)
         for number, (label, _) in enumerate(rows)
     ]
-    sheet = Image.new("RGB", (MARGIN + columns * pitch, below[-1] + pitch), PAPER)
-    sheet.paste(head, (MARGIN, 0))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for top, (label, pictures) in zip(below, rows, strict=True):
+    canvas = Image.new("RGB", (MARGIN + columns * pitch, tops[-1] + pitch), PAPER)
+    canvas.paste(head, (MARGIN, 0))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for top, (label, images) in zip(tops, rows, strict=True):
         draw.text((MARGIN - 10, top + pitch // 2), label, INK, font, anchor="rm")
-        for column, picture in enumerate(pictures):
-            large = Image.fromarray(picture).resize(
-                (scale * side, scale * side), Image.Resampling.NEAREST
-            )
-            sheet.paste(large, (MARGIN + column * pitch, top))
-    return png(sheet)
+        for column, image in enumerate(images):
+            size = (scale * side, scale * side)
+            enlarged = Image.fromarray(image).resize(size, Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (MARGIN + column * pitch, top))
+    return png(canvas)
 
 
-def _shown(sheet: np.ndarray, conditional: bool) -> np.ndarray:
-    """(N, H, W, 3): what a film shows of a grid."""
-    pictures = cells(sheet, GRID_COLUMNS)
-    return pictures[:, 0] if conditional else pictures[0]
+def _select_images(drawn: np.ndarray, conditional: bool) -> np.ndarray:
+    """Return the images (N, H, W, 3) of a grid that the film shows."""
+    images = cells(drawn, GRID_COLUMNS)
+    return images[:, 0] if conditional else images[0]
 
 
-def _head(names: Sequence[str], pitch: int) -> Image.Image:
-    """The classes' names above their columns, in as many lines as they need."""
+def _draw_names(names: Sequence[str], pitch: int) -> Image.Image:
+    """Draw the classes' names, each centered over its column, in as many lines as it needs."""
     font = ImageFont.load_default(11)
     wrapped = [_wrap(name, font, pitch - 4) for name in names]
     lines = max((len(words) for words in wrapped), default=0)
@@ -165,9 +162,9 @@ def _head(names: Sequence[str], pitch: int) -> Image.Image:
             "\n".join(words),
             INK,
             font,
-            "md",
-            2,
-            "center",
+            anchor="md",
+            spacing=2,
+            align="center",
         )
     return head
 
@@ -182,9 +179,9 @@ def _wrap(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
     return lines
 
 
-def png(picture: np.ndarray | Image.Image) -> bytes:
-    """A picture, (H, W) or (H, W, 3) uint8 or Pillow's, as the bytes of a PNG."""
-    drawn = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    file = io.BytesIO()
-    drawn.save(file, "PNG", optimize=True)
-    return file.getvalue()
+def png(image: np.ndarray | Image.Image) -> bytes:
+    """Encode an image, (H, W) or (H, W, 3) uint8 or Pillow's, as PNG."""
+    encoded = io.BytesIO()
+    pillow = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    pillow.save(encoded, "PNG", optimize=True)
+    return encoded.getvalue()

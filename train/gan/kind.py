@@ -54,9 +54,9 @@ class Gan:
             ValueError: it or its package is missing.
         """
         if config.quality.inception is not None:
-            from train.gan import quality
+            from train.gan import inception
 
-            quality.inception(config.quality.inception, "cpu")
+            inception.load(config.quality.inception, "cpu")
 
     def prepare(self, config: GanConfig, storage_uri: str) -> Dataset:
         """Return the decoded images; decode them where they are not on storage yet."""

@@ -7,11 +7,11 @@ from functools import partial
 from torch import Tensor
 
 from train.data.images import Images
-from train.gan import extractor
+from train.gan import extractor_file
 from train.gan.alarms import Alarm, Alarms
 from train.gan.config import GanConfig
+from train.gan.evaluator import Evaluator
 from train.gan.metrics import BEST
-from train.gan.quality import Evaluator
 from train.gan.samples import Sampler
 from train.gan.trainer import GanTrainer, net_config
 from train.parallel.state import Halt, State
@@ -99,7 +99,7 @@ def _evaluation(
     @functools.cache
     def evaluator() -> Evaluator:
         assert dataset.extractor is not None, "prepare_evaluation has added it"
-        net = extractor.load(dataset.extractor["uri"], device)
+        net = extractor_file.load(dataset.extractor["uri"], device)
         samples, inception = config.quality.samples, config.quality.inception
         return Evaluator(images, heldout, net, samples, device, inception)
 
