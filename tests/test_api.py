@@ -23,6 +23,7 @@ from hypothesis import settings
 from PIL import Image
 from schemathesis.config import SchemathesisConfig
 
+from cluster.machine import free_port
 from models import registry
 from serve import access
 from serve.catalog import Catalog
@@ -31,7 +32,6 @@ from serve.ingress import build_app
 from serve.latency import Latency
 from serve.replicas import Pictures, Text
 from serve.schemas import Percentiles
-from tests.conftest import free_port
 from tests.support import bundles
 from tests.support.fakes import Failing, Here
 

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from cluster import storage
-from tests.conftest import ROOT
 from tests.support import nodes, workers
+from tests.support.paths import ROOT
 from train.config import sections as configs
 from train.run import checkpoint
 from train.run import recorder as metrics

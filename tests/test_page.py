@@ -18,11 +18,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.demo.browser import Browser, is_installed, started
+from cluster.machine import free_port
 from models import registry
 from serve.catalog import Catalog
 from serve.ingress import build_app
 from serve.replicas import Pictures, Text
-from tests.conftest import free_port
 from tests.support import bundles
 from tests.support.fakes import Here
 

@@ -33,6 +33,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from cluster import storage
+from cluster.machine import free_port
 from models import bundle, registry
 from serve import launch, replicas
 from serve.__main__ import main
@@ -44,9 +45,9 @@ from serve.ingress import build_app
 from serve.replicas import Pictures, Text
 from serve.schemas import CompletionRequest, ImagesRequest
 from serve.session import ImageSession, TextSession
-from tests.conftest import ROOT, free_port
 from tests.support import bundles
 from tests.support.fakes import Failing
+from tests.support.paths import ROOT
 
 CONTEXT = 1024  # long enough that a text can be cut off while it is written
 PROMPT = "Now is the winter"

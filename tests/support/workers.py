@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from cluster import storage
-from tests.conftest import free_port
+from cluster.machine import free_port
 from train import launch
 from train.config import sections as configs
 from train.gan import loop as gan
