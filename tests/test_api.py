@@ -18,12 +18,12 @@ from hypothesis import settings
 from PIL import Image
 from schemathesis.config import SchemathesisConfig
 
+from cluster.machine import free_port
 from models import registry
 from serve.app import build_app
 from serve.catalog import Catalog
 from serve.errors import Overloaded, Unavailable
 from serve.replicas import ImageReplica, TextReplica
-from tests.conftest import free_port
 from tests.support import bundles, local_server
 from tests.support.fakes import FailingModel, LocalModel
 

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from cluster import storage
-from tests.conftest import ROOT
 from tests.support import nodes, workers
 from train.config import loader as configs
 from train.config.sections import Config

@@ -28,11 +28,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.demo.browser import started
+from cluster.machine import free_port
 from models import registry
 from serve.app import build_app
 from serve.catalog import Catalog
 from serve.replicas import ImageReplica, TextReplica
-from tests.conftest import free_port
 from tests.support import bundles
 from tests.support.browser import require_browser
 from tests.support.fakes import LocalModel

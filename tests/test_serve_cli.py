@@ -15,8 +15,9 @@ import httpx
 import psutil
 import pytest
 
+from cluster.machine import free_port
 from serve.__main__ import main
-from tests.conftest import ROOT, free_port
+from tests.support.paths import ROOT
 from tests.support.served import golden, stream, until
 
 

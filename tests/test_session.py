@@ -372,7 +372,9 @@ def test_flipped_byte_is_refused(tmp_path: Path, file: str) -> None:
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / file).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{file} does not have the sha256 that its manifest lists"):
+    with pytest.raises(
+        ValueError, match=f"{file} does not have the sha256 that its manifest lists"
+    ):
         TextSession(folder)
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.machine import free_port
 from serve import launch, selection
 from serve.deployments import Options
-from tests.conftest import free_port
 
 
 @pytest.fixture(scope="package")

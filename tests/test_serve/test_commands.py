@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 
+from cluster.machine import free_port
 from serve import launch, selection
 from serve.deployments import Options
-from tests.conftest import free_port
 from tests.support.served import stream
 
 
