@@ -20,6 +20,7 @@ import pytest
 
 from cluster import storage
 from tests.support import nodes, workers
+from tests.support.paths import ROOT
 from train.config import loader as configs
 from train.config.sections import Config
 from train.run import checkpoint, records
