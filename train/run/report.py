@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+from matplotlib.figure import Figure  # pyplot would look for a display
 from matplotlib.lines import Line2D
 
 from cluster import storage
