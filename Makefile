@@ -23,7 +23,7 @@ demo: setup
 
 # Tests that start no Ray, no other process and no browser, on two cores (tests/support/marks.py).
 quick: setup
-	$(RUN) -m pytest -m "not ray and not slow" --numprocesses 2 --dist loadfile --quiet
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not ray and not slow" --numprocesses 2 --dist loadfile --quiet
 
 test: setup
 	$(RUN) -m pytest --cov --cov-report=term:skip-covered --durations=25 --durations-min=5

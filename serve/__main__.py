@@ -89,7 +89,7 @@ def _add_up(program: cli.Program) -> None:
         "--fast",
         action="store_true",
         help="use HAProxy and Ray Serve's throughput-optimized mode; opens two more ports, see "
-        "docs/serving.md",
+        "docs/guides/serving.md",
     )
     parser.add_argument(
         "--detach", action="store_true", help="leave it running on the cluster of RAY_ADDRESS"

@@ -269,6 +269,13 @@ def test_ci_runs_the_same_targets_on_every_host() -> None:
     assert "make test" in local
 
 
+def test_files_left_out_by_make_quick_exist() -> None:
+    from tests.support.marks import FILES
+
+    stems = [file.stem for file in (ROOT / "tests").glob("test_*.py")]
+    assert [name for name in FILES if not any(stem.startswith(name) for stem in stems)] == []
+
+
 def test_every_module_is_in_the_api_reference() -> None:
     from docs.hooks import reference_pages
 

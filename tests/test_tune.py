@@ -415,7 +415,7 @@ def test_completed_trial_reports_each_of_its_evaluations(
     command: Command, one_cpu: dict[str, str], tmp_path: Path
 ) -> None:
     shared = [
-        "gpt", "--config", "gpt-tiny", "--data.source", "docs/design.md", "--steps", "4",
+        "gpt", "--config", "gpt-tiny", "--data.source", "docs/guides/training.md", "--steps", "4",
         "--storage", str(tmp_path),
     ]  # fmt: skip
     trained = command("train", *shared, "--run.name", "r-00000", "--log.eval_every", "1", **one_cpu)
@@ -442,7 +442,7 @@ def test_killed_search_resumes_and_stopped_trials_free_their_workers(
     # One trial at a time uses the only CPU: if a stopped one kept its worker, the next would hang.
     grid = write(tmp_path, "optim.lr: {grid: [5.0e-3, 4.0e-3, 1.0e-9, 6.0e-3]}")
     arguments = [
-        "gpt", "--config", "gpt-tiny", "--data.source", "docs/design.md", "--steps", "4",
+        "gpt", "--config", "gpt-tiny", "--data.source", "docs/guides/training.md", "--steps", "4",
         "--optim.warmup_steps", "0", "--space", grid, "--num-samples", "1", "--name", "s",
         "--storage", str(tmp_path),
     ]  # fmt: skip
