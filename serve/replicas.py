@@ -16,12 +16,12 @@ from datetime import datetime
 
 import numpy as np
 
+from models.images import contact_sheet, png
 from serve.blocklist import Blocklist
 from serve.chunks import Chunk
 from serve.engine import Engine
 from serve.errors import InvalidValue, Overloaded, PromptBlocked, RequestError, UnknownModel
 from serve.generation import Generation
-from serve.image_files import contact_sheet, png
 from serve.prometheus import ImageMetrics, TextMetrics
 from serve.protocols import GeneratedImages
 from serve.sampling import Sampling
