@@ -10,7 +10,7 @@ import torch
 
 from cluster import storage
 from tests.support import workers
-from train.parallel.state import Fragment, Halt
+from train.parallel.state import Halt, Shard
 from train.run import checkpoint
 from train.run.checkpoint import Checkpointer
 
@@ -229,7 +229,7 @@ def spread_state(rank: int, world_size: int) -> dict[str, Any]:
     mine = line[rank * share : (rank + 1) * share]
     return {
         "model": {"w": line.view(SHAPE)},
-        "model_optimizer": {"exp_avg/w": Fragment(mine, rank * share, SHAPE)},
+        "model_optimizer": {"exp_avg/w": Shard(mine, rank * share, SHAPE)},
     }
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.config import sections as configs
+from train.config import loader as configs
+from train.gan.config import GanConfig
+from train.gpt.config import GptConfig
 
 PRESETS = sorted(configs.PRESETS.glob("*.yaml"))
 
@@ -14,7 +16,7 @@ PRESETS = sorted(configs.PRESETS.glob("*.yaml"))
 def test_every_shipped_preset_loads_and_survives_a_round_trip(preset: Path, tmp_path: Path) -> None:
     kind = yaml.safe_load(preset.read_text())["kind"]
     config = configs.load(kind, preset.stem)
-    (tmp_path / "again.yaml").write_text(configs.dump(config))
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
     assert configs.load(kind, str(tmp_path / "again.yaml")) == config
 
 
@@ -24,7 +26,7 @@ def test_defaults_are_below_the_file_and_the_file_below_the_command_line(tmp_pat
     config = configs.load(
         "gpt", str(file), configs.parse("gpt", ["--optim.lr", "3e-4", "--data.source", "a.txt"])
     )
-    assert isinstance(config, configs.GptConfig)
+    assert isinstance(config, GptConfig)
     assert (config.optim.lr, config.optim.clip, config.optim.weight_decay, config.steps) == (
         3e-4,
         2.0,
@@ -35,7 +37,7 @@ def test_defaults_are_below_the_file_and_the_file_below_the_command_line(tmp_pat
     gan = configs.load(
         "gan", None, configs.parse("gan", ["--data.size", "64", "--data.channels", "3"])
     )
-    assert isinstance(gan, configs.GanConfig)
+    assert isinstance(gan, GanConfig)
     assert (gan.data.size, gan.data.channels) == (64, 3)
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from cluster import storage
-from tests.conftest import ROOT
 from tests.support import nodes, workers
-from train.config import sections as configs
-from train.run import checkpoint
-from train.run import recorder as metrics
+from tests.support.paths import ROOT
+from train.config import loader as configs
+from train.config.sections import Config
+from train.run import checkpoint, records
 from train.verify import compare, verify
 from train.verify.faults import Fault
 
@@ -53,16 +53,16 @@ TRAIN_LIMIT_S = 180
 Command = Callable[..., CompletedProcess[str]]
 
 
-def config_of(corpus: str, name: str | None = None, **values: Any) -> configs.Config:
+def config_of(corpus: str, name: str | None = None, **values: Any) -> Config:
     return configs.load(
         "gpt", "gpt-tiny", {**SHAPE, "data.source": corpus, "run.name": name, **values}
     )
 
 
-def arguments(config: configs.Config, root: str) -> list[str]:
+def arguments(config: Config, root: str) -> list[str]:
     """`python -m train` with a config, which lies beside the storage: that may be full."""
     file = Path(f"{root}-{config.run.name}.yaml")
-    file.write_text(configs.dump(config))
+    file.write_text(config.to_yaml())
     return ["train", config.kind, "--config", str(file), "--storage", root]
 
 
@@ -77,9 +77,7 @@ def judged(root: str, straight: str, name: str) -> verify.Verdict:
 # ---------------------------------------------------------------- a machine is lost
 
 
-def interrupted(
-    config: configs.Config, root: str, strike: Callable[[], None]
-) -> CompletedProcess[str]:
+def interrupted(config: Config, root: str, strike: Callable[[], None]) -> CompletedProcess[str]:
     """Trains, and strikes once after the first checkpoint."""
     log = Path(uri(root, str(config.run.name)), "metrics.jsonl")
     with subprocess.Popen(
@@ -103,7 +101,7 @@ def interrupted(
 
 
 def lose_a_node(
-    config: configs.Config, root: str, machines: nodes.Nodes
+    config: Config, root: str, machines: nodes.Nodes
 ) -> tuple[CompletedProcess[str], float]:
     """Trains, and kills one of the nodes that train; what the command said, and when the node died (Unix)."""
     killed: list[float] = []
@@ -118,10 +116,10 @@ def lose_a_node(
 
 def seconds_to_the_next_step(run_uri: str, killed: float) -> float:
     """From a kill to the first step of the start after it; that there is one shows that the kill hit the run."""
-    start = metrics.starts(run_uri)[-1]
+    start = records.starts(run_uri)[-1]
     assert start["time"] > killed, "the kill came too late"
     return (
-        min(row["time"] for row in metrics.read(run_uri) if row["step"] == start["step"] + 1)
+        min(row["time"] for row in records.metrics(run_uri) if row["step"] == start["step"] + 1)
         - killed
     )
 
@@ -144,8 +142,9 @@ def test_a_lost_machine_costs_time_and_nothing_else(corpus: str, tmp_path: Path)
     (dataset,) = storage.names(f"{root}/data")
     workers.spawn(2, calm_without_ray, corpus, f"{root}/data/{dataset}", uri(root, "calm"))
     compared = [
-        *compare.figures(
-            storage.read_json(f"{uri(root, 'calm')}/rows.json"), metrics.read(uri(root, "stormy"))
+        *compare.metrics(
+            storage.read_json(f"{uri(root, 'calm')}/rows.json"),
+            records.metrics(uri(root, "stormy")),
         ),
         *compare.checkpoints(uri(root, "calm"), uri(root, "stormy")),
     ]
@@ -321,7 +320,7 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
         error_of(full),
     )
     assert "No space left on device" in error_of(full)
-    assert len(metrics.starts(uri(root, "full"))) == 1, "a full disk was tried again"
+    assert len(records.starts(uri(root, "full"))) == 1, "a full disk was tried again"
     older = checkpoint.complete(uri(root, "full"))
     assert 0 < len(older) < STEPS // EVERY
     disk("size=64m")
@@ -383,6 +382,6 @@ def test_the_newest_checkpoint_that_is_whole_is_used_and_the_others_are_named(
     assert f"checkpoint {newest} is skipped: model.safetensors should have" in said
     assert f"checkpoint {next_one} is skipped" in said
     assert "its hash is not the one in manifest.json" in said
-    assert metrics.starts(uri(calm, name))[-1]["step"] == STEPS - 2 * EVERY
+    assert records.starts(uri(calm, name))[-1]["step"] == STEPS - 2 * EVERY
     verdict = judged(calm, "calm", name)
     assert verdict.equal, verdict.first_difference

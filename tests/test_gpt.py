@@ -11,10 +11,10 @@ from transformers import GPT2LMHeadModel
 from cluster import storage
 from models.nets import gpt
 from train import launch
-from train.config import sections as configs
+from train.config import loader as configs
 from train.gpt import loop
-from train.run import checkpoint
-from train.run import recorder as metrics
+from train.gpt.config import GptConfig
+from train.run import checkpoint, records
 
 VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
 
@@ -81,7 +81,7 @@ def test_a_damaged_pretrained_folder_is_named(tmp_path: Path, model: GPT2LMHeadM
         gpt.load(str(tmp_path))
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"can't be loaded as a GPT-2"):
+    with pytest.raises(ValueError, match=r"cannot be loaded as a GPT-2"):
         gpt.load(str(tmp_path))
 
 
@@ -90,7 +90,7 @@ def test_the_learning_rate_warms_up_holds_and_decays() -> None:
         config = configs.load(
             "gpt", None, {"steps": 10, **{f"optim.{key}": value for key, value in optim.items()}}
         )
-        assert isinstance(config, configs.GptConfig)
+        assert isinstance(config, GptConfig)
         return [round(loop.learning_rate(config, step), 6) for step in range(10)]
 
     assert course(lr=1.0, warmup_steps=4, schedule="constant") == [
@@ -171,7 +171,7 @@ def weights(root: str, name: str) -> dict[str, torch.Tensor]:
 def losses(root: str, name: str) -> dict[int, float]:
     return {
         int(row["step"]): row["loss"]
-        for row in metrics.read(f"{root}/runs/{name}")
+        for row in records.metrics(f"{root}/runs/{name}")
         if "loss" in row
     }
 
@@ -257,7 +257,7 @@ def test_training_starts_from_a_pretrained_model_in_fp32(
     config = configs.load(
         "gpt", None, {"model.pretrained": str(tmp_path), "model.dropout": 0.25, "model.context": 24}
     )
-    assert isinstance(config, configs.GptConfig)
+    assert isinstance(config, GptConfig)
     built = loop.build(config, {"vocab_size": 97})
     assert {parameter.dtype for parameter in built.parameters()} == {torch.float32}
     assert built.transformer.drop.p == 0.25

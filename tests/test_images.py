@@ -1,4 +1,4 @@
-"""Pictures from every kind of source; what is wrong with one, said in a sentence; the same picture at the same position."""
+"""Images from every kind of source; what is wrong with one, said in a sentence; the same picture at the same position."""
 
 import io
 import json
@@ -16,8 +16,8 @@ import torchvision
 from PIL import Image
 
 from cluster import storage
-from train.config.sections import ImageData
-from train.data.images import Pictures, decode, find, prepare
+from train.config.data import ImageData
+from train.data.images import Images, decode, find, prepare
 from train.data.order import Order, positions
 
 
@@ -49,11 +49,11 @@ def data_of(*source: str, **more: Any) -> ImageData:
     return ImageData.model_validate({"source": list(source), "horizontal_flip": False, **more})
 
 
-def both_splits(dataset: str, size: int = 32) -> dict[str, Pictures]:
-    return {split: Pictures(Path(dataset), split, size) for split in ("train", "heldout")}
+def both_splits(dataset: str, size: int = 32) -> dict[str, Images]:
+    return {split: Images(Path(dataset), split, size) for split in ("train", "heldout")}
 
 
-def levels(pictures: Pictures) -> list[int]:
+def levels(pictures: Images) -> list[int]:
     """The (top left) grey level of each plain picture."""
     return [int(value) for value in pictures.pixels[:, 0, 0, 0]]
 
@@ -507,10 +507,10 @@ def test_a_damaged_data_set_is_named(tmp_path: Path) -> None:
     )
     truncated(str(dataset / "train.npy"))
     with pytest.raises(ValueError, match=r"train\.npy is missing or truncated: delete"):
-        Pictures(dataset, "train", 32)
+        Images(dataset, "train", 32)
     (dataset / "heldout.npy").write_bytes(b"")
     with pytest.raises(ValueError, match=r"heldout\.npy is missing or truncated: delete"):
-        Pictures(dataset, "heldout", 32)
+        Images(dataset, "heldout", 32)
 
 
 def test_the_same_position_is_the_same_picture_at_any_number_of_workers(tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_the_same_position_is_the_same_picture_at_any_number_of_workers(tmp_path
             tmp_path / "source" / f"{index}.png"
         )
     dataset = Path(prepare(data_of(str(tmp_path / "source"), random_crop=True), str(tmp_path)))
-    pictures = Pictures(dataset, "train", 32, horizontal_flip=True)
+    pictures = Images(dataset, "train", 32, horizontal_flip=True)
     order = Order(len(pictures), seed=3)
     alone = pictures.batch(order, positions(4, 8, 8, 0, 1)[0])[0]
     shares = [pictures.batch(order, positions(4, 8, 4, rank, 2)[0])[0] for rank in range(2)]
@@ -540,7 +540,7 @@ def test_crops_and_mirrors_are_cuts_of_the_stored_picture(tmp_path: Path) -> Non
     for index in range(2):
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "source" / f"{index}.png")
     dataset = Path(prepare(data_of(str(tmp_path / "source"), random_crop=True), str(tmp_path)))
-    pictures = Pictures(dataset, "train", 32, horizontal_flip=True)
+    pictures = Images(dataset, "train", 32, horizontal_flip=True)
     stored = pictures.pixels[0, :, :, 0]
     cuts = {
         mirror(stored[top : top + 32, left : left + 32]).tobytes()
@@ -555,7 +555,7 @@ def test_crops_and_mirrors_are_cuts_of_the_stored_picture(tmp_path: Path) -> Non
     assert seen <= cuts
     assert len(seen) > 40, "300 draws should meet nearly all 50 cuts"
     assert np.array_equal(
-        np.round((pictures.centred(slice(0, 1))[0, 0] + 1) * 127.5), stored[2:34, 2:34]
+        np.round((pictures.centered(slice(0, 1))[0, 0] + 1) * 127.5), stored[2:34, 2:34]
     )
 
 

@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from cluster import storage
 from models.nets import gpt
 from train.run import flops
-from train.run import recorder as metrics
 from train.run import wandb_mirror as mirror
-from train.run.recorder import Meter, Recorder
+from train.run.recorder import Meter
 
 WANDB = {"mode": "offline", "project": "kiln", "name": "watched", "config": {"optim": {"lr": 0.1}}}
 
@@ -172,40 +171,40 @@ def test_a_cpu_is_measured_and_the_noise_of_training_stays() -> None:
 
 def test_rows_come_back_bit_for_bit_and_a_resume_drops_what_came_after_it(tmp_path: Path) -> None:
     values = [0.1 + 0.2, 1e-300, math.pi, 1 / 3]
-    recorder = Recorder(str(tmp_path))
+    recorder = RunRecorder(str(tmp_path))
     for step, value in enumerate(values, 1):
-        recorder.scalars(step, {"loss": value})
+        recorder.metrics(step, {"loss": value})
     recorder.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # killed while it wrote
-    Recorder(str(tmp_path), start=3).close()
-    assert [(row["step"], row["loss"]) for row in metrics.read(str(tmp_path))] == list(
+    RunRecorder(str(tmp_path), start=3).close()
+    assert [(row["step"], row["loss"]) for row in records.metrics(str(tmp_path))] == list(
         enumerate(values[:3], 1)
     )
-    assert [start["step"] for start in metrics.starts(str(tmp_path))] == [0, 3]
-    Recorder(str(tmp_path), start=3).close()
-    assert [start["step"] for start in metrics.starts(str(tmp_path))] == [0, 3, 3]
+    assert [start["step"] for start in records.starts(str(tmp_path))] == [0, 3]
+    RunRecorder(str(tmp_path), start=3).close()
+    assert [start["step"] for start in records.starts(str(tmp_path))] == [0, 3, 3]
 
 
 def test_an_alarm_is_recorded_and_said_and_a_resume_drops_those_beyond_it(
     tmp_path: Path, warned: list[str]
 ) -> None:
-    recorder = Recorder(str(tmp_path))
-    assert metrics.alarms(str(tmp_path)) == [], "somebody looks, and there is nothing"
+    recorder = RunRecorder(str(tmp_path))
+    assert records.alarms(str(tmp_path)) == [], "somebody looks, and there is nothing"
     recorder.alarm(2, "collapse", "heldout_recall fell")
-    recorder.alarm(4, "critic has won", "it is always right")
+    recorder.alarm(4, "critic dominates", "it is always right")
     recorder.close()
     assert warned == [
         "collapse at step 2: heldout_recall fell",
-        "critic has won at step 4: it is always right",
+        "critic dominates at step 4: it is always right",
     ]
-    Recorder(str(tmp_path), start=3).close()
-    assert metrics.alarms(str(tmp_path)) == [
+    RunRecorder(str(tmp_path), start=3).close()
+    assert records.alarms(str(tmp_path)) == [
         {"step": 2, "kind": "collapse", "sentence": "heldout_recall fell"}
     ]
     storage.delete(str(tmp_path / "alarms.jsonl"))
-    assert metrics.alarms(str(tmp_path)) is None, "a run of an older version: nobody looked"
-    metrics.Silent().alarm(1, "collapse", "nobody hears it")
+    assert records.alarms(str(tmp_path)) is None, "a run of an older version: nobody looked"
+    NullRecorder().alarm(1, "collapse", "nobody hears it")
 
 
 def test_a_remote_run_keeps_its_alarms_over_a_resume(
@@ -213,10 +212,10 @@ def test_a_remote_run_keeps_its_alarms_over_a_resume(
 ) -> None:
     monkeypatch.setattr(storage, "local_path", lambda uri: None)
     for start, step in [(0, 1), (1, 2)]:
-        recorder = Recorder(str(tmp_path), start)
+        recorder = RunRecorder(str(tmp_path), start)
         recorder.alarm(step, "divergence", f"of step {step}")
         recorder.close()
-    assert [alarm["sentence"] for alarm in metrics.alarms(str(tmp_path)) or []] == [
+    assert [alarm["sentence"] for alarm in records.alarms(str(tmp_path)) or []] == [
         "of step 1",
         "of step 2",
     ]
@@ -275,11 +274,11 @@ def services() -> list[str]:
 
 def record(run: Path, start: int, stop: int) -> None:
     """A run's part as in a Ray Train worker: in a thread."""
-    recorder = Recorder(str(run), start, wandb=WANDB)
+    recorder = RunRecorder(str(run), start, wandb=WANDB)
     for step in range(start + 1, stop + 1):
-        recorder.scalars(step, {"loss": 1 / step, "lr": 0.1})
+        recorder.metrics(step, {"loss": 1 / step, "lr": 0.1})
         if step % 2 == 0:
-            recorder.scalars(step, {"heldout_loss": 2 / step})
+            recorder.metrics(step, {"heldout_loss": 2 / step})
             recorder.text(step, "text", f"<b> of step {step}\nand more")
             recorder.image(step, "grid", np.full((4, 6, 1), step, dtype=np.uint8))
     recorder.close()
@@ -306,7 +305,7 @@ def test_offline_all_that_is_recorded_is_in_wandbs_file_and_a_resume_keeps_each_
     assert sorted(rows) == [1, 2, 3, 4, 5]
     assert [rows[step]["loss"] for step in sorted(rows)] == [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
     assert rows[4]["heldout_loss"] == 0.5
-    times = {row["step"]: row["time"] for row in metrics.read(str(tmp_path))}
+    times = {row["step"]: row["time"] for row in records.metrics(str(tmp_path))}
     assert rows[3]["_timestamp"] == times[3]
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert "&lt;b&gt; of step 4\nand more" in (folder / "files" / rows[4]["text.path"]).read_text()
@@ -331,10 +330,11 @@ def test_offline_what_a_killed_process_had_not_written_is_there_after_the_resume
 ) -> None:
     code = f"""
 import os, signal
-from train.metrics import Recorder
-recorder = Recorder({str(tmp_path)!r}, wandb={WANDB!r})
+from train.run import records
+from train.metrics import RunRecorder
+recorder = RunRecorder({str(tmp_path)!r}, wandb={WANDB!r})
 for step in range(1, 6):
-    recorder.scalars(step, {{"loss": 1 / step}})
+    recorder.metrics(step, {{"loss": 1 / step}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run(
@@ -357,7 +357,7 @@ def test_a_remote_run_has_its_copy_too(
             step: 1 / step for step in range(1, stop + 1)
         }
     assert "text.path" in history(tmp_path)[2]
-    assert [start["step"] for start in metrics.starts(str(tmp_path))] == [0, 2]
+    assert [start["step"] for start in records.starts(str(tmp_path))] == [0, 2]
     assert warned == []
 
 
@@ -372,18 +372,18 @@ def test_a_run_of_the_same_name_elsewhere_is_another_one(tmp_path: Path) -> None
 def test_when_wandb_dies_training_goes_on_and_the_driver_is_told_once(
     tmp_path: Path, warned: list[str]
 ) -> None:
-    recorder = Recorder(str(tmp_path), wandb=WANDB)
-    recorder.scalars(1, {"loss": 1.0})
+    recorder = RunRecorder(str(tmp_path), wandb=WANDB)
+    recorder.metrics(1, {"loss": 1.0})
     for file in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
         for pid in file.read_text().split():
             if Path(f"/proc/{pid}/comm").read_text().startswith("wandb-core"):
                 os.kill(int(pid), signal.SIGKILL)
                 os.waitpid(int(pid), 0)
     for step in range(2, 200):
-        recorder.scalars(step, {"loss": 1 / step})
+        recorder.metrics(step, {"loss": 1 / step})
     recorder.text(200, "text", "something")
     recorder.close()
-    assert len(metrics.read(str(tmp_path))) == 199
+    assert len(records.metrics(str(tmp_path))) == 199
     assert len(warned) == 1
     assert warned[0].startswith("Weights & Biases gets nothing more of this run: ")
 
@@ -393,7 +393,7 @@ def test_a_worker_without_wandb_trains_without_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     record(tmp_path, 0, 2)
-    assert len(metrics.read(str(tmp_path))) == 3
+    assert len(records.metrics(str(tmp_path))) == 3
     assert len(warned) == 1
 
 

@@ -28,14 +28,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.demo.browser import started
+from cluster.machine import free_port
 from models import registry
+from serve.app import build_app
 from serve.catalog import Catalog
-from serve.ingress import build_app
-from serve.replicas import Pictures, Text
-from tests.conftest import free_port
+from serve.replicas import ImageReplica, TextReplica
 from tests.support import bundles
 from tests.support.browser import require_browser
-from tests.support.fakes import Here
+from tests.support.fakes import LocalModel
 
 T = TypeVar("T")
 
@@ -79,12 +79,12 @@ return texts.map((element) => {
 
 
 @pytest.fixture(scope="module")
-def replica() -> Text:
-    return Text(slots=4, threads=1, timeout_s=60)
+def replica() -> TextReplica:
+    return TextReplica(slots=4, threads=1, timeout_s=60)
 
 
 @pytest.fixture(scope="module")
-def server(replica: Text, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(replica: TextReplica, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The ingress over tiny models. At port + 1 is one that serves only text, without /status."""
     folder = tmp_path_factory.mktemp("page")
     root = str(folder / "models")
@@ -97,12 +97,15 @@ def server(replica: Text, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     servers: list[uvicorn.Server] = []
 
     async def serve() -> None:
-        image_replica = Pictures(threads=1)
+        image_replica = ImageReplica(threads=1)
         await replica.reconfigure({"uri": registry.resolve(root, "gpt/1")[2]})
         await image_replica.reconfigure({"uri": registry.resolve(root, "dcgan")[2]})
         slow_down(replica.session)
-        for images, status, at in ((Here(image_replica), STATUS, port), (None, None, port + 1)):
-            app = build_app(Here(replica), images, catalog=Catalog() if images else None)
+        for images, status, at in (
+            (LocalModel(image_replica), STATUS, port),
+            (None, None, port + 1),
+        ):
+            app = build_app(LocalModel(replica), images, catalog=Catalog() if images else None)
             app.router.routes.insert(0, Route("/status", status_route(status)))
             servers.append(uvicorn.Server(uvicorn.Config(app, port=at, log_level="warning")))
         await asyncio.gather(*(server.serve() for server in servers))
@@ -286,7 +289,7 @@ def test_every_text_setting_is_sent(browser: Chrome, server: str) -> None:
     assert text_of(by_id(browser, "finish-reason")) == "stop string or end of text"
 
 
-def test_stop_button_cancels_generation(browser: Chrome, server: str, replica: Text) -> None:
+def test_stop_button_cancels_generation(browser: Chrome, server: str, replica: TextReplica) -> None:
     browser.get(f"{server}/?prompt=Now&seed=5&run=text")
     wait_for_text(browser, "#completion")
     by_id(browser, "stop").click()

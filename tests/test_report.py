@@ -12,31 +12,30 @@ import yaml
 from PIL import Image
 
 from cluster import storage
-from train.gan import pictures
 from train.run import report
-from train.run.recorder import Recorder
+from train.run.recorder import RunRecorder
 
 CLASSES = ["Ankle boot", "Bag"]
 QUALITY = {
     "heldout_frechet_distance": 1.25,
-    "heldout_frechet_distance_floor": 0.014,
+    "heldout_frechet_distance_baseline": 0.014,
     "heldout_kid": 0.0301,
-    "heldout_kid_floor": -0.0003,
+    "heldout_kid_baseline": -0.0003,
     "heldout_kid_spread": 0.002,
     "heldout_precision": 0.88,
-    "heldout_precision_floor": 0.955,
+    "heldout_precision_baseline": 0.955,
     "heldout_recall": 0.51,
-    "heldout_recall_floor": 0.96,
+    "heldout_recall_baseline": 0.96,
     "heldout_density": 0.9,
-    "heldout_density_floor": 1.015,
+    "heldout_density_baseline": 1.015,
     "heldout_coverage": 0.8,
-    "heldout_coverage_floor": 0.97,
+    "heldout_coverage_baseline": 0.97,
     "heldout_modes": 9.0,
-    "heldout_modes_floor": 10.0,
+    "heldout_modes_baseline": 10.0,
     "heldout_mode_kl": 0.04,
-    "heldout_mode_kl_floor": 0.004,
+    "heldout_mode_kl_baseline": 0.004,
     "heldout_sliced_wasserstein": 0.04,
-    "heldout_sliced_wasserstein_floor": 0.03,
+    "heldout_sliced_wasserstein_baseline": 0.03,
     "heldout_samples": 1000.0,
 }
 
@@ -66,9 +65,9 @@ def sheet(level: int) -> np.ndarray:
 
 def record(run: str, dataset: Path, steps: tuple[int, ...] = (100, 200, 400)) -> Recorder:
     """A GAN's run up to its summary."""
-    recorder = Recorder(run)
+    recorder = RunRecorder(run)
     for step in steps:
-        recorder.scalars(
+        recorder.metrics(
             step,
             {
                 "critic_loss": -100 / step,
@@ -77,7 +76,7 @@ def record(run: str, dataset: Path, steps: tuple[int, ...] = (100, 200, 400)) ->
                 "gradient_penalty": 0.1,
             },
         )
-        recorder.scalars(step, {**QUALITY, "heldout_recall": step / 800})
+        recorder.metrics(step, {**QUALITY, "heldout_recall": step / 800})
         recorder.image(step, "pictures", sheet(step // 8))
         recorder.image(step, "interpolation", sheet(0))
     recorder.image(steps[0], "real", sheet(180))
@@ -168,8 +167,8 @@ def test_no_alarms_is_said_only_where_somebody_looked(tmp_path: Path) -> None:
 
 def test_what_an_older_run_lacks_is_left_out(tmp_path: Path) -> None:
     """One grid, one number: no real pictures, no walks, no extractor, no names, a data set that is gone."""
-    recorder = Recorder(str(tmp_path))
-    recorder.scalars(400, {"critic_loss": -1.5, "heldout_sliced_wasserstein": 0.04})
+    recorder = RunRecorder(str(tmp_path))
+    recorder.metrics(400, {"critic_loss": -1.5, "heldout_sliced_wasserstein": 0.04})
     recorder.image(400, "pictures", sheet(100))
     recorder.close()
     for name in ("alarms.jsonl", "starts.jsonl"):
@@ -201,8 +200,8 @@ def test_what_an_older_run_lacks_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_single_picture_has_a_page(tmp_path: Path) -> None:
-    recorder = Recorder(str(tmp_path))
-    recorder.scalars(1, {"critic_loss": 1.0})
+    recorder = RunRecorder(str(tmp_path))
+    recorder.metrics(1, {"critic_loss": 1.0})
     recorder.close()
     report.write(str(tmp_path), summary_of("gan"))
     assert not (tmp_path / "film.png").exists()
@@ -243,7 +242,7 @@ def test_a_floor_is_dashed_and_a_spread_a_band() -> None:
         {
             "step": step,
             "heldout_kid": 1.0 / step,
-            "heldout_kid_floor": 0.1,
+            "heldout_kid_baseline": 0.1,
             "heldout_kid_spread": 0.5,
         }
         for step in (1, 2, 3)
@@ -289,9 +288,9 @@ def test_a_wild_curve_leaves_the_rest_visible() -> None:
 
 def test_the_report_says_where_time_went_and_how_often_the_run_was_resumed(tmp_path: Path) -> None:
     for start, stop in [(0, 4), (2, 6)]:
-        recorder = Recorder(str(tmp_path), start)
+        recorder = RunRecorder(str(tmp_path), start)
         for step in range(start + 1, stop + 1):
-            recorder.scalars(
+            recorder.metrics(
                 step, {"loss": 1 / step, "grad_norm": 1.0, "lr": 0.1, "tokens_per_s": 5.0}
             )
         recorder.text(stop, "text", f"written at step {stop}")

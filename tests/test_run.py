@@ -12,16 +12,16 @@ import psutil
 import pytest
 
 from cluster import storage
-from train.config import sections as configs
+from train.config import loader as configs
 from train.run.checkpoint import Checkpointer
 from train.run.folder import open_run
 
 
-def config(**values: Any) -> configs.Config:
+def config(**values: Any) -> Config:
     return configs.load("gpt", "gpt-tiny", {"run.name": "r", **values})
 
 
-def with_checkpoint(root: Path, made: configs.Config, step: int = 10) -> None:
+def with_checkpoint(root: Path, made: Config, step: int = 10) -> None:
     with open_run(made, str(root), "gpt") as run:
         checkpoints = Checkpointer(
             run.uri, {"kind": made.kind, **made.model_dump()}, driver=run.token
@@ -32,7 +32,7 @@ def with_checkpoint(root: Path, made: configs.Config, step: int = 10) -> None:
         checkpoints.join()
 
 
-def start(root: Path, made: configs.Config) -> int:
+def start(root: Path, made: Config) -> int:
     with open_run(made, str(root), "gpt") as run:
         return run.start
 
@@ -88,6 +88,7 @@ def test_a_killed_driver_leaves_the_run_free(tmp_path: Path) -> None:
     holder = f"""
 import time
 from train import config
+from train.config.sections import Config
 from train.run import open_run
 with open_run(config.load("gpt", "gpt-tiny", {{"run.name": "r"}}), {str(tmp_path)!r}, "gpt"):
     print("held", flush=True)

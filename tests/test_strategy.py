@@ -12,10 +12,12 @@ import torch.distributed as dist
 from cluster import storage
 from models.nets import gpt
 from tests.support import workers
-from train import launch
-from train.config import sections as configs
+from train.config import loader as configs
+from train.config.sections import Config
+from train.gan.config import GanConfig
+from train.gpt.config import GptConfig
 from train.parallel import zero
-from train.parallel.state import Fragment
+from train.parallel.state import Shard
 from train.run import checkpoint
 
 STEPS = 8
@@ -57,15 +59,15 @@ TOLERANCES = {"fp32": (1e-5, 1e-4), "bf16": (2e-2, 1e-2), "fp16": (2e-2, 1e-2)}
 NORM_TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}  # of the gradient's norm, relative
 
 
-def config_of(corpus: str, **values: Any) -> configs.GptConfig:
+def config_of(corpus: str, **values: Any) -> GptConfig:
     config = configs.load("gpt", "gpt-tiny", {**SHAPE, "data.source": corpus, **values})
-    assert isinstance(config, configs.GptConfig)
+    assert isinstance(config, GptConfig)
     return config
 
 
 @pytest.fixture(scope="module")
 def dataset(ray_address: str, corpus: str) -> str:
-    return launch.prepare(config_of(corpus), str(Path(corpus).parent))
+    return workers.prepare(config_of(corpus), str(Path(corpus).parent))
 
 
 def train_all(rank: int, corpus: str, dataset: str, root: str) -> None:
@@ -76,7 +78,7 @@ def train_all(rank: int, corpus: str, dataset: str, root: str) -> None:
         resume(rank, config, dataset, f"{root}/{name}", f"{root}/{name} resumed")
 
 
-def resume(rank: int, config: configs.Config, dataset: str, source: str, target: str) -> None:
+def resume(rank: int, config: Config, dataset: str, source: str, target: str) -> None:
     """Goes on from the middle of another run, as a run of its own."""
     if rank == 0:
         shutil.copytree(f"{source}/{MIDDLE}", f"{target}/{MIDDLE}")
@@ -228,9 +230,7 @@ def steps_of_zero(stage: int, offload: bool, parts: list[int]) -> dict[str, torc
 def whole(value: Any) -> Any:
     """One worker's fragment is the whole."""
     return (
-        value.values.clone().view(value.shape)
-        if isinstance(value, Fragment)
-        else copy.deepcopy(value)
+        value.values.clone().view(value.shape) if isinstance(value, Shard) else copy.deepcopy(value)
     )
 
 
@@ -261,7 +261,7 @@ def by_three(rank: int, corpus: str, dataset: str, pictures: str, root: str) -> 
         resume(rank, gan, pictures, f"{root}/{name}", f"{root}/{name} resumed")
 
 
-def gan_of(**values: Any) -> configs.GanConfig:
+def gan_of(**values: Any) -> GanConfig:
     shape = {
         "batch.global_size": 24,
         "batch.micro_size": 8,
@@ -275,7 +275,7 @@ def gan_of(**values: Any) -> configs.GanConfig:
         "gan-tiny",
         {**shape, "quality.samples": 50, "checkpoint.every": STEPS // 2, **values},
     )
-    assert isinstance(config, configs.GanConfig)
+    assert isinstance(config, GanConfig)
     return config
 
 
@@ -296,7 +296,7 @@ WIDE = {
 @pytest.fixture(scope="module")
 def three(corpus: str, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     root = str(tmp_path_factory.mktemp("three"))
-    pictures = launch.prepare(gan_of(), root)
+    pictures = workers.prepare(gan_of(), root)
     workers.spawn(3, by_three, corpus, dataset, pictures, root)
     for name in ("gan", "gan batch"):
         workers.run(

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from cluster import storage
-from train.config.sections import TextData
+from train.config.data import TextData
 from train.data import text
 from train.data.dataset import fetch
 from train.data.order import Order

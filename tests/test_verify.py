@@ -12,8 +12,8 @@ import torch
 
 from cluster import storage
 from tests.support import workers
-from train import launch
-from train.config import sections as configs
+from train.config import loader as configs
+from train.config.sections import Config
 from train.gpt import loop as gpt
 from train.parallel import backends
 from train.run.checkpoint import Checkpointer
@@ -33,7 +33,7 @@ def kiln(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
-def config_of(kiln: str, **values: Any) -> configs.Config:
+def config_of(kiln: str, **values: Any) -> Config:
     return configs.load(
         "gpt", "gpt-tiny", {"data.source": f"{kiln}/corpus.txt", "data.vocab_size": 300, **values}
     )
@@ -75,7 +75,11 @@ def test_a_broken_restore_is_found(kiln: str, killed: CompletedProcess[str]) -> 
     config = verify.shortened(config_of(kiln, **DROPOUT, **TWO_WORKERS), 24)
     (straight,) = (name for name in storage.names(f"{kiln}/runs") if name.endswith("-straight"))
     verdict = verify.verify(
-        config, kiln, verify.plan_kills(["upload"], config), straight=straight, sabotage="order"
+        config,
+        kiln,
+        verify.plan_kills(["upload"], config),
+        straight=straight,
+        broken_restore="order",
     )
     assert not verdict.equal
     # Killed in the upload of step 12's checkpoint, gone on from step 6: step 7 is the first that can differ.
@@ -121,9 +125,13 @@ def test_a_gan_too_and_a_straight_run_serves_again(ray_address: str, tmp_path: P
 def test_a_broken_restore_of_what_is_spread_is_found(kiln: str, stage: int) -> None:
     spread = {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage}
     config, straight = verify.shortened(config_of(kiln, **TWO_WORKERS, **spread), 8), None
-    for what in faults.SABOTAGES:
+    for what in faults.BROKEN_RESTORES:
         verdict = verify.verify(
-            config, kiln, verify.plan_kills(["upload"], config), straight=straight, sabotage=what
+            config,
+            kiln,
+            verify.plan_kills(["upload"], config),
+            straight=straight,
+            broken_restore=what,
         )
         straight = verdict.straight
         assert not verdict.equal
@@ -140,14 +148,14 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def straight(
     kiln: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[configs.Config, str, str, list[dict[str, float]]]:
+) -> tuple[Config, str, str, list[dict[str, float]]]:
     """A run of one process: its config, data set, folder and rows."""
     config = config_of(
         kiln,
         steps=STEPS,
         **{"checkpoint.every": STEPS // 2, "checkpoint.keep_last": 5, "log.every": 1},
     )
-    dataset, uri = launch.prepare(config, kiln), str(tmp_path_factory.mktemp("straight"))
+    dataset, uri = workers.prepare(config, kiln), str(tmp_path_factory.mktemp("straight"))
     return config, dataset, uri, workers.run(config, dataset, uri).rows
 
 
@@ -155,7 +163,7 @@ def straight(
     ("what", "first"), [(None, None), ("order", 4), ("weights", 4), ("optimizer", 5)]
 )
 def test_each_broken_restore_shows_in_the_first_step_that_it_can_change(
-    straight: tuple[configs.Config, str, str, list[dict[str, float]]],
+    straight: tuple[Config, str, str, list[dict[str, float]]],
     tmp_path: Path,
     what: str | None,
     first: int | None,
@@ -165,14 +173,14 @@ def test_each_broken_restore_shows_in_the_first_step_that_it_can_change(
     checkpoints = Checkpointer(str(tmp_path), config.model_dump(), keep_last=5)
     start = checkpoints.load()
     assert start is not None
-    broken, state = faults.sabotage(what, config, start[1]) if what else (config, start[1])
-    recorder = workers.Kept()
+    broken, state = faults.break_restore(what, config, start[1]) if what else (config, start[1])
+    recorder = workers.MemoryRecorder()
     gpt.train(
-        workers.Alone(broken, backends.build(config), checkpoints, recorder, dataset),
+        workers.LocalWorker(broken, backends.build(config), checkpoints, recorder, dataset),
         (start[0], state),
     )
     recorded = [row for row in rows if row["step"] <= STEPS // 2] + recorder.rows
-    figures = [item.step for item in compare.figures(rows, recorded) if item.difference]
+    figures = [item.step for item in compare.metrics(rows, recorded) if item.difference]
     tensors = [
         item
         for item in compare.checkpoints(uri, str(tmp_path))
@@ -200,7 +208,7 @@ def test_what_depends_on_the_clock_is_not_compared() -> None:
         }
         for row in ROWS
     ]
-    compared = list(compare.figures(ROWS, later))
+    compared = list(compare.metrics(ROWS, later))
     assert [item.what for item in compared] == [
         "loss at step 1",
         "heldout_loss at step 2",
@@ -211,18 +219,18 @@ def test_what_depends_on_the_clock_is_not_compared() -> None:
 
 def test_the_last_bit_of_a_figure_counts() -> None:
     other = [ROWS[0], {**ROWS[1], "loss": math.nextafter(2.4, 3)}, ROWS[2]]
-    (found,) = [item for item in compare.figures(ROWS, other) if not item.within(0)]
+    (found,) = [item for item in compare.metrics(ROWS, other) if not item.within(0)]
     assert (found.step, found.difference) == (2, "2.4 straight, 2.4000000000000004 killed")
     assert found.within(1e-12)
 
 
 def test_a_step_that_is_missing_is_a_difference() -> None:
-    missing = [item for item in compare.figures(ROWS, ROWS[:2]) if item.difference]
+    missing = [item for item in compare.metrics(ROWS, ROWS[:2]) if item.difference]
     assert [(item.what, item.difference, item.absolute) for item in missing] == [
         ("heldout_loss at step 2", "only in the straight run", math.inf)
     ]
     assert not missing[0].within(1.0)
-    assert [item.difference for item in compare.figures(ROWS[:2], ROWS) if item.difference] == [
+    assert [item.difference for item in compare.metrics(ROWS[:2], ROWS) if item.difference] == [
         "only in the killed run"
     ]
 
@@ -296,7 +304,7 @@ def test_nothing_is_proven_by_a_kill_that_never_happened_or_runs_without_figures
     tmp_path: Path,
 ) -> None:
     storage.write_json(
-        faults.place(str(tmp_path), 0),
+        faults.record_uri(str(tmp_path), 0),
         {"step": 2, "time": 1.0, "recovered": 3.0, "resumed_from": 0},
     )
     with pytest.raises(
@@ -322,7 +330,7 @@ def test_kills_come_between_the_checkpoints() -> None:
     draws = verify.plan_kills(["random"] * 50, config, seed=1)
     assert draws == verify.plan_kills(["random"] * 50, config, seed=1)
     assert {fault.rank for fault in draws} == {0, 1}
-    assert len({fault.later for fault in draws}) == 50
+    assert len({fault.delay for fault in draws}) == 50
     assert all(1 < fault.step < 23 for fault in draws)
 
 

@@ -1,164 +1,171 @@
-"""`python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--KEY VALUE ...]` and `python -m train verify-resume|export|extractor`."""
+"""`python -m train gpt | gan | verify-resume | export | extractor`."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from cluster import cli, storage
-from models import bundle
-from train.config import sections as configs
+from train.config import loader
+from train.config.sections import Config
+from train.kinds import KINDS
+from train.verify import command as verify_resume
 
-USAGE = """usage: python -m train gpt|gan [--config NAME|FILE] [--storage URI] [--dry-run] [--debug] [--KEY VALUE ...]
-       python -m train verify-resume gpt|gan [--steps N] [--kills LIST] [--config NAME|FILE] [--storage URI] [--KEY VALUE ...]
-       python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--weights fp32|int8] [--storage URI]
-       python -m train extractor [--config NAME|FILE] [--storage URI] [--KEY VALUE ...]
-
-`python -m train gpt --help` lists the keys. Presets: {presets}"""
-
-
-USAGE_OPTIONS = """options beside the config's keys below:
-  --config NAME|FILE  a preset, or a YAML file with the same keys
-  --storage URI       where data, runs and models go (KILN_STORAGE; default ./kiln)
-  --dry-run           print the resolved config and the plan, start nothing
-  --debug             show the traceback of an error
-"""
+DESCRIPTION = "Train models on a Ray cluster, prove their resume, and export them."
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in {"-h", "--help"}:
-        print(
-            USAGE.format(
-                presets=", ".join(sorted(file.stem for file in configs.PRESETS.glob("*.yaml")))
-            )
+    """Run the command line."""
+    presets = ", ".join(sorted(file.stem for file in loader.PRESETS.glob("*.yaml")))
+    program = cli.Program("train", DESCRIPTION, epilog=f"Presets: {presets}")
+    for kind in KINDS.values():
+        text = f"train a {kind.name.upper()}, or resume it"
+        parser = program.command(kind.name, _train, text, prints_json=True, takes_keys=True)
+        _add_config(parser)
+        parser.add_argument(
+            "--dry-run", action="store_true", help="print the resolved config and the plan"
         )
-        return 0 if argv else 2
-    command, *rest = argv
-    if command in configs.KINDS:
-        return train(command, rest)
-    if command == "verify-resume":
-        from train.verify import verify
+        if argv[:1] == [kind.name]:
+            keys = loader.KeyOptions(parser, kind.name)
+            keys.check(argv[1:])
+            parser.set_defaults(kind=kind.name, key_options=keys)
+    parser = program.command(
+        "verify-resume",
+        lambda arguments: verify_resume.run(arguments, arguments.keys),
+        "prove on your own config that kill -9 and resume change nothing; the config's keys may "
+        "follow",
+        prints_json=True,
+        takes_keys=True,
+    )
+    verify_resume.add_options(parser)
+    _add_export(program.command("export", _export, "publish a run's model", prints_json=True))
+    parser = program.command(
+        "extractor",
+        _extractor,
+        "train the feature extractor of a GAN's data set; the config's keys may follow",
+        takes_keys=True,
+    )
+    _add_config(parser)
+    return program.main(argv)
 
-        return verify.command(rest)
-    if command == "export":
-        return export(rest)
-    if command == "extractor":
-        return extractor(rest)
-    near = configs.nearest(command, [*configs.KINDS, "verify-resume", "export", "extractor"])
-    raise ValueError(
-        f"there is no command {command!r}{near}: use gpt, gan, verify-resume, export or extractor"
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="NAME|FILE", help="a preset, or a YAML file with the same keys"
     )
 
 
-def train(kind: str, argv: list[str]) -> int:
-    options = argparse.ArgumentParser(
-        prog=f"python -m train {kind}", add_help=False, allow_abbrev=False
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run's name")
+    parser.add_argument("--name", help="the model's name in the registry (default: the kind's)")
+    parser.add_argument(
+        "--checkpoint",
+        default="newest",
+        metavar="newest|best|STEP",
+        help="which to publish; best: on held-out data, see checkpoint.keep_best "
+        "(default: %(default)s)",
     )
-    options.add_argument("--config")
-    options.add_argument("--storage", default=cli.storage_default())
-    options.add_argument("--dry-run", action="store_true")
-    given, rest = options.parse_known_args(argv)
-    if {"-h", "--help"} & set(rest):
-        print(USAGE_OPTIONS)
-    config = configs.load(kind, given.config, configs.parse(kind, rest))
-    if given.dry_run:
-        print(configs.dump(config), end="")
-        print(plan(config))
+    parser.add_argument(
+        "--weights",
+        default="fp32",
+        help="of the graph: fp32, or for a GPT int8, faster on a CPU, its cost measured "
+        "(default: %(default)s)",
+    )
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = loader.load(arguments.kind, arguments.config, arguments.key_options.values(arguments))
+    if arguments.dry_run:
+        if arguments.json:
+            cli.print_json({"kind": config.kind, **config.model_dump()})
+        else:
+            print(config.to_yaml(), end="")
+            print(plan(config))
         return 0
 
     from train import launch
-    from train.run import report
 
-    print(plan(config))
+    if not arguments.json:
+        print(plan(config))
+    root = cli.storage_of(arguments)
+    stem = Path(arguments.config).stem if arguments.config else arguments.kind
     try:
-        summary = launch.fit(
-            config, given.storage, stem=Path(given.config).stem if given.config else kind
-        )
+        summary = launch.fit(config, root, stem=stem, quiet=arguments.json)
     except launch.TrainingFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-    figures = "  ".join(
+    if arguments.json:
+        cli.print_json(summary)
+    else:
+        _print_summary(summary, root)
+    return 0
+
+
+def _print_summary(summary: dict[str, Any], root: str) -> None:
+    kind = KINDS[summary["kind"]]
+    metrics = "  ".join(
         f"{name} {value:,.4g}"
         for name, value in summary["metrics"].items()
-        if report.is_headline(name)
+        if kind.is_headline(name)
     )
-    print(
-        f"run {summary['run']} is complete: {summary['steps']} steps in {summary['seconds']:.0f} s  {figures}"
-    )
-    print(f"its report: {storage.join(given.storage, 'runs', summary['run'], 'report.md')}")
-    print(f"export it: python -m train export {summary['run']}")
-    return 0
+    run, steps, seconds = summary["run"], summary["steps"], summary["seconds"]
+    print(f"run {run} is complete: {steps} steps in {seconds:.0f} s  {metrics}")
+    print(f"report: {storage.join(root, 'runs', run, 'report.md')}")
+    print(f"export: python -m train export {run}")
 
 
-def plan(config: configs.Config) -> str:
-    """What will be done, in one paragraph: derived values included."""
+def plan(config: Config) -> str:
+    """Return what will be done, in one paragraph, derived values included."""
     parallel = config.parallel
     device = "GPU" if parallel.gpu else "CPU"
-    strategy = (
-        f"DeepSpeed ZeRO {parallel.zero_stage}" if parallel.strategy == "deepspeed" else "DDP"
-    )
+    zero = f"DeepSpeed ZeRO {parallel.zero_stage}"
+    strategy = zero if parallel.strategy == "deepspeed" else "DDP"
     text = (
-        f"plan: {config.steps} steps of {config.batch.global_size} samples on {parallel.workers} {device} worker(s) ({strategy}, {parallel.precision}), "
-        f"micro-batches of {config.micro_size}, {config.accumulation} accumulated"
+        f"plan: {config.steps} steps of {config.batch.global_size} samples on {parallel.workers} "
+        f"{device} worker(s) ({strategy}, {parallel.precision}), micro-batches of "
+        f"{config.micro_size}, {config.accumulation} accumulated"
     )
-    if isinstance(config, configs.GptConfig):
-        tokens, size = config.tokens_per_step * config.steps, config.model
-        parameters = (
-            config.data.known_vocab_size + size.context
-        ) * size.width + 12 * size.layers * size.width**2
-        text += f"; {config.tokens_per_step:,} tokens a step, {tokens:,} in all"
-        if size.pretrained is None:
-            # 6 operations a parameter and token; a checkpoint holds each parameter and Adam's two moments in fp32.
-            text += f"; about {parameters / 1e6:,.1f} M parameters, {6e-15 * parameters * tokens:,.3g} PFLOP, checkpoints of {parameters * 12 / 1e6:,.0f} MB"
-    return text
+    own = KINDS[config.kind].plan(config)
+    return f"{text}; {own}" if own else text
 
 
-def export(argv: list[str]) -> int:
-    options = argparse.ArgumentParser(prog="python -m train export", allow_abbrev=False)
-    options.add_argument("run", help="the run's name")
-    options.add_argument("--name", help="the model's name in the registry; by default gpt or gan")
-    options.add_argument(
-        "--checkpoint",
-        default="newest",
-        help="newest, best (on held-out data; see checkpoint.keep_best), or a step",
+def _export(arguments: argparse.Namespace) -> int:
+    from train.export import export
+
+    done = export(
+        arguments.run,
+        cli.storage_of(arguments),
+        arguments.name,
+        arguments.checkpoint,
+        arguments.weights,
     )
-    options.add_argument(
-        "--weights",
-        default="fp32",
-        help="of a GPT's graph: fp32, or int8 (faster on a CPU; its cost is measured)",
-    )
-    options.add_argument("--storage", default=cli.storage_default())
-    given = options.parse_args(argv)
+    if arguments.json:
+        cli.print_json({"name": done.name, "version": done.version, "uri": done.uri})
+        return 0
+    from models import bundle
 
-    from train.export import export as export_run
-
-    done = export_run(given.run, given.storage, given.name, given.checkpoint, given.weights)
     parity = done.manifest["parity"]
     print(
-        f"exported {done.name}/{done.version}: {done.uri} (ONNX differs from torch by at most {parity['max_abs_diff']:.1e}, {parity['tolerance']:.0e} allowed)"
+        f"exported {done.name}/{done.version}: {done.uri} (ONNX differs from torch by at most "
+        f"{parity['max_abs_diff']:.1e}, {parity['tolerance']:.0e} allowed)"
     )
     if done.manifest["quantization"]:
-        print(f"its weights are {bundle.describe_weights(done.manifest)}")
+        print(f"weights: {bundle.describe_weights(done.manifest)}")
     return 0
 
 
-def extractor(argv: list[str]) -> int:
-    """Trains or finds the extractor of a GAN config's data."""
-    options = argparse.ArgumentParser(
-        prog="python -m train extractor", add_help=False, allow_abbrev=False
-    )
-    options.add_argument("--config")
-    options.add_argument("--storage", default=cli.storage_default())
-    given, rest = options.parse_known_args(argv)
-    config = configs.load("gan", given.config, configs.parse("gan", rest))
-    assert isinstance(config, configs.GanConfig)
+def _extractor(arguments: argparse.Namespace) -> int:
+    """Train or find the extractor of a GAN config's data."""
+    overrides = loader.parse("gan", arguments.keys)
+    config = loader.load("gan", arguments.config, overrides)
 
     from cluster.connect import connect
     from train import launch
-    from train.data import images
-    from train.gan import extractor as extractors
 
-    launch.refuse_impossible(config, connect())
-    extractors.prepare(config, images.prepare(config.data, given.storage, config.model.conditional))
+    kind = KINDS["gan"]
+    launch.check_resources(config, connect())
+    dataset = kind.prepare(config, cli.storage_of(arguments))
+    kind.prepare_evaluation(config, dataset, print)
     return 0
 
 

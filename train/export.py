@@ -1,9 +1,8 @@
-"""From a run to a version in the registry: a checkpoint as a bundle, checked before it is published.
+"""Publish a checkpoint of a run as a version in the registry.
 
-python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--weights fp32|int8]
+    python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--weights fp32|int8]
 """
 
-import difflib
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,27 +10,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cluster.storage import absolute, exists, join, names, read_json, without_secrets
+from cluster import storage
+from cluster.cli import nearest
 from models import bundle, registry
-from models.nets import gpt
-from models.nets.dcgan import Generator
-from train.config import sections as config
-from train.data import text
-from train.data.dataset import fetch
-from train.gan.export import export_gan
-from train.gan.loop import shape
-from train.gpt.export import WEIGHTS, export_gpt
-from train.gpt.loop import build
-from train.parallel.state import State
-from train.run import checkpoint
-from train.run.report import TIMES
+from train.config import loader
+from train.data.dataset import Dataset
+from train.kinds import KINDS, Kind
+from train.run import checkpoint, lineage
+from train.run.meter import TIMES
 
 LIBRARIES = ("torch", "onnx", "onnxruntime", "transformers")
-HELDOUT_TOKENS = (
-    8192  # what 8 bits cost is told to four digits by so many, both graphs being given the same
-)
 
 
 @dataclass(frozen=True)
@@ -45,97 +33,74 @@ class Exported:
 
 
 def export(
-    run: str, storage: str, name: str | None = None, which: str = "newest", weights: str = "fp32"
+    run: str,
+    root: str,
+    name: str | None = None,
+    which: str = "newest",
+    weights: str = "fp32",
 ) -> Exported:
-    """Publishes a complete checkpoint of a run.
+    """Publish a complete checkpoint of a run, after its graph was compared with torch.
 
     Args:
-        run: the run's name below `<storage>/runs`.
-        storage: a folder or URI.
-        name: the model's name in the registry; by default "gpt" or "gan".
-        which: "newest", "best" (of those judged on held-out data), or a step.
-        weights: of a GPT's graph, "fp32" or "int8".
+        run: the run's name below `<root>/runs`.
+        root: the storage, a folder or URI.
+        name: the model's name in the registry; by default the kind's.
+        which: "newest", "best" (of those evaluated on held-out data), or a step.
+        weights: the number format of the graph's weights, e.g. "fp32" or "int8".
 
     Raises:
-        ValueError: there is no such run, no complete checkpoint or no data set, the graph's answers are not the model's, or 8 bits
-            cost too much; nothing is published.
+        ValueError: the run, a complete checkpoint or the data set is missing, the graph's outputs
+            differ from the model's, or 8-bit weights cost too much; nothing is published.
     """
     if name is not None:
         registry.check_name("model name", name)
-    saved = _choose(storage, run, which)
-    settings = config.build(
-        config.KINDS[saved.config["kind"]],
-        _without_kind(saved.config),
-        f"the checkpoint of run {run}",
-    )
-    if weights not in WEIGHTS:
-        raise ValueError(f"--weights {weights}: use {' or '.join(WEIGHTS)}")
-    if weights != "fp32" and settings.kind != "gpt":
+    run_uri = storage.join(root, "runs", run)
+    saved = _choose(root, run, which)
+    kind = KINDS[saved.config["kind"]]
+    values = {key: value for key, value in saved.config.items() if key != "kind"}
+    config = loader.build(kind.config, values, f"the checkpoint of run {run}")
+    _check_weights(kind, run, weights)
+    origin = lineage.read(run_uri)
+    if origin is None:
         raise ValueError(
-            f"--weights {weights} is for a GPT, and run {run!r} is a {settings.kind}: leave it out"
+            f"run {run!r} has no lineage.json, so its data set is unknown: start the run again, "
+            "which resumes it"
         )
-    dataset, lineage = _dataset(storage, run)
+    dataset = _dataset(root, run, origin)
     with tempfile.TemporaryDirectory(prefix="raykiln-export-") as scratch:
-        files = Path(scratch)
-        state = checkpoint.read(join(storage, "runs", run), saved)
-        if isinstance(settings, config.GptConfig):
-            made = _gpt_files(settings, state, dataset, files, weights)
-        else:
-            assert isinstance(settings, config.GanConfig)
-            made = _gan_files(settings, state, dataset, files)
-        bundle.write(files, _lineage(storage, run, saved.step, lineage) | made)
-        root, name = join(storage, "models"), name or settings.kind
-        version = registry.publish(root, name, files)
-    uri = join(root, name, str(version))
+        folder = Path(scratch)
+        state = checkpoint.read(run_uri, saved)
+        entries = kind.export(config, state, dataset, folder, weights)
+        bundle.write(folder, _origin_entries(root, run, saved.step, origin) | entries)
+        models, name = storage.join(root, "models"), name or kind.name
+        version = registry.publish(models, name, folder)
+    uri = storage.join(models, name, str(version))
     return Exported(name, version, uri, bundle.read(uri))
 
 
-def _gpt_files(
-    settings: config.GptConfig, state: State, dataset: str, folder: Path, weights: str
-) -> dict[str, Any]:
-    prepared = fetch(dataset)
-    model = build(settings, read_json(prepared / "dataset.json"))
-    gpt.restore(model, state["model_ema" if "model_ema" in state else "model"])
-    heldout = _heldout(text.Tokens(prepared, "heldout", model.config.n_positions))
-    return export_gpt(model, prepared / "tokenizer.json", heldout, folder, weights)
-
-
-def _heldout(tokens: text.Tokens) -> np.ndarray:
-    """About `HELDOUT_TOKENS` tokens: whole windows of the model's context, spread evenly over the held-out text."""
-    stride = max(tokens.num_windows * tokens.context // HELDOUT_TOKENS, 1)
-    return np.concatenate(
-        [inputs[targets >= 0] for inputs, targets in tokens.every_window(0, stride)]
-    )
-
-
-def _gan_files(
-    settings: config.GanConfig, state: State, dataset: str, folder: Path
-) -> dict[str, Any]:
-    facts = read_json(join(dataset, "dataset.json"))
-    generator = Generator(shape(settings, facts))
-    generator.load_state_dict(dict(state["generator_ema"]))
-    return export_gan(generator, facts["classes"], folder)
-
-
-# ---------------------------------------------------------------- what the run left
-
-
-def _choose(storage: str, run: str, which: str) -> checkpoint.Manifest:
-    known = names(join(storage, "runs"))
-    if run not in known:
-        close = difflib.get_close_matches(run, known, n=1)
-        hint = (
-            f"did you mean {close[0]!r}?"
-            if close
-            else f"there are {', '.join(known)}"
-            if known
-            else "there is none; train one first"
+def _check_weights(kind: Kind[Any], run: str, weights: str) -> None:
+    known = sorted({name for one in KINDS.values() for name in one.weights})
+    if weights not in known:
+        raise ValueError(f"--weights {weights} is unknown: use {' or '.join(known)}")
+    if weights not in kind.weights:
+        raise ValueError(
+            f"--weights {weights} is unsupported for run {run!r}, which is a {kind.name}: use "
+            f"{' or '.join(kind.weights)}"
         )
-        raise ValueError(f"run {run!r} is not in {join(storage, 'runs')}: {hint}")
-    found = checkpoint.complete(join(storage, "runs", run))
+
+
+def _choose(root: str, run: str, which: str) -> checkpoint.Manifest:
+    """Return the checkpoint that `which` names."""
+    runs = storage.join(root, "runs")
+    known = storage.names(runs)
+    if run not in known:
+        others = f"; there are {', '.join(known)}" if known else "; there is none: train one first"
+        raise ValueError(f"run {run!r} is not in {runs}{nearest(run, known) or others}")
+    found = checkpoint.complete(storage.join(runs, run))
     if not found:
         raise ValueError(
-            f"run {run!r} has no complete checkpoint yet: wait for its first one, or start it again so that it goes on"
+            f"run {run!r} has no complete checkpoint yet: wait for its first one, or start it "
+            "again, which resumes it"
         )
     if which == "newest":
         return found[0]
@@ -143,48 +108,47 @@ def _choose(storage: str, run: str, which: str) -> checkpoint.Manifest:
         best = checkpoint.best(found)
         if not best:
             raise ValueError(
-                f"run {run!r} has no checkpoint that was judged on held-out data: train with --checkpoint.keep_best, or export the newest"
+                f"run {run!r} has no checkpoint that was evaluated on held-out data: train with "
+                "--checkpoint.keep_best, or export the newest"
             )
         return best[0]
     for saved in found:
         if str(saved.step) == which:
             return saved
+    steps = ", ".join(str(saved.step) for saved in found)
     raise ValueError(
-        f"--checkpoint {which}: run {run!r} has newest, best, and steps {', '.join(str(saved.step) for saved in found)}"
+        f"--checkpoint {which} is unknown: run {run!r} has newest, best, and steps {steps}"
     )
 
 
-def _dataset(storage: str, run: str) -> tuple[str, dict[str, Any]]:
-    """The URI of the run's data set, and the run's lineage.json."""
-    place = join(storage, "runs", run, "lineage.json")
-    if not exists(place):
+def _dataset(root: str, run: str, origin: lineage.Lineage) -> Dataset:
+    """Return the run's data set, which lies below `root` wherever that has been moved to."""
+    name = f"{origin['dataset']['name']}-{origin['dataset']['fingerprint']}"
+    uri = storage.join(root, "data", name)
+    dataset = Dataset.find(uri)
+    if dataset is None:
         raise ValueError(
-            f"run {run!r} has no lineage.json, so its data set is not known: start it again so that it goes on"
+            f"the data set of run {run!r} is no longer at {uri}: start the run again, which "
+            "prepares it"
         )
-    lineage = read_json(place)
-    uri = join(storage, "data", f"{lineage['dataset']['name']}-{lineage['dataset']['fingerprint']}")
-    if not exists(join(uri, "dataset.json")):
-        raise ValueError(
-            f"the data set of run {run!r} is not at {uri} any more: start the run again, which prepares it"
-        )
-    return uri, lineage
+    return dataset
 
 
-def _lineage(storage: str, run: str, step: int, lineage: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's entries on where the bundle comes from."""
-    place = join(storage, "runs", run, "summary.json")
-    summary = read_json(place) if exists(place) else {}
-    # The summary of a run that has since gone on, and not yet ended, judges other weights.
-    judged = summary["metrics"] if summary.get("steps") == step else {}
+def _origin_entries(root: str, run: str, step: int, origin: lineage.Lineage) -> dict[str, Any]:
+    """Return the manifest's entries on where the bundle comes from."""
+    uri = storage.join(root, "runs", run, "summary.json")
+    summary = storage.read_json(uri) if storage.exists(uri) else {}
+    # A run that has been resumed since, and has not ended, was evaluated with other weights.
+    metrics = summary["metrics"] if summary.get("steps") == step else {}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "run": {"name": run, "step": step, "storage": without_secrets(absolute(storage))},
-        "commit": lineage["commit"],
-        "dataset": {key: lineage["dataset"][key] for key in ("name", "fingerprint")},
-        "metrics": {tag: value for tag, value in judged.items() if tag not in TIMES},
+        "run": {
+            "name": run,
+            "step": step,
+            "storage": storage.without_secrets(storage.absolute(root)),
+        },
+        "commit": origin["commit"],
+        "dataset": {key: origin["dataset"][key] for key in ("name", "fingerprint")},
+        "metrics": {name: value for name, value in metrics.items() if name not in TIMES},
         "libraries": {library: metadata.version(library) for library in LIBRARIES},
     }
-
-
-def _without_kind(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != "kind"}

@@ -1,4 +1,4 @@
-"""Training processes without Ray: the loops as they run on its workers, for tests that need many short runs."""
+"""Training processes without Ray: the loops as its workers run them, for tests of many short runs."""
 
 import os
 from collections.abc import Callable
@@ -10,40 +10,39 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from cluster import storage
-from tests.conftest import free_port
-from train import launch
-from train.config import sections as configs
-from train.gan import loop as gan
-from train.gpt import loop as gpt
+from cluster.machine import free_port
+from train.config.sections import Config
+from train.data.dataset import Dataset
+from train.kinds import KINDS
 from train.parallel import backends
-from train.run import recorder as metrics
 from train.run.checkpoint import Checkpointer
+from train.run.recorder import NullRecorder
 from train.run.worker import Worker
 
 
-class Alone(Worker):
-    """A worker without Ray: its reports are kept."""
+class LocalWorker(Worker[Any]):
+    """A worker without Ray; keeps its reports."""
 
     def report(self, values: dict[str, float]) -> None:
         self.reports = [*getattr(self, "reports", []), values]
 
 
-class Kept(metrics.Silent):
-    """Keeps a run's figures."""
+class MemoryRecorder(NullRecorder):
+    """Keep what a run records."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self.texts: list[str] = []
         self.alarms: list[tuple[int, str, str]] = []
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def metrics(self, step: int, values: dict[str, float]) -> None:
         self.rows.append({"step": step, **values})
 
-    def text(self, step: int, tag: str, content: str) -> None:
+    def text(self, step: int, name: str, content: str) -> None:
         self.texts.append(content)
 
-    def alarm(self, step: int, kind: str, sentence: str) -> None:
-        self.alarms.append((step, kind, sentence))
+    def alarm(self, step: int, kind: str, message: str) -> None:
+        self.alarms.append((step, kind, message))
 
 
 def spawn(world_size: int, function: Callable[..., None], *args: Any) -> None:
@@ -61,20 +60,28 @@ def _join(
     dist.destroy_process_group()
 
 
-def run(config: configs.Config, dataset: str, run_uri: str | Path) -> Kept:
-    """Trains on this process's share of the work, going on from the run's newest checkpoint; what was recorded."""
-    spread = backends.build(config)
+def prepare(config: Config, root: str | Path) -> Dataset:
+    """Return the run's prepared data set with what evaluation needs."""
+    kind = KINDS[config.kind]
+    return kind.prepare_evaluation(config, kind.prepare(config, str(root)), lambda line: None)
+
+
+def run(config: Config, dataset: Dataset, run_uri: str | Path) -> MemoryRecorder:
+    """Train on this process's part of the work, resuming from the run's newest checkpoint; return
+    what was recorded."""
+    strategy = backends.build(config)
     checkpoints = Checkpointer(
         str(run_uri),
         config.model_dump(),
-        spread.name,
+        strategy.name,
         config.checkpoint.keep_last,
         config.checkpoint.keep_best,
     )
-    recorder = Kept()
-    loop = gpt.train if isinstance(config, configs.GptConfig) else gan.train
-    judge = launch.judged_by(config, dataset, lambda line: None)
-    loop(Alone(config, spread, checkpoints, recorder, dataset, judge), checkpoints.load())
-    if spread.rank == 0:
+    recorder = MemoryRecorder()
+    kind = KINDS[config.kind]
+    dataset = kind.prepare_evaluation(config, dataset, lambda line: None)
+    worker = LocalWorker(config, strategy, checkpoints, recorder, dataset)
+    kind.train(worker, checkpoints.load())
+    if strategy.rank == 0:
         storage.write_json(storage.join(run_uri, "rows.json"), recorder.rows)
     return recorder

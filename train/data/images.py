@@ -1,8 +1,8 @@
 """Pictures: found, checked, decoded and resized once, then read memory-mapped with augmentation drawn by position.
 
     dataset = prepare(config.data, storage)      # <storage>/data/<name>-<fingerprint>/: dataset.json, train.npy, heldout.npy, ...
-    pictures = Pictures(fetch(dataset), "train", config.data.size)
-    images, labels = pictures.batch(order, positions)
+    images = Images(dataset, "train", config.data.size)
+    pixels, labels = images.batch(order, positions)
 
 A folder's classes are its subfolders; a parquet file's are its label column. Held out are the pictures that the data
 itself marks (folders or files named test, validation, ...; a column "split"), or else a share that the number of
@@ -32,10 +32,11 @@ from rich.console import Console
 from rich.progress import track
 
 from cluster import storage
-from train.config.sections import ImageData
-from train.data.dataset import HELDOUT_NAMES, find_files, identity
+from train.config.data import ImageData
+from train.data.dataset import META, Dataset
 from train.data.order import Order, rng
 from train.data.shipped.files import hub_parquet, shipped
+from train.data.sources import HELDOUT_NAMES, find_files, identity, name_of
 
 SHIPPED = ("fashion-mnist", "emoji")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -373,12 +374,12 @@ def heldout_of(source: Source, data: ImageData) -> np.ndarray:
     return heldout
 
 
-def prepare(data: ImageData, root: str, conditional: bool = False) -> str:
-    """The URI of the prepared data set, decoded if it isn't there yet.
+def prepare(data: ImageData, root: str, conditional: bool = False) -> Dataset:
+    """Return the prepared data set; decode it where it is not on storage yet.
 
     Args:
         data: what to prepare.
-        root: the storage, e.g. "kiln"; the URI that comes back is absolute.
+        root: the storage, e.g. "kiln"; the data set's URI is absolute.
         conditional: the model is told the classes, so there must be some.
 
     Raises:
@@ -391,34 +392,28 @@ def prepare(data: ImageData, root: str, conditional: bool = False) -> str:
             f"use class folders, a parquet column data.label_column ({data.label_column!r}) without gaps, or set model.conditional to false"
         )
     mark = fingerprint(source, data)
-    name = (
-        re.sub(r"[^A-Za-z0-9]+", "-", Path(data.source[0].rstrip("/*")).stem).strip("-").lower()
-        or "pictures"
-    )
+    name = name_of(data.source, "images")
     uri = storage.join(storage.absolute(root), "data", f"{name}-{mark}")
-    if not storage.exists(storage.join(uri, "dataset.json")):
-        target = storage.local_path(uri)
-        if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=".preparing-", dir=target and target.parent
-        ) as scratch:
-            folder = Path(scratch) / "dataset"
-            folder.mkdir()
-            splits = _decode_all(source, data, folder)
-            meta = {
-                "kind": "images",
-                "name": name,
-                "fingerprint": mark,
-                "source": data.source,
-                "size": stored_size(data),
-            }
-            _publish(
-                folder,
-                uri,
-                {**meta, "channels": data.channels, "classes": source.classes, "splits": splits},
-            )
-    return uri
+    if (found := Dataset.find(uri)) is not None:
+        return found
+    target = storage.local_path(uri)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=target and target.parent) as scratch:
+        folder = Path(scratch) / "dataset"
+        folder.mkdir()
+        meta = {
+            "kind": "images",
+            "name": name,
+            "fingerprint": mark,
+            "source": data.source,
+            "size": stored_size(data),
+            "channels": data.channels,
+            "classes": source.classes,
+            "splits": _decode_all(source, data, folder),
+        }
+        _publish(folder, uri, meta)
+    return Dataset.open(uri)
 
 
 def _decode_all(source: Source, data: ImageData, folder: Path) -> dict[str, Any]:
@@ -450,7 +445,7 @@ def _decode_all(source: Source, data: ImageData, folder: Path) -> dict[str, Any]
         np.save(folder / "heldout-labels.npy", source.labels[heldout])
     return {
         side: {
-            "pictures": len(array),
+            "images": len(array),
             "sha256": {
                 file.name: storage.sha256(file) for file in sorted(folder.glob(f"{side}*.npy"))
             },
@@ -477,26 +472,24 @@ def _publish(folder: Path, uri: str, meta: dict[str, Any]) -> None:
     target = storage.local_path(uri)
     if target is None:
         storage.upload(folder, uri)
-        storage.write_json(storage.join(uri, "dataset.json"), meta)
+        storage.write_json(storage.join(uri, META), meta)
         return
-    storage.write_json(folder / "dataset.json", meta)
+    storage.write_json(folder / META, meta)
     try:
         os.rename(folder, target)
     except OSError:
-        if not (
-            target / "dataset.json"
-        ).is_file():  # else another driver was first: its data set is the same
+        if not (target / META).is_file():  # else another driver was first: its data set is the same
             raise
 
 
 # ---------------------------------------------------------------- reading
 
 
-class Pictures:
+class Images:
     """One split of a prepared data set, memory-mapped.
 
     Args:
-        folder: a prepared data set on this machine (see `train.data.dataset.fetch`).
+        dataset: a prepared data set of images.
         split: "train" or "heldout".
         size: pixels a side that the model sees.
         horizontal_flip: `batch` mirrors every other picture.
@@ -505,11 +498,14 @@ class Pictures:
         ValueError: a file is missing or not what dataset.json says.
     """
 
-    def __init__(self, folder: Path, split: str, size: int, horizontal_flip: bool = False) -> None:
-        self.meta = storage.read_json(folder / "dataset.json")
+    def __init__(
+        self, dataset: Dataset, split: str, size: int, horizontal_flip: bool = False
+    ) -> None:
+        folder = dataset.fetch()
+        self.meta = dataset.meta
         self.size, self.horizontal_flip = size, horizontal_flip
         self.margin = self.meta["size"] - size
-        count = self.meta["splits"][split]["pictures"]
+        count = self.meta["splits"][split]["images"]
         self.pixels = _mapped(
             folder / f"{split}.npy",
             (count, self.meta["size"], self.meta["size"], self.meta["channels"]),
@@ -536,7 +532,7 @@ class Pictures:
             cut[row] = picture[:, ::-1] if self.horizontal_flip and draw.random() < 0.5 else picture
         return to_model(cut), None if self.labels is None else self.labels[samples]
 
-    def centred(self, samples: np.ndarray | slice) -> np.ndarray:
+    def centered(self, samples: np.ndarray | slice) -> np.ndarray:
         """The pictures with these indices without augmentation, as in `batch`."""
         start = self.margin // 2
         return to_model(self.pixels[samples, start : start + self.size, start : start + self.size])

@@ -1,7 +1,7 @@
 """Text: found, checked, cleaned without being maimed, tokenised and packed once, then read memory-mapped.
 
     dataset = prepare(config.data, storage)      # <storage>/data/<name>-<fingerprint>/: dataset.json, tokenizer.json, shards
-    tokens = Tokens(fetch(dataset), "train", context=128)
+    tokens = Tokens(dataset, "train", context=128)
 
 A shard is one file (or one parquet row group) of the source: <|endoftext|> before each document, as uint16
 or uint32; a split is its shards one after the other. `dataset.json` is written last: a data set without it does not exist.
@@ -24,10 +24,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 
 from cluster import storage
-from train.config.sections import TextData
-from train.data.dataset import HELDOUT_NAMES, find_files, identity
+from train.config.data import TextData
+from train.data.dataset import Dataset
 from train.data.order import Order, rng
 from train.data.shipped.files import gpt2_tokenizer, hub_parquet, shipped
+from train.data.sources import HELDOUT_NAMES, find_files, identity, name_of
 
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -307,21 +308,20 @@ def fingerprint(data: TextData, found: list[Piece]) -> str:
     return digest.hexdigest()[:12]
 
 
-def prepare(data: TextData, root: str) -> str:
-    """The URI of the packed data set, packed with Ray Data if it isn't there yet. Ray must be connected.
+def prepare(data: TextData, root: str) -> Dataset:
+    """Return the packed data set; pack it with Ray Data where it is not on storage yet.
+
+    Ray must be connected.
 
     Raises:
         ValueError: the source is wrong, empty, truncated or mixed; names the file and what was expected.
     """
     found = pieces(data)
     mark = fingerprint(data, found)
-    name = (
-        re.sub(r"[^A-Za-z0-9]+", "-", Path(data.source[0].rstrip("/*")).stem).strip("-").lower()
-        or "text"
-    )
+    name = name_of(data.source, "text")
     uri = storage.join(root, "data", f"{name}-{mark}")
-    if storage.exists(storage.join(uri, "dataset.json")):
-        return uri
+    if (found_dataset := Dataset.find(uri)) is not None:
+        return found_dataset
     tokenizer = tokenizer_for(data, found)
     storage.write_bytes(storage.join(uri, "tokenizer.json"), tokenizer.to_str().encode())
     rows = _pack_all(found, data, uri, tokenizer.to_str())
@@ -331,20 +331,17 @@ def prepare(data: TextData, root: str) -> str:
             raise ValueError(
                 f"data.source {data.source}: the {split} split has no text: give more documents, data.heldout, or another data.heldout_fraction"
             )
-    storage.write_json(
-        storage.join(uri, "dataset.json"),
-        {
-            "kind": "text",
-            "name": name,
-            "fingerprint": mark,
-            "source": data.source,
-            "dtype": _dtype(tokenizer).name,
-            "vocab_size": tokenizer.get_vocab_size(),
-            "eos_token_id": end_of_text(tokenizer),
-            "splits": splits,
-        },
-    )
-    return uri
+    meta = {
+        "kind": "text",
+        "name": name,
+        "fingerprint": mark,
+        "source": data.source,
+        "dtype": _dtype(tokenizer).name,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "eos_token_id": end_of_text(tokenizer),
+        "splits": splits,
+    }
+    return Dataset.write(uri, meta)
 
 
 def _pack_all(found: list[Piece], data: TextData, uri: str, tokenizer: str) -> list[dict[str, Any]]:
@@ -424,7 +421,7 @@ class Tokens:
     """Windows of `context` + 1 tokens of one split, whose shards are read as one stream, memory-mapped.
 
     Args:
-        folder: a prepared data set on this machine (see `train.data.dataset.fetch`).
+        dataset: a prepared data set of text.
         split: "train" or "heldout".
         context: tokens that the model sees at once (T).
 
@@ -432,8 +429,9 @@ class Tokens:
         ValueError: a shard is missing or of the wrong size.
     """
 
-    def __init__(self, folder: Path, split: str, context: int) -> None:
-        self.meta = storage.read_json(folder / "dataset.json")
+    def __init__(self, dataset: Dataset, split: str, context: int) -> None:
+        folder = dataset.fetch()
+        self.meta = dataset.meta
         self.split = self.meta["splits"][split]
         self.context = context
         dtype = np.dtype(self.meta["dtype"])
@@ -471,7 +469,7 @@ class Tokens:
         """How many windows `every_window` yields over all workers."""
         return -(-(int(self._starts[-1]) - 1) // self.context)
 
-    def nothing(self) -> tuple[np.ndarray, np.ndarray]:
+    def padding(self) -> tuple[np.ndarray, np.ndarray]:
         """A window of which no token is judged."""
         return np.zeros(self.context, np.int64), np.full(self.context, -100, np.int64)
 
@@ -484,7 +482,7 @@ class Tokens:
             rank * self.context, int(self._starts[-1]) - 1, world_size * self.context
         ):
             window = self._read(start)
-            inputs, targets = self.nothing()
+            inputs, targets = self.padding()
             inputs[: len(window) - 1], targets[: len(window) - 1] = window[:-1], window[1:]
             yield inputs, targets
 

@@ -1,319 +1,120 @@
-"""What goes wrong in a GAN's training, seen in the figures that it records anyway.
+"""Detect collapse, divergence and critic saturation in the metrics that a GAN's run records.
 
     alarms = Alarms(config.gan.objective, saved)
-    for alarm in alarms.measured(step, figures): ...   # at each measurement: losses, scores, penalty
-    for alarm in alarms.judged(step, figures): ...     # at each judgement of held-out pictures
+    for alarm in alarms.measured(step, metrics): ...   # losses, scores and penalty of a step
+    for alarm in alarms.evaluated(step, metrics): ...  # an evaluation on held-out images
 
-Each rule gives a severity: at 1 its alarm begins, below `EASED` it is calm, and after `CALM` such looks in a row it has
-ended: only then it is said again. One batch says little, so what is measured is seen through the medians of the last
-`WINDOW` measurements. A run's first steps are no alarm: a rule asks for what had been there and is lost, or for what no
-sound critic shows at any time.
+An alarm starts when a rule (see `train.gan.alarm_rules`) finds a severity of 1. It ends after
+`CALM_READINGS` in a row with a severity below `CALM`; only then the same alarm can start again.
 """
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from statistics import median
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-WINDOW = 9  # measurements
-BEGINNING = 24  # measurements in which a critic comes to what it is
-WATCHED = (
-    "critic_loss",
-    "gradient_penalty",
-    "gap",
-    "width",
-)  # the gap: real_score - fake_score, and its width without the sign
-LONG, LONG_STEPS = (
-    100,
-    1000,
-)  # measurements, and steps, in which a generator has followed its critic, if it can
-EASED = 0.7
-CALM = {"measured": WINDOW, "judged": 1}
+from train.gan import alarm_rules
+from train.gan.alarm_history import WINDOW, History
+from train.gan.alarm_rules import CONSTANT_CRITIC_LOSS, Finding
 
-# The loss of a critic that scores every picture alike, at the best such score: 0.5 for lsgan, 0 for the others.
-BLIND = {"lsgan": 0.25, "hinge": 2.0, "non-saturating": 2 * math.log(2)}
-
-Finding = tuple[str, float, str]  # kind, severity, sentence
+CALM = 0.7
+CALM_READINGS = {"measured": WINDOW, "evaluated": 1}
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something has begun to go wrong: when it was seen, what it is, and in a sentence its figures and what one does about it."""
+    """Something that has started to go wrong in `step`; the message has the numbers and a hint."""
 
     step: int
-    kind: str  # collapse, divergence, critic has won, critic has given up
-    sentence: str
-
-
-@dataclass
-class Memory:
-    """What is remembered of a run, all of it JSON."""
-
-    measurements: int = 0
-    recent: dict[str, list[float]] = field(default_factory=dict)
-    """The last of each tag in `WATCHED`."""
-    gap: dict[str, float] | None = None
-    """By how much real pictures outscored others: its peak, the low after it, and when."""
-    early: float = 0.0
-    """The widest gap of the beginning, whatever its sign."""
-    best: dict[str, list[float]] = field(default_factory=dict)
-    """Of each judged tag: the best so far and its step."""
-    begun: dict[str, int] = field(default_factory=dict)
-    """Alarms that have not ended: how often in a row they were calm."""
+    kind: str  # collapse, divergence, critic dominates, critic gives no gradient
+    message: str
 
 
 class Alarms:
-    """Watches one run. The same figures give the same alarms, in one go or resumed from a saved state.
+    """The alarms of one run.
+
+    The same metrics give the same alarms, whether or not the run was interrupted and resumed.
 
     Args:
         objective: gan.objective.
-        saved: an earlier `state()`, to go on from.
+        saved: an earlier `state()`, to resume from.
     """
 
-    def __init__(self, objective: str, saved: dict[str, Any] | None = None) -> None:
-        self._blind = BLIND.get(objective)  # None: wgan-gp, whose scores have no scale
-        self._seen = Memory(**copy.deepcopy(saved or {}))
+    def __init__(self, objective: str, saved: Mapping[str, Any] | None = None) -> None:
+        # None for wgan-gp, whose scores have no scale.
+        self._constant_loss = CONSTANT_CRITIC_LOSS.get(objective)
+        self._history = History(**copy.deepcopy(dict(saved or {})))
 
     def state(self) -> dict[str, Any]:
-        """All that `saved` takes, for JSON."""
-        return asdict(self._seen)
+        """Return what `saved` takes, JSON-compatible."""
+        return asdict(self._history)
 
-    def measured(self, step: int, figures: dict[str, float]) -> list[Alarm]:
-        """The alarms that a measurement sets off.
+    def measured(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Return the alarms that start with a measurement.
 
         Args:
-            figures: critic_loss, generator_loss, real_score and fake_score (means of the critic's scores), and
-                gradient_penalty where there is a penalty; others only have to be finite.
+            step: of the measurement.
+            metrics: critic_loss, generator_loss, real_score and fake_score (means of the critic's
+                scores), and gradient_penalty where there is a penalty; others need only be finite.
         """
-        if broken := _not_finite(step, figures):
-            return broken
-        self._seen.measurements += 1
-        gap = figures["real_score"] - figures["fake_score"]
-        for tag, value in {**figures, "gap": gap, "width": abs(gap)}.items():
-            if tag in WATCHED:
-                self._seen.recent[tag] = [*self._seen.recent.get(tag, []), value][-WINDOW:]
-        if self._seen.measurements < WINDOW:
+        if alarms := _not_finite(step, metrics):
+            return alarms
+        medians = self._history.add(step, metrics)
+        if medians is None:
             return []
-        now = {tag: median(values) for tag, values in self._seen.recent.items()}
-        self._remember(step, now)
-        now["step"] = step
-        rules = self._wasserstein if self._blind is None else self._bounded
-        return self._new(step, "measured", [*rules(now), *self._given_up(now)])
+        if self._constant_loss is None:
+            findings = alarm_rules.wasserstein(medians, self._history, step)
+        else:
+            findings = alarm_rules.bounded_loss(medians, self._history, self._constant_loss)
+        without_gap = alarm_rules.critic_without_gap(medians, self._history)
+        return self._started(step, "measured", [*findings, *without_gap])
 
-    def judged(self, step: int, figures: dict[str, float]) -> list[Alarm]:
-        """The alarms that a judgement sets off.
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Return the alarms that start with an evaluation.
 
         Args:
-            figures: heldout_recall, heldout_coverage, heldout_modes, heldout_frechet_distance, as far as they are known,
-                each with its `_floor`, and heldout_samples.
+            step: of the evaluation.
+            metrics: heldout_recall, heldout_coverage, heldout_modes and heldout_frechet_distance,
+                as far as they are known, each with its `_baseline`, and heldout_samples.
         """
-        if broken := _not_finite(step, figures):
-            return broken
-        found = []
-        for tag, rule in {
-            "heldout_recall": _share_lost,
-            "heldout_coverage": _share_lost,
-            "heldout_modes": _modes_lost,
-        }.items():
-            if tag in figures:
-                best, at = self._best_yet(tag, figures[tag], step)
-                lost = f"{tag} fell from {best:.3g} at step {at:,.0f} to {figures[tag]:.3g} (floor {figures[f'{tag}_floor']:.3g})"
-                way_out = "the generator makes ever fewer kinds of pictures; start another run with a lower optim.lr or more gan.critic_steps"
-                found.append(
-                    (
-                        "collapse",
-                        rule(
-                            best, figures[tag], figures[f"{tag}_floor"], figures["heldout_samples"]
-                        ),
-                        f"{lost}: {way_out}",
-                    )
-                )
-        tag = "heldout_frechet_distance"
-        if tag in figures:
-            best, at = self._best_yet(tag, figures[tag], step, lower=True)
-            # The floor is the noise of so many samples.
-            severity = figures[tag] / (3 * (best + figures[f"{tag}_floor"]))
-            risen = f"{tag} rose from {best:.3g} at step {at:,.0f} to {figures[tag]:.3g}"
-            found.append(
-                ("divergence", severity, f"{risen}: start another run with a lower optim.lr")
-            )
-        return self._new(step, "judged", found)
+        if alarms := _not_finite(step, metrics):
+            return alarms
+        collapse = alarm_rules.collapse(metrics, self._history, step)
+        worse_images = alarm_rules.worse_images(metrics, self._history, step)
+        return self._started(step, "evaluated", [*collapse, *worse_images])
 
-    # ------------------------------------------------------------ what is remembered
-
-    def _remember(self, step: int, now: dict[str, float]) -> None:
-        """The gap's peak and the lowest since. Once the gap has halved, the peak stays: what passes it then has come back."""
-        gap, beginning = now["gap"], self._seen.measurements <= BEGINNING
-        if beginning:
-            self._seen.early = max(self._seen.early, now["width"])
-        if self._seen.gap is None or (
-            gap > self._seen.gap["peak"]
-            and (beginning or self._seen.gap["low"] > self._seen.gap["peak"] / 2)
-        ):
-            self._seen.gap = {"peak": gap, "peak_step": step, "low": gap, "low_step": step}
-        elif gap < self._seen.gap["low"]:
-            self._seen.gap |= {"low": gap, "low_step": step}
-
-    def _best_yet(self, tag: str, value: float, step: int, lower: bool = False) -> list[float]:
-        if tag not in self._seen.best or (
-            value < self._seen.best[tag][0] if lower else value > self._seen.best[tag][0]
-        ):
-            self._seen.best[tag] = [value, step]
-        return self._seen.best[tag]
-
-    def _new(self, step: int, seen: str, found: Iterable[Finding]) -> list[Alarm]:
-        """Of each kind the worst, where it begins."""
-        alarms = []
-        worst: dict[str, Finding] = {}
-        for finding in found:
-            worst[finding[0]] = max(worst.get(finding[0], finding), finding, key=lambda one: one[1])
-        for kind, severity, sentence in worst.values():
-            name = f"{seen}: {kind}"
-            if severity >= 1 and name not in self._seen.begun:
-                alarms.append(Alarm(step, kind, sentence))
-            if severity >= 1 or name in self._seen.begun:
-                self._seen.begun[name] = (
-                    self._seen.begun.get(name, 0) + 1 if severity < EASED else 0
-                )
-            if self._seen.begun.get(name) == CALM[seen]:
-                del self._seen.begun[name]
-            elif kind == "divergence" and name in self._seen.begun:
-                break  # what a critic that has diverged says besides means nothing
+    def _started(self, step: int, source: str, findings: Iterable[Finding]) -> list[Alarm]:
+        """Return the alarms that start, one per kind, and update which are active."""
+        alarms, active = [], self._history.active
+        for kind, severity, message in _worst_of_each_kind(findings):
+            key = f"{source}: {kind}"
+            if severity >= 1 and key not in active:
+                alarms.append(Alarm(step, kind, message))
+            if severity >= 1 or key in active:
+                active[key] = active.get(key, 0) + 1 if severity < CALM else 0
+            if active.get(key) == CALM_READINGS[source]:
+                del active[key]
+            elif kind == "divergence" and key in active:
+                break  # the other metrics of a diverged critic mean nothing
         return alarms
 
-    # ------------------------------------------------------------ rules on medians of what is measured
 
-    def _given_up(self, now: dict[str, float]) -> Iterator[Finding]:
-        """The critic no longer tells real pictures from generated ones."""
-        assert self._seen.gap is not None
-        peak, gap = self._seen.gap["peak"], now["gap"]
-        severity = (
-            _ratio(0.01 * max(peak, 0.0), gap) if self._seen.measurements >= BEGINNING else 0.0
-        )
-        way_out = "give it more gan.critic_steps, or a higher optim.critic_lr than the generator's optim.lr"
-        if "gradient_penalty" not in now:
-            way_out = "nothing holds the two together; set gan.penalty_weight"
-        is_now = f"real_score is {abs(gap):.3g} {'above' if gap > 0 else 'below'} fake_score"
-        was = (
-            f"was {peak:.3g} above it at step {self._seen.gap['peak_step']:,}"
-            if peak > 0
-            else "never was above it"
-        )
-        yield "critic has given up", severity, f"{is_now} and {was}: {way_out}"
+def _worst_of_each_kind(findings: Iterable[Finding]) -> list[Finding]:
+    worst: dict[str, Finding] = {}
+    for finding in findings:
+        if finding.kind not in worst or finding.severity > worst[finding.kind].severity:
+            worst[finding.kind] = finding
+    return list(worst.values())
 
-    def _wasserstein(self, now: dict[str, float]) -> Iterator[Finding]:
-        """WGAN: the gap is the estimate of the Wasserstein distance."""
-        assert self._seen.gap is not None
-        gap, width, low, peak = (
-            now["gap"],
-            now["width"],
-            self._seen.gap["low"],
-            self._seen.gap["peak"],
-        )
-        penalty = now.get("gradient_penalty")
-        if penalty is None:
-            severity = (
-                _ratio(width, 5 * self._seen.early) if self._seen.measurements > BEGINNING else 0.0
+
+def _not_finite(step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+    """Return an alarm for the first metric that is NaN or infinite; it ends the run, so it is never
+    suppressed as already active."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            message = (
+                f"{name} is {value}: training has diverged; start another run with a lower optim.lr"
             )
-            grown = f"scores of real and generated pictures lie {width:.3g} apart, in the run's beginning {self._seen.early:.3g} at most"
-            yield (
-                "divergence",
-                severity,
-                f"{grown}: nothing holds the critic's slopes; set gan.penalty_weight, 10 by the paper",
-            )
-        else:
-            # At its best a critic pays less than half of the distance as penalty, whatever the weight: with slopes s it has
-            # s W - weight (s - 1)^2, the largest at s - 1 = W / (2 weight).
-            paid = now["critic_loss"] + gap
-            severity = min(_ratio(paid, width), penalty / 2)
-            outweighs = f"gradient_penalty, {penalty:.3g}, outweighs the wasserstein_distance of {gap:.3g} that it stands for"
-            yield (
-                "divergence",
-                severity,
-                f"{outweighs}: the critic overshoots; use a lower optim.lr, or optim.critic_lr",
-            )
-            # Slopes near 0 cost 1 each, and tell next to nothing apart; slopes near 2 cost as much, and tell a lot.
-            flat = (
-                penalty / 0.8
-                if penalty <= 1 and width < paid / 10 and self._seen.measurements >= BEGINNING
-                else 0.0
-            )
-            sentence = f"gradient_penalty is {penalty:.3g}, the critic scores every picture alike: its optim.critic_lr is too low, or broke it"
-            yield "critic has given up", flat, sentence
-        won, stuck = 0.0, 0.0
-        if self._seen.measurements > BEGINNING and low <= peak / 2:
-            won = gap / (3 * peak) if low > 0 else 0.0
-        elif self._seen.measurements > LONG and now["step"] >= LONG_STEPS:
-            stuck = gap / (0.9 * peak)
-        risen = f"wasserstein_distance rose from {low:.3g} at step {self._seen.gap['low_step']:,} to {gap:.3g}, far past its first {peak:.3g}"
-        way_out = (
-            "the generator no longer follows; use a lower optim.critic_lr or fewer gan.critic_steps"
-        )
-        yield "critic has won", won, f"{risen}: {way_out}"
-        still = f"wasserstein_distance is {gap:.3g} and was hardly more at its most, {peak:.3g} at step {self._seen.gap['peak_step']:,}"
-        yield (
-            "critic has won",
-            stuck,
-            f"{still}: the generator does not follow; use a lower optim.critic_lr than its optim.lr",
-        )
-
-    def _bounded(self, now: dict[str, float]) -> Iterator[Finding]:
-        """LSGAN, hinge, non-saturating: what the loss of a critic that knows nothing is, and that of one that is sure, is known."""
-        assert self._blind is not None
-        loss = now["critic_loss"]
-        times = f"critic_loss is {loss:.3g}, and {self._blind:.3g} is that of a critic that knows nothing"
-        high = sorted(self._seen.recent["critic_loss"])[-WINDOW // 3 :][
-            0
-        ]  # every third measurement: it swings
-        wild = f"critic_loss comes to {high:.3g} and more, and {self._blind:.3g} is that of a critic that knows nothing"
-        yield (
-            "divergence",
-            high / (4 * self._blind),
-            f"{wild}: use a lower optim.lr, or a larger gan.penalty_weight",
-        )
-        blind = (
-            _ratio(0.01 * self._blind, abs(self._blind - loss))
-            if self._seen.measurements >= BEGINNING
-            else 0.0
-        )
-        yield (
-            "critic has given up",
-            blind,
-            f"{times}: raise optim.critic_lr, or give it more gan.critic_steps",
-        )
-        sure = "it is always right, and the generator learns nothing more; use a larger gan.penalty_weight or a lower optim.critic_lr"
-        won = (
-            _ratio(0.05 * self._blind, loss) if self._seen.measurements >= BEGINNING else 0.0
-        )  # a first generator is easily seen through
-        yield "critic has won", won, f"{times}: {sure}"
-
-
-def _not_finite(step: int, figures: dict[str, float]) -> list[Alarm]:
-    """The first figure that is NaN or infinite: always said, since it ends the run."""
-    wrong = [
-        Alarm(step, "divergence", f"{tag} is {value}; use a lower optim.lr")
-        for tag, value in figures.items()
-        if not math.isfinite(value)
-    ]
-    return wrong[:1]
-
-
-# ---------------------------------------------------------------- rules on judgements
-
-
-def _share_lost(best: float, value: float, floor: float, samples: float) -> float:
-    """A share of `samples` pictures that is half of what it was, by more than chance (four standard deviations)."""
-    chance = 4 * math.sqrt(best * (1 - best) / samples)
-    there = best >= 0.1 * floor
-    return _ratio(best / 2, value) if there and best - value > chance else 0.0
-
-
-def _modes_lost(best: float, value: float, floor: float, samples: float) -> float:
-    """30 % of the modes, two at least: one comes and goes."""
-    return _ratio(0.7 * best, value) if best - value >= 2 else 0.0
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else math.inf
+            return [Alarm(step, "divergence", message)]
+    return []

@@ -1,40 +1,55 @@
-"""What a training loop gets on each worker, and what it asks there."""
+"""What a training loop is given on each worker."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import ray.train
 
+from train.config.sections import Config
+from train.data.dataset import Dataset
 from train.parallel.strategy import Strategy
-from train.run import recorder as metrics
 from train.run.checkpoint import Checkpointer
+from train.run.hooks import Hooks
+from train.run.recorder import Recorder
+
+C = TypeVar("C", bound=Config)
 
 
 @dataclass
-class Worker:
-    """One of a run's workers, as its loop sees it."""
+class Worker(Generic[C]):
+    """One of a run's workers, as its training loop sees it."""
 
-    config: Any
+    config: C
     strategy: Strategy
     checkpoints: Checkpointer
-    recorder: metrics.Silent
-    dataset: str
-    extractor: str = ""  # a GAN's, by which its pictures are judged (see train/gan/extractor.py)
-    reached: Callable[[str, int], None] = lambda moment, step: None  # see train/verify/faults.py
+    recorder: Recorder
+    dataset: Dataset
+    hooks: Hooks = field(default_factory=Hooks)
 
     def measures_at(self, step: int) -> bool:
-        """Whether loss and speed are looked at after `step`: also before each judgement and checkpoint, so that NaN is never saved."""
+        """Whether loss and speed are recorded after `step`: also before each evaluation and
+        checkpoint, so that NaN is never saved."""
         log, last = self.config.log, step == self.config.steps
-        return last or any(
-            step % every == 0 for every in (log.every, log.eval_every, self.config.checkpoint.every)
-        )
+        intervals = (log.every, log.eval_every, self.config.checkpoint.every)
+        return last or any(step % every == 0 for every in intervals)
 
-    def saves_at(self, step: int, judged: bool) -> bool:
-        """Whether a checkpoint is due after `step`, which was judged on held-out data or not."""
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the model is evaluated after `step`."""
+        return step % self.config.log.eval_every == 0 or step == self.config.steps
+
+    def samples_at(self, step: int) -> bool:
+        """Whether samples are drawn after `step`."""
+        return step % self.config.log.sample_every == 0 or step == self.config.steps
+
+    def saves_at(self, step: int, evaluated: bool) -> bool:
+        """Whether a checkpoint is due after `step`, which was evaluated or not."""
         due = self.config.checkpoint
-        return step % due.every == 0 or step == self.config.steps or (judged and due.keep_best > 0)
+        regular = step % due.every == 0 or step == self.config.steps
+        return regular or (evaluated and due.keep_best > 0)
 
     def report(self, values: dict[str, float]) -> None:
-        """Tells Ray Train (and a search behind it) how the run is doing. Every worker calls it: it is a barrier."""
-        ray.train.report({key: float(value) for key, value in values.items()})
+        """Report metrics to Ray Train, and to a search behind it.
+
+        Every worker must call it: it is a barrier.
+        """
+        ray.train.report({name: float(value) for name, value in values.items()})

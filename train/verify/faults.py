@@ -1,129 +1,165 @@
-"""Faults on purpose: a run loses a worker, or its driver, at a chosen moment, or restores something wrong.
+"""Injected faults: a run loses a worker or its driver at a chosen moment, or restores wrongly.
 
-`python -m train verify-resume` (train/verify/verify.py) plans them, to prove that a run goes on as if nothing had been, and that
-it would say so if that were not true. Nothing else does.
+`python -m train verify-resume` plans them, to prove that a resumed run equals an uninterrupted
+one, and that a difference would be found.
 """
 
 import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from cluster import storage
-from train.config.sections import Base
+from train.config.sections import Config
 from train.parallel.state import State
+from train.run.hooks import Hooks
 
-# Gradients are there and the update is not (GAN: the critic is updated and the generator is not); a checkpoint's files are
-# there and its manifest is not.
-MOMENTS = ("update", "upload")
-TARGETS = ("worker", "driver")
-SABOTAGES = ("optimizer", "order", "weights")
-DRIVER_LIMIT_S = 600  # within which a driver that is to die must have died
+Moment = Literal["update", "upload"]
+Target = Literal["worker", "driver"]
 
-AnyConfig = TypeVar("AnyConfig", bound=Base)
+# update: gradients are ready and the update is not done (GAN: the critic is updated, the generator
+# is not); upload: a checkpoint's files are on storage and its manifest is not.
+MOMENTS: tuple[Moment, ...] = ("update", "upload")
+TARGETS: tuple[Target, ...] = ("worker", "driver")
+BROKEN_RESTORES = ("optimizer", "order", "weights")
+DRIVER_LIMIT_S = 600  # within which a driver that is to be killed must be gone
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """kill -9 of `target` when worker `rank` first reaches `moment` of `step`, or of a later one if a resume passed over it.
+    """kill -9 of `target` when worker `rank` first reaches `moment` of `step`, or of a later step
+    if a resume skipped it.
 
-    A worker kills itself. The driver, which may be on another machine, is killed by who started it: train/verify/verify.py.
+    A worker kills itself. The driver, which may be on another machine, is killed by the process
+    that started it (train/verify/driver.py).
     """
 
     step: int
-    moment: str = "update"
-    target: str = "worker"
+    moment: Moment = "update"
+    target: Target = "worker"
     rank: int = 0
-    later: float = 0.0  # so much of a step's duration after the moment: anywhere between this step's update and the next one's
+    delay: float = 0.0
+    """How long after that moment, in durations of the step before."""
 
 
-class Faults:
-    """What one worker does of a plan; called at each moment with its name and the step.
+class Faults(Hooks):
+    """Hooks that carry out planned faults.
 
     Args:
-        run_uri: the run's folder, where each fault that has happened is written down: it happens once.
-        rank: this worker's.
-        plan: of all workers.
+        plan: the faults; each happens once in a run.
+        broken_restore: what each restore gets wrong, one of `BROKEN_RESTORES`; None: nothing.
     """
 
-    def __init__(self, run_uri: str, rank: int, plan: list[Fault]) -> None:
+    def __init__(self, plan: Sequence[Fault] = (), broken_restore: str | None = None) -> None:
+        self.plan, self.broken_restore = tuple(plan), broken_restore
+
+    def on_worker(self, run_uri: str, rank: int) -> Hooks:
+        """Return the faults that this worker carries out."""
+        return _WorkerFaults(run_uri, rank, self)
+
+
+class _WorkerFaults(Hooks):
+    """The faults of one worker.
+
+    Args:
+        run_uri: the run's folder, where each fault that has happened is recorded.
+        rank: this worker's.
+        faults: of all workers.
+    """
+
+    def __init__(self, run_uri: str, rank: int, faults: Faults) -> None:
         self._run_uri = run_uri
-        happened = [number for number in range(len(plan)) if storage.exists(place(run_uri, number))]
-        self._mine = {
+        self._broken_restore = faults.broken_restore
+        plan = dict(enumerate(faults.plan))
+        happened = [number for number in plan if storage.exists(record_uri(run_uri, number))]
+        self._pending = {
             number: fault
-            for number, fault in enumerate(plan)
+            for number, fault in plan.items()
             if fault.rank == rank and number not in happened
         }
         self._survived = happened if rank == 0 else []
         self._updated: float | None = None
 
-    def __call__(self, moment: str, step: int) -> None:
-        step_s = 0.0
-        if moment == "update":
-            self._recovered(step)
-            now = time.monotonic()
-            step_s, self._updated = now - (self._updated or now), now
-        for number, fault in list(self._mine.items()):
-            if fault.moment == moment and step >= fault.step:
-                del self._mine[number]
-                if fault.later and step_s:
-                    timer = threading.Timer(
-                        fault.later * step_s, self._strike, (number, fault, step)
-                    )
-                    timer.daemon = True
-                    timer.start()
-                else:
-                    self._strike(number, fault, step)
+    def restored(self, config: AnyConfig, state: State) -> tuple[AnyConfig, State]:
+        """Break the restore, where that is planned."""
+        if self._broken_restore is None:
+            return config, state
+        return break_restore(self._broken_restore, config, state)
 
-    def _recovered(self, step: int) -> None:
-        """In the first step of a process: writes down when, and from which step, the run went on after each fault."""
-        for number in self._survived:
-            happened = storage.read_json(place(self._run_uri, number))
-            if "recovered" not in happened:
-                storage.write_json(
-                    place(self._run_uri, number),
-                    {**happened, "recovered": time.time(), "resumed_from": step - 1},
+    def gradients_ready(self, step: int) -> None:
+        """Record that the run has recovered from earlier faults; carry out those due now."""
+        self._record_recovery(step)
+        now = time.monotonic()
+        step_s, self._updated = now - (self._updated or now), now
+        self._reached("update", step, step_s)
+
+    def files_uploaded(self, step: int) -> None:
+        """Carry out the faults due now."""
+        self._reached("upload", step, 0.0)
+
+    def _reached(self, moment: Moment, step: int, step_s: float) -> None:
+        for number, fault in list(self._pending.items()):
+            if fault.moment != moment or step < fault.step:
+                continue
+            del self._pending[number]
+            if fault.delay and step_s:
+                timer = threading.Timer(
+                    fault.delay * step_s, self._carry_out, (number, fault, step)
                 )
+                timer.daemon = True
+                timer.start()
+            else:
+                self._carry_out(number, fault, step)
+
+    def _record_recovery(self, step: int) -> None:
+        """Record, in a process's first step, when and from which step the run resumed after each
+        fault."""
+        for number in self._survived:
+            uri = record_uri(self._run_uri, number)
+            record = storage.read_json(uri)
+            if "recovered" not in record:
+                recovery = {"recovered": time.time(), "resumed_from": step - 1}
+                storage.write_json(uri, record | recovery)
         self._survived = []
 
-    def _strike(self, number: int, fault: Fault, step: int) -> None:
-        storage.write_json(
-            place(self._run_uri, number), {**asdict(fault), "step": step, "time": time.time()}
-        )
+    def _carry_out(self, number: int, fault: Fault, step: int) -> None:
+        record = {**asdict(fault), "step": step, "time": time.time()}
+        storage.write_json(record_uri(self._run_uri, number), record)
         if fault.target == "worker":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(
-            DRIVER_LIMIT_S
-        )  # this worker dies with the driver, and must not go on until then
-        raise RuntimeError(f"the driver was to be killed at step {step} and lives")
+        time.sleep(DRIVER_LIMIT_S)  # this worker ends with its driver and must not train until then
+        raise RuntimeError(f"the driver was to be killed at step {step} and is still running")
 
 
-def place(run_uri: str, number: int) -> str:
-    """Where fault `number` of a plan is written down when it happens: the fault with the step and time (Unix, seconds) it
-    happened at and, once the run goes on, when that was (`recovered`) and from which step (`resumed_from`)."""
+def record_uri(run_uri: str, number: int) -> str:
+    """Return where fault `number` of a plan is recorded.
+
+    The record holds the fault, with the step and time (Unix, seconds) at which it happened, and,
+    once the run has resumed, when that was (`recovered`) and from which step (`resumed_from`).
+    """
     return storage.join(run_uri, "faults", f"{number}.json")
 
 
-def build(run_uri: str, rank: int, plan: list[dict[str, Any]]) -> Faults:
-    return Faults(run_uri, rank, [Fault(**values) for values in plan])
-
-
-def sabotage(what: str, config: AnyConfig, state: State) -> tuple[AnyConfig, State]:
-    """A config and a checkpoint's state as a broken restore would leave them.
+def break_restore(what: str, config: AnyConfig, state: State) -> tuple[AnyConfig, State]:
+    """Return a config and a checkpoint's state as a broken restore would leave them.
 
     Args:
-        what: "optimizer" forgets Adam's moments, "order" takes the samples and the noise of another seed, "weights" rounds
-            the weights to bfloat16.
+        what: "optimizer" zeroes Adam's moments, "order" takes samples and noise of another seed,
+            "weights" rounds the weights to bfloat16.
+        config: of the run.
+        state: of the checkpoint.
     """
     if what == "order":
-        return config.model_copy(
-            update={"run": config.run.model_copy(update={"seed": config.run.seed + 1})}
-        ), state
-    broken: State = {}
+        run = config.run.model_copy(update={"seed": config.run.seed + 1})
+        return config.model_copy(update={"run": run}), state
+    broken: dict[str, Any] = {}
     for part, values in state.items():
         if part.endswith("_optimizer") and what == "optimizer":
             broken[part] = {name: torch.zeros_like(values[name]) for name in values}

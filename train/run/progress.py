@@ -1,0 +1,166 @@
+"""Progress on the driver's terminal, fed by the workers through an actor.
+
+Nothing is parsed out of log lines, so the workers' own output stays free for warnings.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY_S = 10  # without a terminal
+
+Row = dict[str, float] | str  # a step's metrics, or a message
+
+
+class _Feed:
+    """The actor between rank 0 and the driver."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+
+    def push(self, row: Row) -> None:
+        self._rows.append(row)
+
+    def drain(self) -> list[Row]:
+        rows, self._rows = self._rows, []
+        return rows
+
+
+class DriverHandler(logging.Handler):
+    """Send a worker's warnings to the driver's terminal."""
+
+    def __init__(self, feed: "ActorHandle[_Feed]") -> None:
+        super().__init__(logging.WARNING)
+        self._feed = feed
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record."""
+        self._feed.push.remote(f"warning: {record.getMessage()}")
+
+
+@contextmanager
+def watch(
+    title: str, steps: int, speed: str, quiet: bool = False
+) -> Iterator["ActorHandle[_Feed]"]:
+    """Show what is pushed to the feed that it yields: a bar on a terminal, else lines.
+
+    Args:
+        title: the run's name.
+        steps: the run's number of steps.
+        speed: the metric of training speed, e.g. "tokens_per_s".
+        quiet: show nothing (a search has its own table).
+    """
+    # Ray places actors that need no CPU on any node; on this one, the loss of another node does
+    # not end it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    feed: Any = ray.remote(_Feed).options(num_cpus=0, scheduling_strategy=here).remote()
+    done = threading.Event()
+    show_progress = _show_bar if sys.stdout.isatty() else _show_lines
+    show = _show_nothing if quiet else show_progress
+    screen = threading.Thread(target=show, args=(feed, done, title, steps, speed), daemon=True)
+    screen.start()
+    try:
+        yield feed
+    finally:
+        done.set()
+        screen.join(timeout=5)
+        ray.kill(feed)
+
+
+def _rows(feed: Any, done: threading.Event) -> Iterator[list[Row]]:
+    """Yield batches of rows, twice per second, until the run is over and the feed is empty; end
+    without an error when the cluster ends."""
+    last = False
+    while True:
+        try:
+            yield ray.get(feed.drain.remote(), timeout=10)
+        except ray.exceptions.GetTimeoutError:
+            continue  # a busy machine; the feed keeps the rows
+        except ray.exceptions.RayError:
+            return
+        if last:
+            return
+        last = done.wait(0.5)
+
+
+def _show_bar(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console()) as progress:
+        task = progress.add_task(title, total=steps, metrics="starting")
+        for rows in _rows(feed, done):
+            for row in rows:
+                if isinstance(row, str):
+                    progress.console.print(row, markup=False)
+                elif "loss" in " ".join(row):
+                    text = _losses(row, speed) + _rate(row, speed)
+                    progress.update(task, completed=row["step"], metrics=text)
+
+
+def _show_lines(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
+    begin, shown = time.monotonic(), 0.0
+    first: tuple[float, float] | None = None
+    for rows in _rows(feed, done):
+        for row in rows:
+            if isinstance(row, str):
+                print(row, flush=True)
+                continue
+            first = first or (time.monotonic(), row["step"])
+            if time.monotonic() - shown < LINE_EVERY_S and row["step"] < steps:
+                continue
+            shown = time.monotonic()
+            pace = (shown - first[0]) / max(row["step"] - first[1], 1)
+            left = f"  {pace * (steps - row['step']):.0f} s left" if row["step"] > first[1] else ""
+            metrics = _losses(row, speed) + _rate(row, speed)
+            print(
+                f"{title}: step {row['step']:.0f}/{steps}  {metrics}  {shown - begin:.0f} s{left}",
+                flush=True,
+            )
+
+
+def _show_nothing(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
+    for _ in _rows(feed, done):
+        pass
+
+
+def _losses(row: dict[str, float], speed: str) -> str:
+    shown = {
+        metric: value
+        for metric, value in row.items()
+        if metric not in {"step", speed} and ("loss" in metric or "bits" in metric)
+    }
+    return "  ".join(f"{metric} {value:.4g}" for metric, value in shown.items())
+
+
+def _rate(row: dict[str, float], speed: str) -> str:
+    if speed not in row:
+        return ""
+    mfu = f", {row['mfu']:.0%} of the peak" if "mfu" in row else ""
+    unit = speed.replace("_per_s", "/s").replace("_", " ")
+    return f"  {row[speed]:,.0f} {unit}{mfu}"

@@ -1,0 +1,46 @@
+"""Read what a run recorded: metrics, starts and alarms, one JSON object per line."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from cluster import storage
+
+METRICS, STARTS, ALARMS = "metrics.jsonl", "starts.jsonl", "alarms.jsonl"
+
+Row = dict[str, float]
+
+
+def metrics(run_uri: str) -> list[Row]:
+    """Return the rows of metrics.jsonl: {"step", "time" (Unix, seconds), metric: value, ...}."""
+    return _read(storage.join(run_uri, METRICS))
+
+
+def starts(run_uri: str) -> list[Row]:
+    """Return when the run was started and from which step, {"time" (Unix, seconds), "step"}.
+
+    The first row is the run's beginning.
+    """
+    uri = storage.join(run_uri, STARTS)
+    return _read(uri) if storage.exists(uri) else []
+
+
+def alarms(run_uri: str) -> list[dict[str, Any]] | None:
+    """Return the run's alarms, {"step", "kind", "message"}; None where the file is missing, as in
+    runs of an older version."""
+    uri = storage.join(run_uri, ALARMS)
+    return _read(uri) if storage.exists(uri) else None
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines to a local file, atomically."""
+    storage.write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _read(uri: str) -> list[dict[str, Any]]:
+    rows = []
+    for line in storage.read_bytes(uri).decode().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a killed process was writing this line
+            rows.append(json.loads(line))
+    return rows
