@@ -36,9 +36,9 @@ test-slow: setup
 BIOME := npx --yes --prefer-offline --fetch-retries=0 @biomejs/biome@2.6.8
 define biome
 @if ! command -v npx >/dev/null; then \
-	echo "skipped: serve/page is not checked, since node is not installed"; \
+	echo "skipped the check of serve/page: node is not installed"; \
 elif ! $(BIOME) --version >/dev/null 2>&1; then \
-	echo "skipped: serve/page is not checked, since npx cannot fetch Biome"; \
+	echo "skipped the check of serve/page: npx cannot fetch Biome"; \
 else \
 	$(BIOME) $(1) --error-on-warnings serve/page; \
 fi

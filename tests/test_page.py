@@ -142,7 +142,7 @@ def slow_down(session: Any) -> None:
 def complete(server: str, **request: Any) -> str:
     """Return the text that the API generates."""
     response = httpx.post(f"{server}/v1/completions", json=request, timeout=30)
-    return response.json()["choices"][0]["text"]
+    return str(response.json()["choices"][0]["text"])
 
 
 def generate_images(server: str, route: str = "generations", **request: Any) -> list[str]:

@@ -16,6 +16,7 @@ FIXTURES = {"ray_address", "command", "bucket", "browser", "garments"}
 STARTERS = {"spawn", "subprocess"}
 # Beginnings of the names of test files that start clusters, train, export or plot.
 FILES = (
+    "test_browser",
     "test_cluster",
     "test_demo",
     "test_export",
