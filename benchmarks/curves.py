@@ -1,6 +1,6 @@
 """The same model whoever trains it: curves of every strategy, number of workers and accumulation, laid over one another.
 
-    python -m benchmarks.curves [--steps 100] [--picture docs/curves.png]
+    python -m benchmarks.curves [--steps 100] [--picture docs/assets/curves.png]
 
 Each is a run of `python -m train gpt --config gpt-tiny` with the same seed and global batch. The second panel is each curve's
 largest distance so far from that of one worker, and the table where it ended.
@@ -79,7 +79,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--picture", default="docs/curves.png")
+    parser.add_argument("--picture", default="docs/assets/curves.png")
     given = parser.parse_args()
     curves = {}
     with tempfile.TemporaryDirectory() as storage:

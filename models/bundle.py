@@ -1,4 +1,4 @@
-"""A bundle: the folder that training hands to serving (docs/design.md, "A bundle"). No torch, no pickle.
+"""A bundle: the folder that training hands to serving (docs/reference/storage.md, "A bundle"). No torch, no pickle.
 
 `manifest.json` names every file with its size and hash, and has a hash of itself. It is written last: a folder without a valid
 manifest is no bundle.

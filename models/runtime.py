@@ -84,7 +84,7 @@ def open_graph(
 
 
 class TextGraph:
-    """A GPT's slot-cache graph (docs/design.md, "A bundle") and the cache of its slots.
+    """A GPT's slot-cache graph (docs/reference/storage.md, "A bundle") and the cache of its slots.
 
     Args:
         path: the graph.

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument(
         "--fast",
         action="store_true",
-        help="HAProxy and Serve's throughput-optimised mode; opens two more ports: docs/serving.md",
+        help="HAProxy and Serve's throughput-optimised mode; opens two more ports: docs/guides/serving.md",
     )
     start.add_argument(
         "--detach", action="store_true", help="leave it running on the cluster of RAY_ADDRESS"

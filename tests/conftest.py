@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.marks import (  # noqa: F401  # hooks
+    pytest_collection_modifyitems,
+    pytest_ignore_collect,
+)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

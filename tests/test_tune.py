@@ -349,7 +349,7 @@ def test_a_trial_that_is_complete_already_is_compared_by_each_of_its_judgements(
         "--config",
         "gpt-tiny",
         "--data.source",
-        "docs/design.md",
+        "docs/guides/training.md",
         "--steps",
         "4",
         "--storage",
@@ -397,7 +397,7 @@ def test_a_killed_search_goes_on_and_stopped_trials_free_their_workers(
     # One trial at a time takes the only CPU: had a stopped one kept its worker, the next would wait for ever.
     grid = write(tmp_path, "optim.lr: {grid: [5.0e-3, 4.0e-3, 1.0e-9, 6.0e-3]}")
     arguments = [
-        "gpt", "--config", "gpt-tiny", "--data.source", "docs/design.md", "--steps", "4", "--optim.warmup_steps", "0",
+        "gpt", "--config", "gpt-tiny", "--data.source", "docs/guides/training.md", "--steps", "4", "--optim.warmup_steps", "0",
         "--space", grid, "--num-samples", "1", "--name", "s", "--storage", str(tmp_path),
     ]  # fmt: skip
     first = subprocess.Popen(

@@ -1,6 +1,6 @@
 """From a run to a version in the registry: a checkpoint as a bundle, checked before it is published.
 
-python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--weights fp32|int8]
+`python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--weights fp32|int8]`
 """
 
 import difflib

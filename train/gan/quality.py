@@ -1,4 +1,4 @@
-"""How good generated pictures are: against held-out real ones, by what an extractor sees in both (docs/quality.md).
+"""How good generated pictures are: against held-out real ones, by what an extractor sees in both (docs/concepts/quality.md).
 
 A number by itself says little: each comes with its floor, the same number for as many real training pictures against
 the held-out ones, which no generator that learned the distribution is better than by more than chance; precision and density

@@ -1,6 +1,6 @@
 """A GPT-2 of transformers as an ONNX graph over a slot cache, checked against transformers itself.
 
-The graph (docs/design.md, "A bundle") is transformers' own model with another attention function: new keys and values are
+The graph (docs/reference/storage.md, "A bundle") is transformers' own model with another attention function: new keys and values are
 scattered into caches that the caller owns, at each row's own position, so that rows of any length share one step and a
 prompt may come in chunks. Only standard operators: TensorScatter and Attention of opset 24. With 8-bit weights (train/gpt/quantize.py)
 its products with matrices become ONNX Runtime's own MatMulNBits.
