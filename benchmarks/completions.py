@@ -40,7 +40,8 @@ def export_untrained(storage: str) -> None:
 
     from models.nets import gpt
     from train.config import loader as configs
-    from train.data import text
+    from train.data.text_sources import find_parts
+    from train.data.tokenizer import build_tokenizer, end_of_text
     from train.gpt.export import export_gpt
 
     config = configs.load("gpt", "gpt-demo")
@@ -49,9 +50,9 @@ def export_untrained(storage: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer_file, folder = Path(scratch, "tokenizer.json"), Path(scratch, "bundle")
         folder.mkdir()
-        tokenizer = text.tokenizer_for(config.data, text.pieces(config.data))
+        tokenizer = build_tokenizer(config.data, find_parts(config.data))
         tokenizer.save(str(tokenizer_file))
-        sizes, end = config.model, text.end_of_text(tokenizer)
+        sizes, end = config.model, end_of_text(tokenizer)
         model = gpt.build(
             tokenizer.get_vocab_size(),
             sizes.context,
@@ -79,14 +80,11 @@ def export_untrained(storage: str) -> None:
 def heldout_ids(tokenizer: Tokenizer) -> np.ndarray:
     """The shipped Shakespeare's held-out documents, one after the other: (N) token ids."""
     from train.config.data import TextData
-    from train.data import text
+    from train.data.text_sources import find_parts, read_documents
 
     data = TextData()
     found = [
-        written
-        for piece in text.pieces(data)
-        for written, heldout in text.documents(piece, data)
-        if heldout
+        text for part in find_parts(data) for text, heldout in read_documents(part, data) if heldout
     ]
     return np.array(tokenizer.encode("".join(found)).ids)
 

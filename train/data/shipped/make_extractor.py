@@ -1,8 +1,9 @@
-"""Trains the shipped data's extractor: `python -m train.data.shipped.make_extractor SOURCE_FOLDER` (six minutes on one core).
+"""Train the shipped feature extractor (six minutes on one core):
+`python -m train.data.shipped.make_extractor SOURCE_FOLDER`.
 
-SOURCE_FOLDER holds `fashion-mnist/train-{images-idx3,labels-idx1}-ubyte.gz`. None of the 10,000 pictures that ship is
-trained on, neither the held-out ones nor the others, so to the extractor a generator's training pictures are as new as
-the held-out ones. Of the remaining 50,000 the last 500 of each class are kept aside to measure it too.
+SOURCE_FOLDER holds `fashion-mnist/train-{images-idx3,labels-idx1}-ubyte.gz`. The 10,000 images that
+ship are left out of its training, so that a generator's training images and the held-out ones are
+equally new to it. The last 500 of each class of the remaining 50,000 measure its accuracy.
 """
 
 import json
@@ -14,48 +15,48 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 
 from cluster import storage
 from train.config.data import ImageData
 from train.data import images
 from train.data.images import Images
-from train.data.shipped.make import GARMENTS, HERE, PICTURES_PER_CLASS, read_garments
+from train.data.shipped.make import GARMENTS, HERE, IMAGES_PER_CLASS, read_garments, row_of
 from train.gan import extractor
-from train.gan.film import png
 
 FILE = HERE / "fashion-mnist-extractor.safetensors"
-ASIDE_PER_CLASS = 500
+TEST_PER_CLASS = 500
 
 
 def remaining(source: Path) -> pa.Table:
-    """The pictures that do not ship: image (PNG bytes), label, class_name, split."""
+    """Return the images that do not ship: image (PNG bytes), label, class_name, split."""
     pixels, labels = read_garments(source)
     rows = []
-    for label, name in enumerate(GARMENTS):
-        indices = np.flatnonzero(labels == label)[PICTURES_PER_CLASS:]
-        for place, index in enumerate(indices):
-            split = "heldout" if place >= len(indices) - ASIDE_PER_CLASS else "train"
-            rows.append(
-                {"image": png(pixels[index]), "label": label, "class_name": name, "split": split}
-            )
+    for label in range(len(GARMENTS)):
+        indices = np.flatnonzero(labels == label)[IMAGES_PER_CLASS:]
+        for position, index in enumerate(indices):
+            split = "heldout" if position >= len(indices) - TEST_PER_CLASS else "train"
+            rows.append(row_of(Image.fromarray(pixels[index]), label, GARMENTS, split))
     return pa.Table.from_pylist(rows)
 
 
 def main(source: Path) -> None:
+    """Train the extractor, and write it and its hash."""
     torch.set_num_threads(1)  # the same weights on any number of cores
     with tempfile.TemporaryDirectory() as scratch:
         pq.write_table(remaining(source / "fashion-mnist"), f"{scratch}/rest.parquet")
         rest = images.prepare(ImageData(source=[f"{scratch}/rest.parquet"]), scratch)
         found, card = extractor.train(rest, ImageData().size)
-        ours = Images(images.prepare(ImageData(), scratch), "heldout", ImageData().size)
-        accuracy = extractor.measure(found, ours, telling=True)
+        heldout = Images(images.prepare(ImageData(), scratch), "heldout", ImageData().size)
+        accuracy = extractor.measure(found, heldout, True)
     FILE.write_bytes(extractor.pack(found, card))
     hashes = storage.read_json(HERE / "sha256.json")
     (HERE / "sha256.json").write_text(
         json.dumps({**hashes, FILE.name: storage.sha256(FILE)}, indent=2) + "\n"
     )
     print(
-        f"{FILE.name}: {FILE.stat().st_size:,} bytes, {extractor.describe(card)}, and {accuracy:.1%} of the {len(ours):,} that ship"
+        f"{FILE.name}: {FILE.stat().st_size:,} bytes, {extractor.describe(card)}, and "
+        f"{accuracy:.1%} of the {len(heldout):,} held-out ones that ship"
     )
 
 
