@@ -100,7 +100,9 @@ def test_modes_are_confidently_predicted_classes_or_the_nearest_clusters() -> No
     with torch.no_grad():
         net.head.weight.copy_(torch.eye(3, 4))
         net.head.bias.zero_()
-    logits = torch.log(torch.tensor([MIN_CONFIDENCE, MIN_CONFIDENCE])) - torch.log1p(-torch.tensor([MIN_CONFIDENCE, MIN_CONFIDENCE]))
+    logits = torch.log(torch.tensor([MIN_CONFIDENCE, MIN_CONFIDENCE])) - torch.log1p(
+        -torch.tensor([MIN_CONFIDENCE, MIN_CONFIDENCE])
+    )
     # Two other classes share the remaining probability, which adds log 2.
     sure, unsure = logits + torch.tensor([0.8, 0.6])
     features = torch.tensor([[0, float(sure), 0, 9], [0, 0, float(unsure), 9]])
