@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     print(f"| gan-demo, {given.steps} steps | {' | '.join(SHOWN)} | images/s |")
     for variant, runs in found.items():
         print(row(variant, runs))
-    floors = [f"{runs[0][f'heldout_{name}_floor']:.{digits}f}" for name, digits in SHOWN.items()]
+    floors = [f"{runs[0][f'heldout_{name}_baseline']:.{digits}f}" for name, digits in SHOWN.items()]
     print(f"| real pictures | {' | '.join(floors)} | |")
     return 0
 

@@ -37,9 +37,11 @@ from models.nets.losses import (
 )
 from train.config import loader as configs
 from train.data import images
-from train.gan import extractor, quality
+from train.data.dataset import Dataset
+from train.gan import extractor, extractor_file
 from train.gan.config import GanConfig
-from train.gan.loop import shape
+from train.gan.evaluator import Evaluator
+from train.gan.trainer import net_config
 
 SHOWN = {
     "frechet_distance": 3,
@@ -55,7 +57,7 @@ LOG_EVERY = WARM_UP = (
 @dataclass(frozen=True)
 class Trained:
     images_per_s: float  # real pictures that the critic has seen
-    quality: dict[str, float]  # what `train.gan.quality.Judge` finds
+    quality: dict[str, float]  # what `train.gan.evaluator.Evaluator` finds
 
 
 def demo() -> GanConfig:
@@ -72,8 +74,9 @@ def single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
     config = demo()
     torch.set_num_threads(config.parallel.workers)
     torch.manual_seed(seed)
+    prepared = Dataset.open(str(folder))
     pictures, heldout = (
-        images.Pictures(folder, split, config.data.size) for split in ("train", "heldout")
+        images.Images(prepared, split, config.data.size) for split in ("train", "heldout")
     )
     assert pictures.labels is not None
     loaded = TensorDataset(
@@ -82,7 +85,7 @@ def single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
     )
     loader = DataLoader(loaded, config.batch.global_size, shuffle=True, drop_last=True)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    sizes = shape(config, pictures.meta)
+    sizes = net_config(config, prepared)
     generator, critic = Generator(sizes), Critic(sizes)
     optim = config.optim
     adam = partial(torch.optim.Adam, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
@@ -110,10 +113,9 @@ def single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
         )
 
     images_per_s = (steps - WARM_UP) * config.gan.critic_steps * config.batch.global_size / seconds
-    judge = quality.Judge(
-        pictures, heldout, extractor.load(judged_by, "cpu"), config.quality.samples, "cpu"
-    )
-    return Trained(images_per_s, judge(like))
+    net = extractor_file.load(judged_by, "cpu")
+    evaluate = Evaluator(pictures, heldout, net, config.quality.samples, "cpu")
+    return Trained(images_per_s, evaluate(like))
 
 
 def critic_step(
@@ -153,7 +155,7 @@ def generator_step(
 
 
 def moved(decay: float, slow: Tensor, fast: Tensor, num_averaged: Tensor) -> Tensor:
-    """train/gan/loop.py's moving average, which forgets faster at first."""
+    """train/parallel/average.py's moving average, which forgets faster at first."""
     steps = int(num_averaged)
     return slow.lerp(fast, 1 - min(decay, (1 + steps) / (10 + steps)))
 
@@ -203,7 +205,7 @@ def row(pairs: list[tuple[Trained, Trained]], steps: int) -> str:
         for column in zip(*pairs, strict=True)
     )
     floor = ", ".join(
-        f"{name} {pairs[0][0].quality[f'heldout_{name}_floor']:.{digits}f}"
+        f"{name} {pairs[0][0].quality[f'heldout_{name}_baseline']:.{digits}f}"
         for name, digits in SHOWN.items()
     )
     workers = demo().parallel.workers
@@ -235,8 +237,10 @@ def main(argv: list[str]) -> int:
         return 0
     config, pairs = demo(), []
     with tempfile.TemporaryDirectory() as storage:
-        folder = Path(images.prepare(config.data, storage, config.model.conditional))
-        judged_by = extractor.prepare(config, str(folder))
+        dataset = images.prepare(config.data, storage, config.model.conditional)
+        entry = extractor.prepare(config, dataset).extractor
+        assert entry is not None
+        folder, judged_by = Path(dataset.uri), entry["uri"]
         for seed in range(given.rounds):
             pairs.append(
                 (

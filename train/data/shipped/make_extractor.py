@@ -1,10 +1,8 @@
-"""Train the extractor that ships with the data: `python -m train.data.shipped.make_extractor
-SOURCE_FOLDER` (six minutes on one core).
+"""Trains the shipped data's extractor: `python -m train.data.shipped.make_extractor SOURCE_FOLDER` (six minutes on one core).
 
-SOURCE_FOLDER holds `fashion-mnist/train-{images-idx3,labels-idx1}-ubyte.gz`. The extractor is
-trained on none of the 10,000 images that ship, neither on held-out nor on training images: a
-generator's training images are as new to it as the held-out ones. Of the remaining 50,000 images
-the last 500 of each class measure its accuracy.
+SOURCE_FOLDER holds `fashion-mnist/train-{images-idx3,labels-idx1}-ubyte.gz`. None of the 10,000 pictures that ship is
+trained on, neither the held-out ones nor the others, so to the extractor a generator's training pictures are as new as
+the held-out ones. Of the remaining 50,000 the last 500 of each class are kept aside to measure it too.
 """
 
 import json
@@ -27,17 +25,17 @@ from train.gan.extractor_file import pack
 from train.gan.film import png
 
 FILE = HERE / "fashion-mnist-extractor.safetensors"
-HELDOUT_PER_CLASS = 500
+ASIDE_PER_CLASS = 500
 
 
 def remaining(source: Path) -> pa.Table:
-    """Return the images that do not ship: image (PNG bytes), label, class_name, split."""
+    """The pictures that do not ship: image (PNG bytes), label, class_name, split."""
     pixels, labels = read_garments(source)
     rows = []
     for label, name in enumerate(GARMENTS):
         indices = np.flatnonzero(labels == label)[PICTURES_PER_CLASS:]
-        for position, index in enumerate(indices):
-            split = "heldout" if position >= len(indices) - HELDOUT_PER_CLASS else "train"
+        for place, index in enumerate(indices):
+            split = "heldout" if place >= len(indices) - ASIDE_PER_CLASS else "train"
             rows.append(
                 {"image": png(pixels[index]), "label": label, "class_name": name, "split": split}
             )
@@ -45,21 +43,20 @@ def remaining(source: Path) -> pa.Table:
 
 
 def main(source: Path) -> None:
-    """Train the extractor, write its file, and update sha256.json."""
     torch.set_num_threads(1)  # the same weights on any number of cores
-    size = ImageData().size
     with tempfile.TemporaryDirectory() as scratch:
         pq.write_table(remaining(source / "fashion-mnist"), f"{scratch}/rest.parquet")
         rest = images.prepare(ImageData(source=[f"{scratch}/rest.parquet"]), scratch)
-        extractor, card = extractor_training.train(rest, size)
-        heldout = Images(images.prepare(ImageData(), scratch), "heldout", size)
-        accuracy = extractor_training.accuracy(extractor, heldout, card.task)
-    FILE.write_bytes(pack(extractor, card))
-    hashes = storage.read_json(HERE / "sha256.json") | {FILE.name: storage.sha256(FILE)}
-    (HERE / "sha256.json").write_text(json.dumps(hashes, indent=2) + "\n")
+        found, card = extractor_training.train(rest, ImageData().size)
+        ours = Images(images.prepare(ImageData(), scratch), "heldout", ImageData().size)
+        accuracy = extractor_training.accuracy(found, ours, card.task)
+    FILE.write_bytes(pack(found, card))
+    hashes = storage.read_json(HERE / "sha256.json")
+    (HERE / "sha256.json").write_text(
+        json.dumps({**hashes, FILE.name: storage.sha256(FILE)}, indent=2) + "\n"
+    )
     print(
-        f"{FILE.name}: {FILE.stat().st_size:,} bytes, {card}, and {accuracy:.1%} of the "
-        f"{len(heldout):,} held-out images that ship"
+        f"{FILE.name}: {FILE.stat().st_size:,} bytes, {card}, and {accuracy:.1%} of the {len(ours):,} that ship"
     )
 
 
