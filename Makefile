@@ -1,15 +1,19 @@
-# make demo: the whole road on this machine.  make test: the proofs.  make check: style and types.
+# make demo: the whole path on this machine.  make quick, make test, make test-slow: tests by length.
+# make check: lint, format, types.  make docs: the documentation.  make bench: the benchmarks.
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test test-slow check format lock clean
+.PHONY: setup demo quick test test-slow check docs bench format lock clean
 
-# The stamp is newer than the lock once everything in it is installed: until the lock changes, setup costs nothing.
+# The stamp is newer than the lock once everything in it is installed: until the lock changes,
+# setup costs nothing.
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.lock
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on this machine: install Python 3.11, or name one that is (make PYTHON=python3)"; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "error: $(PYTHON) is not on this machine: install Python 3.11," \
+			"or name one that is (make PYTHON=python3)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	@touch $@
@@ -17,24 +21,57 @@ $(VENV)/.installed: requirements.lock
 demo: setup
 	$(RUN) -m cluster demo
 
+# Tests that start no Ray, no other process and no browser, on two cores (tests/support/marks.py).
+quick: setup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not ray and not slow" --numprocesses 2 --dist loadfile --quiet
+
 test: setup
-	$(RUN) -m pytest --durations=25 --durations-min=5
+	$(RUN) -m pytest --cov --cov-report=term:skip-covered --durations=25 --durations-min=5
 
 test-slow: setup
 	$(RUN) -m pytest -m slow
 
+# The studio page is checked by Biome (.biome.jsonc), which npx downloads once. A machine without
+# node or without a network skips this check.
+BIOME := npx --yes --prefer-offline --fetch-retries=0 @biomejs/biome@2.6.8
+define biome
+@if ! command -v npx >/dev/null; then \
+	echo "skipped: serve/page is not checked, since node is not installed"; \
+elif ! $(BIOME) --version >/dev/null 2>&1; then \
+	echo "skipped: serve/page is not checked, since npx cannot fetch Biome"; \
+else \
+	$(BIOME) $(1) --error-on-warnings serve/page; \
+fi
+endef
+
 check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(call biome,check)
 	$(VENV)/bin/mypy
+
+# Links, navigation and docstrings are checked: a warning is an error. No network is used.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --config-file .mkdocs.yml
+
+# Without NAME: the list.  make bench NAME=serve_text ARGS="--rounds 4": one of them.
+bench: setup
+ifdef NAME
+	$(RUN) -m benchmarks.$(NAME) $(ARGS)
+else
+	@for file in $$(grep -l '^if __name__' benchmarks/*.py); do \
+		printf '%-20s %s\n' "$$(basename $$file .py)" "$$(sed -n '1s/"""//gp' $$file)"; done
+endif
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	$(call biome,check --write)
 
 # The newest versions that pyproject.toml allows, for every platform, exactly.
 lock: setup
-	$(VENV)/bin/uv pip compile --universal --python-version 3.11 pyproject.toml --extra dev --no-annotate --no-header --quiet --upgrade --output-file requirements.lock
+	$(VENV)/bin/uv pip compile --universal --python-version 3.11 pyproject.toml --extra dev \
+		--no-annotate --no-header --quiet --upgrade --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage site

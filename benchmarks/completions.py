@@ -1,4 +1,4 @@
-"""Asking servers for completions over HTTP: the model and the prompts, the load, and what came back, for the benchmarks of serving."""
+"""Shared by the serving benchmarks: model, requests, load over HTTP, and the table of results."""
 
 import argparse
 import asyncio
@@ -20,22 +20,22 @@ import httpx
 import numpy as np
 from tokenizers import Tokenizer
 
-from benchmarks.runs import ROOT, spread
+from benchmarks.runs import ROOT, median_and_range
 from cluster import machine
 from models import bundle, registry
 from train.gpt.config import GptConfig
 
-NAME = "gpt"  # in the registry: what `train export` calls a GPT
-SHORTEST_PROMPT, LONGEST_PROMPT = 16, 48  # tokens
-TEXTS = (16, 112)  # tokens of the shortest and the longest
-START_TIMEOUT_S, ANSWER_TIMEOUT_S = 180, 300
+NAME = "gpt"  # the name under which `train export` registers a GPT
+MIN_PROMPT, MAX_PROMPT = 16, 48  # tokens
+GENERATED = (16, 112)  # tokens: the smallest and the largest request
+START_TIMEOUT_S, RESPONSE_TIMEOUT_S = 180, 300
 
 
-# ---- the model and what it is asked
+# ---- the model and the requests
 
 
 def export_untrained(storage: str) -> None:
-    """Publishes the demo's GPT with fresh weights: as fast as a trained one, and no run is needed."""
+    """Register the demo's GPT with initial weights: as fast as a trained one, without a run."""
     import torch
 
     from models.nets import gpt
@@ -51,69 +51,73 @@ def export_untrained(storage: str) -> None:
         folder.mkdir()
         tokenizer = text.tokenizer_for(config.data, text.pieces(config.data))
         tokenizer.save(str(tokenizer_file))
-        sizes, end = config.model, text.end_of_text(tokenizer)
+        sizes = config.model
         model = gpt.build(
             tokenizer.get_vocab_size(),
             sizes.context,
             sizes.width,
             sizes.layers,
             sizes.heads,
-            eos_token_id=end,
+            eos_token_id=text.end_of_text(tokenizer),
         )
-        made = export_gpt(model, tokenizer_file, heldout_ids(tokenizer), folder)
+        manifest = export_gpt(model, tokenizer_file, heldout_ids(tokenizer), folder)
+        libraries = ("torch", "onnxruntime", "transformers")
         lineage = {
             "created": "2000-01-01T00:00:00+00:00",
             "run": {"name": "untrained", "step": 0, "storage": storage},
             "commit": None,
             "dataset": {"name": "shakespeare", "fingerprint": "none"},
             "metrics": {},
-            "libraries": {
-                library: metadata.version(library)
-                for library in ("torch", "onnxruntime", "transformers")
-            },
+            "libraries": {library: metadata.version(library) for library in libraries},
         }
-        bundle.write(folder, lineage | made)
+        bundle.write(folder, lineage | manifest)
         registry.publish(f"{storage}/models", NAME, folder)
 
 
 def heldout_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """The shipped Shakespeare's held-out documents, one after the other: (N) token ids."""
+    """Return the shipped Shakespeare's held-out documents, concatenated, as (N,) token ids."""
     from train.config.data import TextData
     from train.data import text
 
     data = TextData()
-    found = [
-        written
+    documents = [
+        document
         for piece in text.pieces(data)
-        for written, heldout in text.documents(piece, data)
+        for document, heldout in text.documents(piece, data)
         if heldout
     ]
-    return np.array(tokenizer.encode("".join(found)).ids)
+    return np.array(tokenizer.encode("".join(documents)).ids)
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     prompt: str
     max_tokens: int
 
 
-def rounds_of_requests(folder: str, given: argparse.Namespace) -> list[list[Asked]]:
-    """For each round, other pieces of held-out text by the tokenizer of the bundle at `folder`, and other lengths; the same at each run."""
+def rounds_of_requests(folder: str, options: argparse.Namespace) -> list[list[Request]]:
+    """Return the requests of each round, the same in every run of a benchmark.
+
+    Each round has its own prompts from the held-out text, and its own lengths.
+
+    Args:
+        folder: the bundle's, whose tokenizer counts the tokens.
+        options: of `add_options`.
+    """
     tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
     ids = heldout_ids(tokenizer)
-    rounds: list[list[Asked]] = []
-    for seed in range(given.rounds):
+    low, high = options.texts
+    rounds: list[list[Request]] = []
+    for seed in range(options.rounds):
         draw = np.random.default_rng(seed)
-        sizes = draw.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1, size=given.requests)
-        starts = draw.integers(len(ids) - LONGEST_PROMPT, size=given.requests)
-        texts = draw.integers(given.texts[0], given.texts[1] + 1, size=given.requests).tolist()
-        pieces = [
+        sizes = draw.integers(MIN_PROMPT, MAX_PROMPT + 1, size=options.requests)
+        starts = draw.integers(len(ids) - MAX_PROMPT, size=options.requests)
+        generated = draw.integers(low, high + 1, size=options.requests).tolist()
+        prompts = [
             tokenizer.decode(ids[start : start + size].tolist())
             for start, size in zip(starts, sizes, strict=True)
         ]
-        rounds.append(
-            [Asked(prompt, max_tokens) for prompt, max_tokens in zip(pieces, texts, strict=True)]
-        )
+        rounds.append([Request(*pair) for pair in zip(prompts, generated, strict=True)])
     return rounds
 
 
@@ -121,53 +125,70 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         type=Path,
-        help="a folder with a GPT in its registry; by default an untrained one is made",
+        help="a folder with a GPT in its registry (default: an untrained one is made)",
     )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument(
-        "--requests", type=int, default=96, help="in a round, whatever the number of clients"
+        "--requests", type=int, default=96, help="per round, for any number of clients"
     )
     parser.add_argument(
         "--texts",
         type=int,
         nargs=2,
-        default=TEXTS,
+        default=GENERATED,
         metavar=("SHORTEST", "LONGEST"),
-        help="tokens to write",
+        help="tokens to generate",
     )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
 
 
-def find_model(given: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[str, str, str]:
-    """The storage that is asked for, or one with an untrained model that goes with `stack`; the GPT's reference and folder in it.
+def find_model(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[str, str, str]:
+    """Return a storage with a GPT, the GPT's reference and its bundle's folder.
+
+    Args:
+        options: of `add_options`; without a storage, one with an untrained model is made.
+        stack: deletes that storage when it closes.
 
     Raises:
-        ValueError: there is no GPT, or one whose context is too short for what the benchmarks ask.
+        ValueError: there is no GPT, or its context is too short for the requests.
     """
-    root = str(given.storage or stack.enter_context(tempfile.TemporaryDirectory()))
-    if given.storage is None:
+    root = str(options.storage or stack.enter_context(tempfile.TemporaryDirectory()))
+    if options.storage is None:
         export_untrained(root)
     name, version, folder = registry.resolve(f"{root}/models", NAME)
     context = bundle.verify(folder)["model"]["context"]
-    if context < LONGEST_PROMPT + given.texts[1]:
+    needed = MAX_PROMPT + options.texts[1]
+    if context < needed:
         raise ValueError(
-            f"{folder} has a context of {context}, and this asks for up to {LONGEST_PROMPT + given.texts[1]} tokens: serve another"
+            f"{folder} has a context of {context} tokens, and the requests need {needed}: use "
+            "another model, or smaller --texts"
         )
     return root, f"{name}/{version}", folder
 
 
-# ---- a server
+# ---- servers
 
 
 @contextlib.contextmanager
-def serving(words: list[str], ready: str) -> Iterator[str]:
-    """A server's URL once its path `ready` answers; `words` is what runs it, without the interpreter and the port."""
-    port = machine.free_port(None, 8000)
+def serving(arguments: list[str], ready: str) -> Iterator[str]:
+    """Start a server and stop it at the end.
+
+    Args:
+        arguments: of the Python interpreter; a port is appended.
+        ready: a path that responds with success once the server is ready.
+
+    Yields:
+        The server's URL.
+
+    Raises:
+        RuntimeError: the server ended or did not get ready in time; has the end of its log.
+    """
+    port = machine.free_port(8000)
     url = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, "RAY_ADDRESS": ""}  # so that it starts a private cluster
     with tempfile.TemporaryFile("w+") as log:
-        environment = {**os.environ, "RAY_ADDRESS": ""}  # a cluster of its own
         server = subprocess.Popen(
-            [sys.executable, *words, "--port", str(port)],
+            [sys.executable, *arguments, "--port", str(port)],
             cwd=ROOT,
             env=environment,
             stdout=log,
@@ -175,12 +196,11 @@ def serving(words: list[str], ready: str) -> Iterator[str]:
         )
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
-            while not answers(url + ready):
+            while not is_ready(url + ready):
                 if server.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise RuntimeError(
-                        f"`python {' '.join(words)}` does not serve; it said: {log.read()[-2000:]}"
-                    )
+                    command = f"python {' '.join(arguments)}"
+                    raise RuntimeError(f"`{command}` does not serve: {log.read()[-2000:]}")
                 time.sleep(0.2)
             yield url
         finally:
@@ -188,80 +208,94 @@ def serving(words: list[str], ready: str) -> Iterator[str]:
             server.wait(60)
 
 
-def answers(url: str) -> bool:
+def is_ready(url: str) -> bool:
     try:
         return httpx.get(url, trust_env=False).is_success
     except httpx.HTTPError:
         return False
 
 
-# ---- asking
+# ---- load
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
+    """A completion and its latencies, in seconds from sending the request.
+
+    Attributes:
+        text: of the completion.
+        num_tokens: generated.
+        first_s: until the first chunk of text.
+        total_s: until the end of the response.
+        gaps_s: between the chunks of a stream.
+    """
+
     text: str
     num_tokens: int
-    first_s: float  # from sending the request to the first piece of text
-    whole_s: float  # and to the last
-    pauses_s: list[float]  # between the pieces of a stream
+    first_s: float
+    total_s: float
+    gaps_s: list[float]
 
 
-Ask = Callable[[httpx.AsyncClient, Asked], Awaitable[Answer]]
+Send = Callable[[httpx.AsyncClient, Request], Awaitable[Response]]
 
 
-async def ask_us(http: httpx.AsyncClient, asked: Asked) -> Answer:
-    """One completion over server-sent events."""
+async def stream_completion(client: httpx.AsyncClient, request: Request) -> Response:
+    """Request a completion from raykiln as server-sent events."""
     text, num_tokens = "", 0
-    begun = time.perf_counter()
-    came = []  # when each piece of text did
+    arrivals = []  # of each chunk that has text
     body = {
-        "prompt": asked.prompt,
-        "max_tokens": asked.max_tokens,
+        "prompt": request.prompt,
+        "max_tokens": request.max_tokens,
         "temperature": 0,
         "stream": True,
     }
-    async with http.stream("POST", "/v1/completions", json=body) as response:
+    begin = time.perf_counter()
+    async with client.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
             message = json.loads(line.removeprefix("data: "))
-            if piece := message["choices"][0]["text"]:
-                text += piece
-                came.append(time.perf_counter())
+            if chunk := message["choices"][0]["text"]:
+                text += chunk
+                arrivals.append(time.perf_counter())
             if message["usage"]:
                 num_tokens = message["usage"]["completion_tokens"]
-    ended = time.perf_counter()
-    pauses_s = [later - earlier for earlier, later in itertools.pairwise(came)]
-    return Answer(text, num_tokens, (came[0] if came else ended) - begun, ended - begun, pauses_s)
+    end = time.perf_counter()
+    gaps_s = [later - earlier for earlier, later in itertools.pairwise(arrivals)]
+    first = arrivals[0] if arrivals else end
+    return Response(text, num_tokens, first - begin, end - begin, gaps_s)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one contender did in one round."""
+    """A server's responses to a round, in the order of the requests."""
 
-    answers: list[Answer]  # in the order of the requests
+    responses: list[Response]
     seconds: float
 
     @property
     def tokens_per_s(self) -> float:
-        return sum(answer.num_tokens for answer in self.answers) / self.seconds
+        return sum(response.num_tokens for response in self.responses) / self.seconds
 
 
-async def load(url: str, ask: Ask, requests: list[Asked], num_clients: int) -> Load:
-    """Sends all of `requests`, from clients that take the next one as soon as they have an answer."""
-    found: dict[int, Answer] = {}
+async def run_load(url: str, send: Send, requests: list[Request], num_clients: int) -> Load:
+    """Send all requests; each client sends its next one as soon as it has a response."""
+    responses: dict[int, Response] = {}
     waiting = iter(enumerate(requests))
-    async with httpx.AsyncClient(base_url=url, timeout=ANSWER_TIMEOUT_S, trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=RESPONSE_TIMEOUT_S, trust_env=False
+    ) as client:
 
-        async def client() -> None:
-            for place, asked in waiting:
-                found[place] = await ask(http, asked)
+        async def send_next() -> None:
+            for index, request in waiting:
+                responses[index] = await send(client, request)
 
-        begun = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(num_clients)))
-        return Load([found[place] for place in range(len(requests))], time.perf_counter() - begun)
+        begin = time.perf_counter()
+        await asyncio.gather(*(send_next() for _ in range(num_clients)))
+        seconds = time.perf_counter() - begin
+    return Load([responses[index] for index in range(len(requests))], seconds)
 
 
 # ---- the comparison
@@ -271,56 +305,74 @@ async def load(url: str, ask: Ask, requests: list[Asked], num_clients: int) -> L
 class Server:
     name: str
     url: str
-    ask: Ask
+    send: Send
 
 
-def compare(servers: list[Server], rounds: list[list[Asked]], clients: list[int], base: str) -> str:
-    """BENCHMARKS.md's table of servers, each asked each of `rounds` in turn, by each number of `clients`.
+COLUMNS = "tokens/s | time to first token, ms | between chunks, ms | whole response, ms"
+
+
+def compare(
+    servers: list[Server], rounds: list[list[Request]], clients: list[int], baseline: str
+) -> str:
+    """Return BENCHMARKS.md's table: each server under each number of clients.
 
     Args:
-        base: the server whose tokens a second the last column divides by.
+        servers: that are sent each round, one after the other.
+        rounds: the requests.
+        clients: the numbers of clients.
+        baseline: the server whose tokens per second the last column divides by.
     """
-    for server in servers:
-        asyncio.run(load(server.url, server.ask, rounds[-1], max(clients)))
-    rows = [f"| clients | server | {COLUMNS} | over {base} |", f"|{' --- |' * 7}"]
+    for server in servers:  # a first round that is not measured
+        asyncio.run(run_load(server.url, server.send, rounds[-1], max(clients)))
+    rows = [f"| clients | server | {COLUMNS} | ratio to {baseline} |", f"|{' --- |' * 7}"]
     for num_clients in clients:
         loads: dict[str, list[Load]] = {server.name: [] for server in servers}
         for number, requests in enumerate(rounds):
             for server in servers:
-                done = asyncio.run(load(server.url, server.ask, requests, num_clients))
-                loads[server.name].append(done)
-                same = sum(
-                    (one.text, one.num_tokens) == (first.text, first.num_tokens)
-                    for one, first in zip(
-                        done.answers, loads[servers[0].name][-1].answers, strict=True
-                    )
+                load = asyncio.run(run_load(server.url, server.send, requests, num_clients))
+                loads[server.name].append(load)
+                same = _num_same_texts(load, loads[servers[0].name][-1])
+                print(
+                    f"round {number}, clients: {num_clients}, {server.name}: "
+                    f"{load.tokens_per_s:,.0f} tokens/s, "
+                    f"{same} of {len(requests)} texts equal the first server's",
+                    flush=True,
                 )
-                said = f"{done.tokens_per_s:,.0f} tokens/s, {same} of {len(requests)} texts as the first server's"
-                print(f"round {number}, clients: {num_clients}, {server.name}: {said}", flush=True)
-        for name, done_by in loads.items():
+        for name, of_server in loads.items():
             ratios = [
-                one.tokens_per_s / other.tokens_per_s
-                for one, other in zip(done_by, loads[base], strict=True)
+                load.tokens_per_s / base.tokens_per_s
+                for load, base in zip(of_server, loads[baseline], strict=True)
             ]
-            rows.append(f"| {num_clients} | {name} | {_told(done_by)} | {spread(ratios, 2)} |")
+            cells = f"{_measurements(of_server)} | {median_and_range(ratios, 2)}"
+            rows.append(f"| {num_clients} | {name} | {cells} |")
     return "\n".join(rows)
 
 
-COLUMNS = "tokens/s | first token, ms | between pieces, ms | whole answer, ms"
+def _num_same_texts(load: Load, other: Load) -> int:
+    return sum(
+        (one.text, one.num_tokens) == (two.text, two.num_tokens)
+        for one, two in zip(load.responses, other.responses, strict=True)
+    )
 
 
-def _told(loads: list[Load]) -> str:
-    """`COLUMNS`: tokens a second over the rounds; of all answers' latencies the median, and in brackets the 99th percentile."""
-    answers = [answer for one in loads for answer in one.answers]
+def _measurements(loads: list[Load]) -> str:
+    """Return the cells of `COLUMNS`.
+
+    Tokens per second are the median over the rounds; latencies the median over all responses,
+    with the 99th percentile in brackets.
+    """
+    responses = [response for load in loads for response in load.responses]
     latencies = [
-        [answer.first_s for answer in answers],
-        [pause_s for answer in answers for pause_s in answer.pauses_s],
-        [answer.whole_s for answer in answers],
+        [response.first_s for response in responses],
+        [gap_s for response in responses for gap_s in response.gaps_s],
+        [response.total_s for response in responses],
     ]
-    cells = [
-        "{:,.0f} ({:,.0f})".format(*np.percentile(1000 * np.array(seconds), [50, 99]))
-        if seconds
-        else ""
-        for seconds in latencies
-    ]
-    return " | ".join([f"{statistics.median(one.tokens_per_s for one in loads):,.0f}", *cells])
+    speed = statistics.median(load.tokens_per_s for load in loads)
+    return " | ".join([f"{speed:,.0f}", *map(_percentiles, latencies)])
+
+
+def _percentiles(seconds: list[float]) -> str:
+    if not seconds:
+        return ""
+    median, high = np.percentile(1000 * np.array(seconds), [50, 99])
+    return f"{median:,.0f} ({high:,.0f})"

@@ -1,19 +1,20 @@
-"""The same model whoever trains it: curves of every strategy, number of workers and accumulation, laid over one another.
+"""Loss curves of one GPT under every strategy, number of workers and accumulation.
 
-    python -m benchmarks.curves [--steps 100] [--picture docs/curves.png]
+    python -m benchmarks.curves [--steps 100] [--image docs/assets/curves.png]
 
-Each is a run of `python -m train gpt --config gpt-tiny` with the same seed and global batch. The second panel is each curve's
-largest distance so far from that of one worker, and the table where it ended.
+Each curve is a run of `python -m train gpt --config gpt-tiny` with the same seed and global batch,
+so the curves should coincide. The second panel and the table show each curve's largest distance
+from that of one worker; the table's first column is the loss at the last step.
 """
 
-import argparse
 import itertools
-import json
+import sys
 import tempfile
 
 from matplotlib.figure import Figure
 
-from benchmarks.runs import train
+from benchmarks.runs import parser, read_metrics, train
+from cluster import cli
 
 Options = dict[str, object]
 TWO: Options = {"parallel.workers": 2}
@@ -35,7 +36,8 @@ VARIANTS: dict[str, Options] = {
 
 
 def losses(storage: str, name: str, options: Options, steps: int) -> list[float]:
-    shape: Options = {
+    """Train a run and return its loss at each step."""
+    shared: Options = {
         "batch.global_size": 16,
         "batch.micro_size": 16,
         "model.width": 64,
@@ -43,13 +45,18 @@ def losses(storage: str, name: str, options: Options, steps: int) -> list[float]
         "log.every": 1,
         "steps": steps,
     }
-    shape |= {"log.eval_every": steps, "log.sample_every": steps, "checkpoint.every": steps}
-    run = train("gpt", "gpt-tiny", storage, name, shape | options)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    shared |= {"log.eval_every": steps, "log.sample_every": steps, "checkpoint.every": steps}
+    run = train("gpt", "gpt-tiny", storage, name, shared | options)
+    return [row["loss"] for row in read_metrics(run) if "loss" in row]
 
 
-def draw(curves: dict[str, list[float]], path: str) -> None:
+def distances(curve: list[float], reference: list[float]) -> list[float]:
+    """Return, for each step, the largest distance between the curves up to that step."""
+    differences = (abs(a - b) for a, b in zip(curve, reference, strict=True))
+    return list(itertools.accumulate(differences, max))
+
+
+def plot(curves: dict[str, list[float]], path: str) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     reference = next(iter(curves.values()))
@@ -57,13 +64,10 @@ def draw(curves: dict[str, list[float]], path: str) -> None:
         steps = range(1, len(curve) + 1)
         left.plot(steps, curve, label=name, linewidth=1)
         if curve is not reference:
-            furthest = itertools.accumulate(
-                (abs(a - b) for a, b in zip(curve, reference, strict=True)), max
-            )
-            right.plot(
-                steps, [max(distance, 1e-9) for distance in furthest], label=name, linewidth=1
-            )
-    left.set(xlabel="step", title="loss, nats a token")
+            # Zero has no place on a logarithmic axis.
+            shown = [max(distance, 1e-9) for distance in distances(curve, reference)]
+            right.plot(steps, shown, label=name, linewidth=1)
+    left.set(xlabel="step", title="loss, nats per token")
     right.set(
         xlabel="step",
         title="largest distance from one worker's loss so far",
@@ -74,25 +78,21 @@ def draw(curves: dict[str, list[float]], path: str) -> None:
     figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--picture", default="docs/curves.png")
-    given = parser.parse_args()
-    curves = {}
+def main(argv: list[str]) -> int:
+    options = parser(__doc__)
+    options.add_argument("--steps", type=int, default=100)
+    options.add_argument("--image", default="docs/assets/curves.png", help="the file to write")
+    arguments = options.parse_args(argv)
+    curves: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as storage:
-        for name, options in VARIANTS.items():
-            curves[name] = losses(
-                storage, name.replace(" ", "-").replace(",", ""), options, given.steps
-            )
-            furthest = max(
-                abs(a - b) for a, b in zip(curves[name], next(iter(curves.values())), strict=True)
-            )
-            print(f"| {name} | {curves[name][-1]:.4f} | {furthest:.1e} |", flush=True)
-    draw(curves, given.picture)
+        for name, variant in VARIANTS.items():
+            run = name.replace(" ", "-").replace(",", "")
+            curves[name] = losses(storage, run, variant, arguments.steps)
+            distance = distances(curves[name], next(iter(curves.values())))[-1]
+            print(f"| {name} | {curves[name][-1]:.4f} | {distance:.1e} |", flush=True)
+    plot(curves, arguments.image)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

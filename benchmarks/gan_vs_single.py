@@ -1,11 +1,12 @@
-"""What two workers gain a GAN beside what one would write by hand: a WGAN-GP loop in one process, with a DataLoader.
+"""The demo's GAN on two Ray Train workers, compared with a plain WGAN-GP loop in one process.
 
     python -m benchmarks.gan_vs_single [--rounds 4] [--steps 350]
 
-Both train the demo's GAN (gan-demo) on the same pictures for as many generator steps, in turn, in one run: ours on Ray with two
-workers of one thread, the other with two threads of torch. Nets, losses, critic steps, batch size and optimizers are the same.
-The figure is images a second once both run steadily, ours over theirs, round by round (each with a seed of its own), and how good
-the pictures of both are at the end, of generators averaged by the same rule and judged alike.
+Both train gan-demo on the same images for the same number of generator steps, one after the other,
+in one run: raykiln with two workers of one thread, the plain loop with a DataLoader and two torch
+threads. Networks, losses, critic steps, batch size and optimizers are the same. Compared are images
+per second once both run steadily, as a ratio per round (each round has a seed of its own), and the
+final held-out metrics; both generators are averaged by the same rule and evaluated alike.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.runs import ROOT, spread, train
+from benchmarks.runs import ROOT, median_and_range, parser, read_metrics, train
 from cluster import cli
 from models.nets.dcgan import Critic, Generator
 from models.nets.losses import (
@@ -43,21 +44,23 @@ from train.gan.config import GanConfig
 from train.gan.evaluator import Evaluator
 from train.gan.trainer import net_config
 
-SHOWN = {
-    "frechet_distance": 3,
-    "kid": 4,
-    "recall": 2,
-    "coverage": 2,
-}  # of the figures of quality, with so many digits
-LOG_EVERY = WARM_UP = (
-    10  # generator steps; the clock counts after WARM_UP: allocator, caches, the first exchange of gradients
-)
+METRICS = {"frechet_distance": 3, "kid": 4, "recall": 2, "coverage": 2}  # with digits to print
+# Generator steps before the clock starts: allocator, caches, the first all-reduce.
+WARM_UP = 10
+LOG_EVERY = 10
 
 
 @dataclass(frozen=True)
 class Trained:
-    images_per_s: float  # real pictures that the critic has seen
-    quality: dict[str, float]  # what `train.gan.evaluator.Evaluator` finds
+    """What a training run achieved.
+
+    Attributes:
+        images_per_s: real images that the critic has seen per second.
+        metrics: of the final generator on held-out data.
+    """
+
+    images_per_s: float
+    metrics: dict[str, float]
 
 
 def demo() -> GanConfig:
@@ -66,35 +69,34 @@ def demo() -> GanConfig:
     return config
 
 
-# ---- one process
+# ---- the plain loop
 
 
-def single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
-    """The loop as the tutorials have it, on the data set prepared in `folder`."""
+def single(prepared: Dataset, extractor_uri: str, seed: int, steps: int) -> Trained:
+    """Train as tutorials do, on a prepared data set."""
     config = demo()
     torch.set_num_threads(config.parallel.workers)
     torch.manual_seed(seed)
-    prepared = Dataset.open(str(folder))
-    pictures, heldout = (
+    training, heldout = (
         images.Images(prepared, split, config.data.size) for split in ("train", "heldout")
     )
-    assert pictures.labels is not None
-    loaded = TensorDataset(
-        torch.from_numpy(pictures.centered(slice(None))),
-        torch.from_numpy(np.array(pictures.labels)),
+    assert training.labels is not None
+    class_labels = training.labels
+    dataset = TensorDataset(
+        torch.from_numpy(training.centered(slice(None))), torch.from_numpy(np.array(class_labels))
     )
-    loader = DataLoader(loaded, config.batch.global_size, shuffle=True, drop_last=True)
+    loader = DataLoader(dataset, config.batch.global_size, shuffle=True, drop_last=True)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     sizes = net_config(config, prepared)
     generator, critic = Generator(sizes), Critic(sizes)
     optim = config.optim
     adam = partial(torch.optim.Adam, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
     generator_optimizer, critic_optimizer = adam(generator.parameters()), adam(critic.parameters())
-    average = AveragedModel(generator, avg_fn=partial(moved, config.model.ema_decay))
+    average = AveragedModel(generator, avg_fn=partial(moving_average, config.model.ema_decay))
 
     for step in range(steps):
         if step == WARM_UP:
-            begun = time.perf_counter()
+            begin = time.perf_counter()
         for _ in range(config.gan.critic_steps):
             real, labels = next(batches)
             critic_step(
@@ -102,20 +104,19 @@ def single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
             )
         generator_step(generator, critic, generator_optimizer, config.batch.global_size)
         average.update_parameters(generator)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - begin
 
     @torch.no_grad()
-    def like(indices: np.ndarray) -> Tensor:
-        """Pictures of the averaged generator, of the classes that the real ones with `indices` have."""
-        assert pictures.labels is not None
-        return average(
-            torch.randn(len(indices), sizes.latent_dim), torch.from_numpy(pictures.labels[indices])
-        )
+    def generate(indices: np.ndarray) -> Tensor:
+        """Return images of the averaged generator with the classes of the real ones."""
+        latents = torch.randn(len(indices), sizes.latent_dim)
+        generated: Tensor = average(latents, torch.from_numpy(class_labels[indices]))
+        return generated
 
     images_per_s = (steps - WARM_UP) * config.gan.critic_steps * config.batch.global_size / seconds
-    net = extractor_file.load(judged_by, "cpu")
-    evaluate = Evaluator(pictures, heldout, net, config.quality.samples, "cpu")
-    return Trained(images_per_s, evaluate(like))
+    net = extractor_file.load(extractor_uri, "cpu")
+    evaluate = Evaluator(training, heldout, net, config.quality.samples, "cpu")
+    return Trained(images_per_s, evaluate(generate))
 
 
 def critic_step(
@@ -144,7 +145,7 @@ def generator_step(
     generator: Generator, critic: Critic, optimizer: torch.optim.Optimizer, batch_size: int
 ) -> None:
     labels = torch.randint(generator.config.num_classes, (batch_size,))
-    critic.requires_grad_(False)  # its own gradients are of no use here
+    critic.requires_grad_(False)  # its gradients are not needed here
     loss = wasserstein_generator_loss(
         critic(generator(torch.randn(batch_size, generator.config.latent_dim), labels), labels)
     )
@@ -154,8 +155,8 @@ def generator_step(
     critic.requires_grad_(True)
 
 
-def moved(decay: float, slow: Tensor, fast: Tensor, num_averaged: Tensor) -> Tensor:
-    """train/parallel/average.py's moving average, which forgets faster at first."""
+def moving_average(decay: float, slow: Tensor, fast: Tensor, num_averaged: Tensor) -> Tensor:
+    """Return the next average, as train/parallel/average.py does: the decay is smaller at first."""
     steps = int(num_averaged)
     return slow.lerp(fast, 1 - min(decay, (1 + steps) / (10 + steps)))
 
@@ -163,33 +164,23 @@ def moved(decay: float, slow: Tensor, fast: Tensor, num_averaged: Tensor) -> Ten
 # ---- both, as commands
 
 
-def by_single(folder: Path, judged_by: str, seed: int, steps: int) -> Trained:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gan_vs_single",
-        "--single",
-        str(folder),
-        "--extractor",
-        judged_by,
-        "--seed",
-        str(seed),
-        "--steps",
-        str(steps),
-    ]
-    printed = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-    return Trained(**json.loads(printed.splitlines()[-1]))
+def train_single(folder: Path, extractor_uri: str, seed: int, steps: int) -> Trained:
+    """Run `single` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.gan_vs_single", "--single", str(folder)]
+    command += ["--extractor", extractor_uri, "--seed", str(seed), "--steps", str(steps)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return Trained(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def by_us(storage: Path, seed: int, steps: int) -> Trained:
-    name = f"seed-{seed}"
+def train_raykiln(storage: Path, seed: int, steps: int) -> Trained:
     options = {"steps": steps, "run.seed": seed, "log.every": LOG_EVERY}
     options |= dict.fromkeys(("log.eval_every", "log.sample_every", "checkpoint.every"), steps)
-    run = train("gan", "gan-demo", storage, name, options)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steady = [row["images_per_s"] for row in rows if row["step"] > WARM_UP and "critic_loss" in row]
+    run = train("gan", "gan-demo", storage, f"seed-{seed}", options)
+    steady = [
+        row["images_per_s"]
+        for row in read_metrics(run)
+        if row["step"] > WARM_UP and "critic_loss" in row
+    ]
     summary = json.loads((run / "summary.json").read_text())
     return Trained(statistics.harmonic_mean(steady), summary["metrics"])
 
@@ -198,62 +189,61 @@ def by_us(storage: Path, seed: int, steps: int) -> Trained:
 
 
 def row(pairs: list[tuple[Trained, Trained]], steps: int) -> str:
-    """The row for BENCHMARKS.md, from (ours, theirs) of each round."""
+    """Return the row for BENCHMARKS.md from (raykiln, plain loop) of each round."""
+    raykiln, plain = zip(*pairs, strict=True)
     ratios = [ours.images_per_s / theirs.images_per_s for ours, theirs in pairs]
-    ours, theirs = (
-        f"{statistics.median(side.images_per_s for side in column):,.0f} images/s, {figures([side.quality for side in column])}"
-        for column in zip(*pairs, strict=True)
-    )
-    floor = ", ".join(
-        f"{name} {pairs[0][0].quality[f'heldout_{name}_baseline']:.{digits}f}"
-        for name, digits in SHOWN.items()
+    baseline = ", ".join(
+        f"{name} {raykiln[0].metrics[f'heldout_{name}_baseline']:.{digits}f}"
+        for name, digits in METRICS.items()
     )
     workers = demo().parallel.workers
-    name = f"train gan-demo, {workers} workers, {steps} steps (real pictures: {floor})"
-    return f"| {name} | {ours} | one process, {workers} threads: {theirs} | {spread(ratios, 2)} |"
-
-
-def figures(judged: list[dict[str, float]]) -> str:
-    return ", ".join(
-        f"{name} {spread([one[f'heldout_{name}'] for one in judged], digits)}"
-        for name, digits in SHOWN.items()
+    return (
+        f"| train gan-demo, {workers} workers, {steps} steps (real images: {baseline}) "
+        f"| {describe(raykiln)} | one process, {workers} threads: {describe(plain)} "
+        f"| {median_and_range(ratios, 2)} |"
     )
+
+
+def describe(runs: tuple[Trained, ...]) -> str:
+    """Return the median speed of the runs, and each metric's median and range."""
+    speed = statistics.median(run.images_per_s for run in runs)
+    metrics = [
+        f"{name} {median_and_range([run.metrics[f'heldout_{name}'] for run in runs], digits)}"
+        for name, digits in METRICS.items()
+    ]
+    return f"{speed:,.0f} images/s, {', '.join(metrics)}"
 
 
 def main(argv: list[str]) -> int:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = parser(__doc__)
     options.add_argument("--rounds", type=int, default=4)
     options.add_argument("--steps", type=int, default=350, help="generator steps")
     options.add_argument("--single", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--extractor", help=argparse.SUPPRESS)
     options.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    given = options.parse_args(argv)
-    if given.steps <= WARM_UP or given.steps % LOG_EVERY:
-        raise ValueError(f"--steps is {given.steps}: use a multiple of {LOG_EVERY} above {WARM_UP}")
-    if given.single:
-        print(json.dumps(asdict(single(given.single, given.extractor, given.seed, given.steps))))
+    arguments = options.parse_args(argv)
+    steps = arguments.steps
+    if steps <= WARM_UP or steps % LOG_EVERY:
+        raise ValueError(f"--steps is {steps}: use a multiple of {LOG_EVERY} above {WARM_UP}")
+    if arguments.single:
+        trained = single(
+            Dataset.open(str(arguments.single)), arguments.extractor, arguments.seed, steps
+        )
+        print(json.dumps(asdict(trained)))
         return 0
-    config, pairs = demo(), []
+    config = demo()
+    pairs: list[tuple[Trained, Trained]] = []
     with tempfile.TemporaryDirectory() as storage:
         dataset = images.prepare(config.data, storage, config.model.conditional)
-        entry = extractor.prepare(config, dataset).extractor
-        assert entry is not None
-        folder, judged_by = Path(dataset.uri), entry["uri"]
-        for seed in range(given.rounds):
-            pairs.append(
-                (
-                    by_us(Path(storage), seed, given.steps),
-                    by_single(folder, judged_by, seed, given.steps),
-                )
-            )
-            for who, side in zip(("raykiln", "one process"), pairs[-1], strict=True):
-                print(
-                    f"round {seed}: {who} {side.images_per_s:,.0f} images/s, {figures([side.quality])}",
-                    flush=True,
-                )
-    print(row(pairs, given.steps))
+        evaluated = extractor.prepare(config, dataset).extractor
+        assert evaluated is not None
+        for seed in range(arguments.rounds):
+            raykiln = train_raykiln(Path(storage), seed, steps)
+            plain = train_single(Path(dataset.uri), evaluated["uri"], seed, steps)
+            pairs.append((raykiln, plain))
+            print(f"round {seed}: raykiln {describe((raykiln,))}", flush=True)
+            print(f"round {seed}: one process {describe((plain,))}", flush=True)
+    print(row(pairs, steps))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The applications that `serve_hop.py` compares: the text model alone, with its ingress near or far, its tokens together or each by itself."""
+"""The applications that `serve_hop.py` compares: a text model, its ingress near or far."""
 
 import math
 from typing import Any
@@ -7,19 +7,20 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.gateway import RemoteText
-from serve.ingress import build_app
-from serve.replicas import Text
-from tests.support.fakes import Here
+from serve.app import build_app
+from serve.remote import RemoteTextModel
+from serve.replicas import TextReplica
+from tests.support.fakes import LocalModel
 
 TIMEOUT_S = 300.0
 
 
-class PacedText(Text):
-    """The replica's text model.
+class PacedText(TextReplica):
+    """The text replica, with a limit on the chunks that it streams.
 
     Args:
-        chunks_per_s: as for `Text`; None: each step's tokens at once.
+        slots: of the KV cache.
+        chunks_per_s: the limit, as for `TextReplica`; None: a chunk for every step.
     """
 
     def __init__(self, slots: int, chunks_per_s: float | None) -> None:
@@ -31,43 +32,40 @@ class PacedText(Text):
         )
         self.every_step = chunks_per_s is None
 
-    async def _swap(self, uri: str) -> None:
-        await super()._swap(uri)
+    async def _load_bundle(self, uri: str) -> None:
+        await super()._load_bundle(uri)
         assert self.engine is not None
         if self.every_step:
-            self.engine.interval_s = 0.0
+            self.engine.pace.interval_s = 0.0
 
 
 @serve.ingress()
 class Gateway:
-    """As `serve.gateway.Gateway`: HTTP in a process of its own."""
+    """An ingress in a process of its own, as `serve.gateway.Gateway`."""
 
-    def __init__(self, text: DeploymentHandle) -> None:
-        self.text = RemoteText(text)
+    def __init__(self, text: DeploymentHandle[TextReplica]) -> None:
+        self.text = RemoteTextModel(text)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self.text, None, gives_request_id_back=False)
+        return build_app(self.text, None, returns_request_id=False)
 
 
 @serve.ingress()
 class TextWithIngress(PacedText):
-    """HTTP and engine in one process."""
+    """An ingress in the engine's process."""
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(Here(self), None, gives_request_id_back=False)
+        return build_app(LocalModel(self), None, returns_request_id=False)
 
 
-def build(uri: str, near: bool, slots: int, chunks_per_s: float | None) -> serve.Application:
-    options: dict[str, Any] = {
-        "user_config": {"uri": uri},
-        "ray_actor_options": {"num_cpus": 0},
-        "max_ongoing_requests": 1000,
-    }
-    if near:
-        return serve.deployment(**options)(TextWithIngress).bind(slots, chunks_per_s)
-    text = serve.deployment(
-        **options, request_router_config={"initial_backoff_s": 0.005, "max_backoff_s": 0.02}
-    )(PacedText)
-    return serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)(
-        Gateway
-    ).bind(text.bind(slots, chunks_per_s))
+def build(
+    uri: str, ingress_in_engine: bool, slots: int, chunks_per_s: float | None
+) -> serve.Application:
+    """Return an application that serves the bundle at `uri`."""
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 1000}
+    text_options = options | {"user_config": {"uri": uri}}
+    if ingress_in_engine:
+        return serve.deployment(**text_options)(TextWithIngress).bind(slots, chunks_per_s)
+    backoff = {"initial_backoff_s": 0.005, "max_backoff_s": 0.02}
+    text = serve.deployment(**text_options, request_router_config=backoff)(PacedText)
+    return serve.deployment(**options)(Gateway).bind(text.bind(slots, chunks_per_s))

@@ -1,16 +1,22 @@
-"""What the served endpoint gives beside what one would write in an afternoon: FastAPI around transformers' `generate`, two ways.
+"""Text generation with raykiln, compared with FastAPI around transformers' `generate`.
 
-    python -m benchmarks.serve_text [--fast] [--storage kiln/demo] [--rounds 4] [--requests 96] [--clients 1 4 16]
+    python -m benchmarks.serve_text [--fast] [--storage kiln/demo] [--rounds 4] [--requests 96]
+                                    [--clients 1 4 16]
 
-All serve the same weights over HTTP on this machine and are asked in turn, in one run: by so many clients at once, each
-sending its next request when it has its answer; greedily, prompts of 16 to 48 tokens of held-out Shakespeare, texts of 16 to 112 tokens.
-"raykiln" streams from one replica of one thread with all defaults (`python -m serve up`), or with --fast as `serve up --fast` does.
-The others are one uvicorn process each, on one thread too: "generate" answers one request at a time, "static batches" pads all that
-wait to one batch, and takes the next when the whole of it is done. They can't stream, so their first token comes with their last.
+All servers serve the same weights over HTTP on this machine and get the same load one after the
+other, in one run: so many clients at once, each sending its next request when it has a response;
+greedy decoding, prompts of 16 to 48 tokens of held-out Shakespeare, 16 to 112 tokens to generate.
+"raykiln" streams from one replica with one thread and all defaults (`python -m serve up`), or with
+--fast as `serve up --fast` does. The others are one uvicorn process with one thread each:
+"generate" handles one request at a time, "static batches" pads all waiting requests to one batch
+and takes the next when the whole batch is done. They cannot stream, so their time to first token
+is that of the whole response.
 
-A row of the table is a server under so many clients: generated tokens a second (the median of the rounds); median and 99th percentile
-of the time to the first token, between the pieces of a stream (each is what was made since the one before) and of the
-whole answer; and its tokens a second over those of "generate" in the same round. Without a storage the model is the demo's, untrained.
+A row of the table is a server under a number of clients: generated tokens per second (the median
+of the rounds); median and 99th percentile of the time to first token, between the chunks of a
+stream (a chunk has all tokens since the one before) and of the whole response; and the ratio of
+its tokens per second to those of "generate" in the same round. Without --storage the model is the
+demo's, untrained.
 """
 
 import argparse
@@ -30,48 +36,56 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from benchmarks import completions
-from benchmarks.completions import Answer, Asked, Server
+from benchmarks.completions import Request, Response, Server
+from benchmarks.runs import parser
 from cluster import cli
 
-# ---- the other servers; each serves until it is ended
+# ---- the other servers; each serves until its process is ended
 
 
-class Request(BaseModel):
+class GenerateRequest(BaseModel):
     prompt: str
     max_new_tokens: int
 
 
+class GenerateResponse(BaseModel):
+    text: str
+    tokens: int
+
+
 def generate(folder: str, port: int) -> None:
-    """The article's way: the model behind a lock, and an endpoint around it."""
+    """Serve as the article does: the model behind a lock, and an endpoint around it."""
     tokenizer, model = from_transformers(folder)
     app, lock = FastAPI(), threading.Lock()
 
     @app.post("/generate")
-    def answer(request: Request) -> dict[str, str | int]:
+    def endpoint(request: GenerateRequest) -> GenerateResponse:
         with lock:
-            return continued(tokenizer, model, [request])[0]
+            return complete(tokenizer, model, [request])[0]
 
     uvicorn.run(app, port=port, log_level="warning")
 
 
 def static_batches(folder: str, port: int) -> None:
-    """Static batching: whatever waits when the model is free goes through `generate` together."""
+    """Serve with static batching: all waiting requests go through `generate` together."""
     tokenizer, model = from_transformers(folder)
     app: FastAPI = FastAPI()
-    waiting: queue.SimpleQueue[tuple[Request, Future[dict[str, str | int]]]] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[tuple[GenerateRequest, Future[GenerateResponse]]] = (
+        queue.SimpleQueue()
+    )
 
     def work() -> None:
         while True:
             batch = [waiting.get()]
             while not waiting.empty():
                 batch.append(waiting.get())
-            answers = continued(tokenizer, model, [request for request, _ in batch])
-            for (_, future), found in zip(batch, answers, strict=True):
-                future.set_result(found)
+            responses = complete(tokenizer, model, [request for request, _ in batch])
+            for (_, future), response in zip(batch, responses, strict=True):
+                future.set_result(response)
 
     @app.post("/generate")
-    async def answer(request: Request) -> dict[str, str | int]:
-        future: Future[dict[str, str | int]] = Future()
+    async def endpoint(request: GenerateRequest) -> GenerateResponse:
+        future: Future[GenerateResponse] = Future()
         waiting.put((request, future))
         return await asyncio.wrap_future(future)
 
@@ -79,113 +93,94 @@ def static_batches(folder: str, port: int) -> None:
     uvicorn.run(app, port=port, log_level="warning")
 
 
+# The stubs of transformers do not say what the Auto classes return.
 def from_transformers(folder: str) -> tuple[Any, Any]:
+    """Return the tokenizer and model of a bundle's transformers/ folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.set_num_threads(1)  # a fifth faster than two on a model this small
+    torch.set_num_threads(1)  # a fifth faster than two for a model this small
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def continued(tokenizer: Any, model: Any, requests: list[Request]) -> list[dict[str, str | int]]:
+def complete(tokenizer: Any, model: Any, requests: list[GenerateRequest]) -> list[GenerateResponse]:
+    """Generate for all requests in one padded batch."""
     import torch
 
     inputs = tokenizer(
         [request.prompt for request in requests], return_tensors="pt", padding=len(requests) > 1
     )
+    end_of_text = model.config.eos_token_id
     with torch.inference_mode():
         output = model.generate(
-            inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max(request.max_new_tokens for request in requests),
-            do_sample=False, use_cache=True, pad_token_id=model.config.eos_token_id,
-        )  # fmt: skip
-    answers: list[dict[str, str | int]] = []
-    for request, row in zip(requests, output[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
-        end = (
-            row.index(model.config.eos_token_id) + 1
-            if model.config.eos_token_id in row
-            else len(row)
-        )  # padding follows
-        new = row[: min(end, request.max_new_tokens)]
-        answers.append(
-            {
-                "text": tokenizer.decode(
-                    new, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                ),
-                "tokens": len(new),
-            }
+            inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=max(request.max_new_tokens for request in requests),
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=end_of_text,
         )
-    return answers
+    responses = []
+    for request, row in zip(requests, output[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
+        # Padding follows the first end of text.
+        length = row.index(end_of_text) + 1 if end_of_text in row else len(row)
+        new = row[: min(length, request.max_new_tokens)]
+        text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        responses.append(GenerateResponse(text=text, tokens=len(new)))
+    return responses
 
 
 OTHERS: dict[str, Callable[[str, int], None]] = {
     "generate": generate,
     "static batches": static_batches,
 }
-BASE = "generate"
+BASELINE = "generate"
 
 
-async def ask_other(http: httpx.AsyncClient, asked: Asked) -> Answer:
-    begun = time.perf_counter()
-    response = await http.post(
-        "/generate", json={"prompt": asked.prompt, "max_new_tokens": asked.max_tokens}
+async def request_generate(client: httpx.AsyncClient, request: Request) -> Response:
+    """Request a completion from one of the other servers."""
+    begin = time.perf_counter()
+    response = await client.post(
+        "/generate", json={"prompt": request.prompt, "max_new_tokens": request.max_tokens}
     )
-    whole_s = time.perf_counter() - begun
-    answer = response.raise_for_status().json()
-    return Answer(answer["text"], answer["tokens"], whole_s, whole_s, [])
+    seconds = time.perf_counter() - begin
+    body = response.raise_for_status().json()
+    return Response(body["text"], body["tokens"], seconds, seconds, [])
 
 
 def main(argv: list[str]) -> int:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = parser(__doc__)
     completions.add_options(options)
     options.add_argument(
-        "--fast", action="store_true", help="ours in Serve's HAProxy and throughput-optimised modes"
+        "--fast", action="store_true", help="serve raykiln as `serve up --fast` does"
     )
     options.add_argument("--other", choices=OTHERS, help=argparse.SUPPRESS)
     options.add_argument("--folder", help=argparse.SUPPRESS)
     options.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    given = options.parse_args(argv)
-    if given.other:
-        OTHERS[given.other](given.folder, given.port)
+    arguments = options.parse_args(argv)
+    if arguments.other:
+        OTHERS[arguments.other](arguments.folder, arguments.port)
         return 0
     with contextlib.ExitStack() as stack:
-        storage, reference, folder = completions.find_model(given, stack)
-        # One replica: a second one, which autoscaling would add after a while, would make the rounds unlike each other.
-        ours = [
-            "-m",
-            "serve",
-            "up",
-            "--storage",
-            storage,
-            "--text",
-            reference,
-            "--max-replicas",
-            "1",
-            *(["--fast"] if given.fast else []),
-        ]
-        url = stack.enter_context(completions.serving(ours, "/health"))
-        servers = [Server("raykiln --fast" if given.fast else "raykiln", url, completions.ask_us)]
+        storage, reference, folder = completions.find_model(arguments, stack)
+        # One replica: autoscaling would add a second one during the rounds.
+        command = ["-m", "serve", "up", "--storage", storage, "--text", reference]
+        command += ["--max-replicas", "1"]
+        name = "raykiln"
+        if arguments.fast:
+            command.append("--fast")
+            name += " --fast"
+        url = stack.enter_context(completions.serving(command, "/health"))
+        servers = [Server(name, url, completions.stream_completion)]
         for other in OTHERS:
-            words = [
-                "-m",
-                "benchmarks.serve_text",
-                "--other",
-                other,
-                "--folder",
-                f"{folder}/transformers",
-            ]
-            servers.append(
-                Server(
-                    other,
-                    stack.enter_context(completions.serving(words, "/openapi.json")),
-                    ask_other,
-                )
-            )
-        rounds = completions.rounds_of_requests(folder, given)
-        print(completions.compare(servers, rounds, given.clients, BASE))
+            command = ["-m", "benchmarks.serve_text", "--other", other]
+            command += ["--folder", f"{folder}/transformers"]
+            url = stack.enter_context(completions.serving(command, "/openapi.json"))
+            servers.append(Server(other, url, request_generate))
+        rounds = completions.rounds_of_requests(folder, arguments)
+        print(completions.compare(servers, rounds, arguments.clients, BASELINE))
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Where it runs: one machine or many, started, checked and submitted to with the same commands."""
+"""Ray clusters, storage and the command line: what all other packages build on."""

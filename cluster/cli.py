@@ -1,7 +1,12 @@
-"""What all five commands share: their parser, the options they have in common, and how they end.
+"""The command line of all five packages: parser, common options, JSON output and exit codes.
 
-A command is a `Program` with subcommands; each is a function of its parsed arguments that returns
-an exit code. Bad input is a `ValueError` whose message becomes one line on stderr, exit code 2.
+A command is a `Program` with subcommands. A subcommand is a function that takes the parsed
+arguments and returns an exit code. Bad input raises `ValueError`, whose message `run` prints as
+one line on stderr; the exit code is then 2.
+
+    program = Program("models", "List, inspect and verify the registry's models.")
+    program.command("list", list_models, "list every version of every model", prints_json=True)
+    sys.exit(cli.run(program.main))
 """
 
 import argparse
@@ -11,10 +16,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 DEFAULT_STORAGE = "kiln"
-# For the --help of commands that take a model.
+# The epilog of commands that take a model.
 REFERENCE = (
     "REF is NAME (its alias production, else its newest version), NAME/VERSION or NAME@ALIAS."
 )
@@ -42,7 +47,7 @@ class Program:
         self.parser = Parser(
             prog=f"python -m {name}", description=description, epilog=epilog, allow_abbrev=False
         )
-        self._commands = self.parser.add_subparsers(
+        self._subparsers = self.parser.add_subparsers(
             title="commands", metavar="COMMAND", required=True, parser_class=Parser
         )
         self._parsers: dict[str, Parser] = {}
@@ -53,88 +58,88 @@ class Program:
         function: Command,
         text: str,
         *,
-        storage: str | None = "where data, runs and models lie",
+        storage: str | None = "where data, runs and models are stored",
         prints_json: bool = False,
         takes_keys: bool = False,
         epilog: str | None = None,
     ) -> Parser:
-        """Add a subcommand and return its parser, for options of its own.
+        """Add a subcommand and return its parser, to which its own options are added.
 
         Args:
-            name: as it is typed.
-            function: runs it; returns the exit code.
-            text: what it does, one line.
-            storage: what --storage means here; None: the command has no such option.
-            prints_json: the command prints a result, which --json prints as JSON (`print_json`).
-            takes_keys: arguments that the parser does not know are left to the command, in
-                `arguments.rest`.
+            name: the word on the command line.
+            function: runs the command and returns its exit code.
+            text: what the command does, in one line.
+            storage: what --storage means for this command. None: it has no such option.
+            prints_json: add --json, with which the command calls `print_json` on its result.
+            takes_keys: accept any further --KEY VALUE; `arguments.keys` holds them, unparsed.
             epilog: a note below the options.
         """
-        parser: Parser = self._commands.add_parser(
+        parser: Parser = self._subparsers.add_parser(
             name, help=text, description=text, epilog=epilog, allow_abbrev=False
         )
-        parser.set_defaults(function=function, takes_keys=takes_keys)
+        parser.set_defaults(function=function, parser=parser, takes_keys=takes_keys, keys=[])
         common = parser.add_argument_group("common options")
         if storage is not None:
             common.add_argument(
                 "--storage",
                 metavar="URI",
-                help=f"{storage}: a folder or URI (default: KILN_STORAGE, else ./{DEFAULT_STORAGE})",
+                help=f"{storage}: a folder or URI "
+                f"(default: $KILN_STORAGE, else ./{DEFAULT_STORAGE})",
             )
         if prints_json:
             common.add_argument(
                 "--json", action="store_true", help="print the result as JSON on stdout"
             )
-        # `run` acts on it; it is here for --help.
+        # `run` acts on --debug; it is added here so that --help lists it.
         common.add_argument("--debug", action="store_true", help="show the traceback of an error")
         self._parsers[name] = parser
         return parser
 
     def main(self, argv: list[str]) -> int:
-        """Parse `argv` and run its command; print the help where there is none.
+        """Parse `argv`, run its command and return the exit code. Without arguments, print help.
 
         Raises:
-            ValueError: an option or command is unknown; names the nearest.
+            ValueError: an unknown command or option (the message names the nearest known one), or
+                an invalid value.
         """
         if not argv:
             self.parser.print_help()
             return 2
         if not argv[0].startswith("-") and argv[0] not in self._parsers:
-            hint = nearest(argv[0], list(self._parsers))
+            hint = nearest(argv[0], list(self._parsers)) or f": use {', '.join(self._parsers)}"
             raise ValueError(f"unknown command {argv[0]}{hint}; see `{self.parser.prog} --help`")
         arguments, unknown = self.parser.parse_known_args(argv)
-        arguments.rest = unknown
-        if unknown and not arguments.takes_keys:
-            known = self._parsers[argv[0]]._option_string_actions
+        if arguments.takes_keys:
+            arguments.keys = unknown
+        elif unknown:
             name = unknown[0].split("=", 1)[0]
-            hint = nearest(name, list(known)) if name.startswith("--") else ""
-            raise ValueError(
-                f"unknown argument {name}{hint}; see `{self._parsers[argv[0]].prog} --help`"
-            )
+            known = list(arguments.parser._option_string_actions)
+            hint = nearest(name, known) if name.startswith("--") else ""
+            raise ValueError(f"unknown argument {name}{hint}; see `{arguments.parser.prog} --help`")
         function: Command = arguments.function
         return function(arguments)
 
 
 def storage_of(arguments: argparse.Namespace) -> str:
-    """Return --storage, or the default where it was not given."""
+    """Return the value of --storage, or `storage_default()` where it was not given."""
     return str(arguments.storage or storage_default())
 
 
 def storage_default() -> str:
-    """Return where runs, data and models go without --storage: KILN_STORAGE, or ./kiln."""
+    """Return where data, runs and models are stored without --storage: KILN_STORAGE or ./kiln."""
     return os.environ.get("KILN_STORAGE") or DEFAULT_STORAGE
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print a command's result as JSON on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def port(text: str) -> int:
-    """Return a TCP port; argparse's `type`.
+    """Parse a TCP port; for argparse's `type`.
 
     Raises:
-        argparse.ArgumentTypeError: it is not a number from 1 to 65535.
+        argparse.ArgumentTypeError: `text` is not a number from 1 to 65535.
     """
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: use a number from 1 to 65535")
@@ -142,9 +147,9 @@ def port(text: str) -> int:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Return `, did you mean ...?` for a misspelt word, or "" where nothing is near.
+    """Return `, did you mean X?` for a misspelt word, or "" where no known word is similar.
 
-    Dotted keys are near to each other by their last part too: `lr` is near `optim.lr`.
+    Dotted keys are compared by their last part too: `lr` is similar to `optim.lr`.
     """
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6) or [
@@ -157,11 +162,11 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """Run a command; a ValueError (bad input, by our convention) or an OSError becomes one line
-    on stderr and exit code 2.
+    """Call `main` and return its exit code.
 
-    `--debug` anywhere on the command line shows the traceback instead. After `--` it belongs to
-    the command named there.
+    A ValueError (by convention: bad input) or an OSError becomes one line on stderr and exit code
+    2, Ctrl-C exit code 130. `--debug` anywhere on the command line prints the traceback instead
+    of the line; after `--` it belongs to the command that follows there.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in (argv[: argv.index("--")] if "--" in argv else argv)
@@ -169,7 +174,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         argv.remove("--debug")
     try:
         return main(argv) or 0
-    except (ValueError, OSError) as error:  # an OSError says what could not be opened, and why
+    except (ValueError, OSError) as error:  # an OSError names the file and the reason
         if debug:
             traceback.print_exc()
         else:

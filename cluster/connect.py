@@ -1,7 +1,7 @@
-"""The one door to Ray for `train`, `tune` and `serve`: the cluster that RAY_ADDRESS names, or a private one.
+"""Connecting to Ray: the only place where `train`, `tune` and `serve` call `ray.init`.
 
-A command never attaches to a cluster that happens to run on the machine: it takes the one it was given
-(`python -m cluster up` prints the variables, a submitted job has them), or starts its own, which ends with it.
+A command joins the cluster that RAY_ADDRESS names, or starts a private one that ends with it. It
+never attaches to a cluster that merely happens to run on the machine.
 """
 
 import logging
@@ -11,44 +11,51 @@ import socket
 from typing import Any
 
 import ray
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without annotations
+from ray._raylet import (  # type: ignore[attr-defined]  # compiled, without annotations
+    AuthenticationTokenLoader,
+    Config,
+)
+
+HINT = "start one with `python -m cluster up` and source its env file, or unset RAY_ADDRESS"
 
 
 def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
-    """Connects this process to Ray; True when a private cluster was started for it.
+    """Connect this process to Ray and return whether a private cluster was started for it.
 
-    KILN_RAY_LOGS=1 shows the output of Ray's processes on this terminal.
+    KILN_RAY_LOGS=1 prints the output of Ray's processes to this terminal.
 
     Args:
-        num_cpus: logical CPUs of a private cluster; by default the machine's.
+        num_cpus: logical CPUs of a private cluster; default: the machine's.
         private_options: further options of `ray.init` for a private cluster.
 
     Raises:
-        ValueError: RAY_ADDRESS names a cluster that does not answer.
+        ValueError: the cluster at RAY_ADDRESS does not answer, or refuses this process.
     """
     if ray.is_initialized():
         return False
-    # Train workers run where the driver runs: a run's relative paths must mean the same there.
+    # Train workers run in the driver's directory, so that a run's relative paths stay valid.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray's own chatter hides what a command says; what our workers have to say reaches the driver in other ways.
+    # Off by default: Ray's logs would hide the command's own output. Workers report to the driver.
     log_to_driver = os.environ.get("KILN_RAY_LOGS") == "1"
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _refuse_unreachable(address)
-        _read_token_again()
+        _check_reachable(address)
+        _reload_token()
         try:
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+            reason = str(error).splitlines()[0]
             raise ValueError(
-                f"the Ray cluster at RAY_ADDRESS={address!r} refuses this process ({str(error).splitlines()[0]}): {_WAY_OUT}"
+                f"the Ray cluster at RAY_ADDRESS={address!r} refuses this process ({reason}): "
+                f"{HINT}"
             ) from error
         return False
-    # A token of its own: what Ray decides by itself depends on what an earlier command left in ~/.ray, and this shell may
-    # still name the token of a cluster that is gone.
+    # Set explicitly: Ray's default depends on what an earlier command left in ~/.ray, and this
+    # shell may still name the token of a cluster that has ended.
     os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    _read_token_again()
+    _reload_token()
     private_options.setdefault("include_dashboard", False)
     ray.init(
         address="local",
@@ -60,27 +67,30 @@ def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
     return True
 
 
-_WAY_OUT = "start one with `python -m cluster up` and source its env file, or unset RAY_ADDRESS"
+def _reload_token() -> None:
+    """Make Ray read its token variables again.
 
-
-def _read_token_again() -> None:
-    """Importing ray read the environment, perhaps before its token was set there; a connection before this one did."""
+    Ray reads them when it is imported and when it connects; either may have happened before the
+    current values were set.
+    """
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _refuse_unreachable(address: str) -> None:
-    """Ray itself would try for minutes."""
+def _check_reachable(address: str) -> None:
+    """Fail within seconds where `ray.init` would retry for minutes."""
     host, _, port = address.rpartition(":")
     if "://" in address:
         raise ValueError(
-            f"RAY_ADDRESS is {address!r}: a driver needs host:port (the URL of the jobs API goes into RAY_API_SERVER_ADDRESS)"
+            f"RAY_ADDRESS is {address!r}: a driver needs host:port (the URL of the jobs API goes "
+            "into RAY_API_SERVER_ADDRESS)"
         )
     if not port.isdecimal():
-        return  # "auto": Ray looks for itself
+        return  # "auto": Ray finds the address itself
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
+        reason = error.strerror or error
         raise ValueError(
-            f"no Ray cluster answers at RAY_ADDRESS={address!r} ({error.strerror or error}): {_WAY_OUT}"
+            f"no Ray cluster answers at RAY_ADDRESS={address!r} ({reason}): {HINT}"
         ) from None

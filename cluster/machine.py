@@ -1,4 +1,4 @@
-"""This machine's ports and processes: which port is free, which processes are ours, how they end."""
+"""The ports and processes of this machine."""
 
 import contextlib
 import socket
@@ -6,26 +6,39 @@ import socket
 import psutil
 
 
-def free_port(wanted: int | None, preferred: int, option: str = "") -> int:
-    """`wanted`, or where nothing was wanted `preferred`, or where that is taken one that the system picks.
-
-    Raises:
-        ValueError: `wanted` (given as `option`) is taken.
-    """
-    if wanted is not None and not _is_free(wanted):
-        raise ValueError(
-            f"{option} {wanted} is taken by another process: name another, or leave {option} out and a free one is chosen"
-        )
-    if wanted is not None or _is_free(preferred):
-        return wanted if wanted is not None else preferred
+def free_port(preferred: int | None = None) -> int:
+    """Return `preferred` if it is free, else a free TCP port that the system picks."""
+    if preferred is not None and _is_free(preferred):
+        return preferred
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
+def choose_port(option: str, wanted: int | None, preferred: int) -> int:
+    """Return the port that a user asked for, or else `free_port(preferred)`.
+
+    Args:
+        option: the command-line option of the port, for the error message.
+        wanted: the option's value; None: it was not given.
+        preferred: the port to use without the option, if it is free.
+
+    Raises:
+        ValueError: `wanted` is taken.
+    """
+    if wanted is None:
+        return free_port(preferred)
+    if not _is_free(wanted):
+        raise ValueError(
+            f"{option} {wanted} is taken by another process: choose another port, or omit {option} "
+            "to use a free one"
+        )
+    return wanted
+
+
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        # A listener still refuses us; what a closed one left behind (TIME_WAIT) does not.
+        # A listening socket still makes bind fail; a closed one in TIME_WAIT does not.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -34,34 +47,41 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def marked(name: str, value: str) -> list[psutil.Process]:
-    """The running processes that were started with `name`=`value` in their environment."""
+def processes_with(variable: str, value: str) -> list[psutil.Process]:
+    """Return the running processes that were started with `variable`=`value` in their environment.
+
+    Processes whose environment this user may not read are left out.
+    """
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # another user's, or gone meanwhile
-            if process.environ().get(name) == value and running(process):
+        with contextlib.suppress(psutil.Error):  # another user's process, or it has ended
+            if process.environ().get(variable) == value and is_running(process):
                 found.append(process)
     return found
 
 
-def running(process: psutil.Process) -> bool:
-    """Whether it is more than an entry that its parent has not collected yet."""
+def is_running(process: psutil.Process) -> bool:
+    """Return whether a process exists and is not a zombie."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
-def end(name: str, value: str, grace_s: float) -> int:
-    """SIGTERM to all `marked` processes, SIGKILL to those still there after the grace; how many there were."""
-    ended: set[psutil.Process] = set()
-    for round_number in range(10):  # the dying may still start others
-        processes = marked(name, value)
+def end_processes(variable: str, value: str, grace_s: float) -> int:
+    """End the processes that `processes_with` finds: SIGTERM, after `grace_s` SIGKILL.
+
+    Returns:
+        The number of processes that were signaled.
+    """
+    signaled: set[psutil.Process] = set()
+    for attempt in range(10):  # a process that is ending may still start another
+        processes = processes_with(variable, value)
         if not processes:
             break
-        ended.update(processes)
+        signaled.update(processes)
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill() if round_number else process.terminate()
+                process.kill() if attempt else process.terminate()
         psutil.wait_procs(processes, timeout=grace_s)
-    return len(ended)
+    return len(signaled)

@@ -1,1 +1,1 @@
-"""What is trained and what is served: models, losses, bundles and their registry."""
+"""Models: networks and losses, exported bundles, their registry, and running them on ONNX."""

@@ -1,7 +1,4 @@
-"""What is in the registry, and what its aliases point to.
-
-python -m models list | show REF | verify REF | alias NAME ALIAS VERSION   [--storage URI]
-"""
+"""The commands of `python -m models`: the registry's models and their aliases."""
 
 import argparse
 import sys
@@ -13,64 +10,125 @@ from cluster import cli, storage
 from models import bundle, registry
 
 
-def main(argv: list[str]) -> None:
-    arguments = _parser().parse_args(argv)
-    root = storage.join(arguments.storage, "models")
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    if arguments.action == "list":
-        list_models(root, console)
-    elif arguments.action == "show":
-        show(root, arguments.reference, console)
-    elif arguments.action == "verify":
-        verify(root, arguments.reference, console)
-    else:
-        registry.alias(root, arguments.name, arguments.alias, arguments.version)
-        console.print(
-            f"{arguments.name}@{arguments.alias} is now {arguments.name}/{arguments.version}"
-        )
+def main(argv: list[str]) -> int:
+    return program().main(argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--storage",
-        default=cli.storage_default(),
-        metavar="URI",
-        help="where models/ lies (KILN_STORAGE; default ./kiln)",
+def program() -> cli.Program:
+    models = cli.Program(
+        "models", "List, inspect and verify the models of the registry.", epilog=cli.REFERENCE
     )
-    parser = argparse.ArgumentParser(
-        prog="python -m models", description="The registry of models.", epilog=cli.REFERENCE
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("list", parents=[common], help="every version of every model")
-    for action, text in (
-        ("show", "what a version is, and where it comes from"),
-        ("verify", "check every file of a version against its hash"),
+    models.command("list", list_models, "list every version of every model", prints_json=True)
+    for name, function, text in (
+        ("show", show, "show what a version is and where it comes from"),
+        ("verify", verify, "check every file of a version against its hash"),
     ):
-        actions.add_parser(action, parents=[common], help=text, epilog=cli.REFERENCE).add_argument(
+        models.command(name, function, text, prints_json=True, epilog=cli.REFERENCE).add_argument(
             "reference", metavar="REF"
         )
-    alias = actions.add_parser("alias", parents=[common], help="point an alias to a version")
-    alias.add_argument("name", metavar="NAME")
-    alias.add_argument("alias", metavar="ALIAS")
-    alias.add_argument("version", metavar="VERSION", type=int)
-    return parser
+    command = models.command("alias", set_alias, "point an alias to a version")
+    command.add_argument("name", metavar="NAME")
+    command.add_argument("alias", metavar="ALIAS")
+    command.add_argument("version", metavar="VERSION", type=int)
+    return models
 
 
-def list_models(root: str, console: Console) -> None:
+def list_models(arguments: argparse.Namespace) -> int:
+    root = _root(arguments)
     models = registry.listing(root)
+    if arguments.json:
+        cli.print_json([_as_json(model) for model in models])
+        return 0
+    console = _console()
     if any(model.versions for model in models):
         console.print(_table(models))
     else:
         console.print(f"no models in {root} yet: export a run with `python -m train export RUN`")
     for model in models:
-        for version in model.unfinished:
-            console.print(f"{model.name}/{version} is damaged or not finished, and is not served")
+        for version in model.incomplete:
+            console.print(f"{model.name}/{version} is damaged or incomplete, and is not served")
         for alias, target in model.aliases.items():
             if target is None:
-                console.print(
-                    f"{model.name}@{alias} is damaged: set it again with `python -m models alias {model.name} {alias} VERSION`"
-                )
+                command = f"python -m models alias {model.name} {alias} VERSION"
+                console.print(f"{model.name}@{alias} is damaged: set it again with `{command}`")
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    root = _root(arguments)
+    name, version, uri = registry.resolve(root, arguments.reference)
+    manifest = bundle.read(uri)
+    targets = registry.aliases(root, name)
+    aliases = [alias for alias, target in targets.items() if target == version]
+    if arguments.json:
+        cli.print_json(
+            {"name": name, "version": version, "aliases": aliases, "uri": uri, "manifest": manifest}
+        )
+        return 0
+    run, dataset, parity = manifest["run"], manifest["dataset"], manifest["parity"]
+    shape = {key: value for key, value in manifest["model"].items() if key != "class_names"}
+    rows = {
+        "model": f"{name}/{version} ({manifest['kind']})",
+        "aliases": ", ".join(aliases) or "none",
+        "uri": uri,
+        "created": manifest["created"],
+        "run": f"{run['name']}, step {run['step']}, in {run['storage']}",
+        "commit": manifest["commit"] or "unknown",
+        "data": f"{dataset['name']}, fingerprint {dataset['fingerprint']}",
+        "metrics": ", ".join(_metrics(manifest)) or "none",
+        "parity": f"at most {parity['max_abs_diff']:.2g} from torch "
+        f"(allowed: {parity['tolerance']:.2g}) in {len(parity['cases'])} cases",
+        "weights": bundle.describe_weights(manifest),
+        "shape": ", ".join(f"{key} {value}" for key, value in shape.items()),
+        "classes": ", ".join(manifest["model"].get("class_names", [])) or "none",
+        "made with": ", ".join(f"{library} {v}" for library, v in manifest["libraries"].items()),
+        "files": "\n".join(
+            f"{path}  {entry['bytes']:,} bytes" for path, entry in manifest["files"].items()
+        ),
+    }
+    table = Table.grid("", "", padding=(0, 2))
+    for field, value in rows.items():
+        table.add_row(field, value)
+    _console().print(table)
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    name, version, uri = registry.resolve(_root(arguments), arguments.reference)
+    manifest = bundle.verify(uri)
+    files, size = len(manifest["files"]), bundle.size(manifest)
+    if arguments.json:
+        cli.print_json({"name": name, "version": version, "files": files, "bytes": size})
+    else:
+        _console().print(f"{name}/{version}: {files} files, {size:,} bytes, all as published")
+    return 0
+
+
+def set_alias(arguments: argparse.Namespace) -> int:
+    name, alias, version = arguments.name, arguments.alias, arguments.version
+    registry.alias(_root(arguments), name, alias, version)
+    _console().print(f"{name}@{alias} is now {name}/{version}")
+    return 0
+
+
+def _root(arguments: argparse.Namespace) -> str:
+    return storage.join(cli.storage_of(arguments), "models")
+
+
+def _console() -> Console:
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def _as_json(model: registry.Listed) -> dict[str, object]:
+    return {
+        "name": model.name,
+        "versions": [
+            {"version": version, "aliases": model.aliases_of(version), "manifest": manifest}
+            for version, manifest in model.versions.items()
+        ],
+        "incomplete": model.incomplete,
+        "aliases": model.aliases,
+    }
 
 
 def _table(models: list[registry.Listed]) -> Table:
@@ -79,74 +137,27 @@ def _table(models: list[registry.Listed]) -> Table:
     )
     for model in models:
         for version, manifest in model.versions.items():
+            kind, run, quantization = manifest["kind"], manifest["run"], manifest["quantization"]
+            heldout = _metrics(manifest, bundle.HEADLINE_METRICS)
             table.add_row(
                 f"{model.name}/{version}",
-                f"{manifest['kind']}, {manifest['quantization']['weights']}"
-                if manifest["quantization"]
-                else manifest["kind"],
+                f"{kind}, {quantization['weights']}" if quantization else kind,
                 ", ".join(model.aliases_of(version)),
-                f"{manifest['run']['name']}, step {manifest['run']['step']}",
-                _metrics(manifest, "\n", bundle.HEADLINES),
+                f"{run['name']}, step {run['step']}",
+                "\n".join(metric.removeprefix("heldout_") for metric in heldout),
                 f"{bundle.size(manifest) / 1e6:.1f}",
                 manifest["created"][:16].replace("T", " "),
             )
     return table
 
 
-def show(root: str, reference: str, console: Console) -> None:
-    name, version, uri = registry.resolve(root, reference)
-    manifest = bundle.read(uri)
-    run, dataset, parity = manifest["run"], manifest["dataset"], manifest["parity"]
-    table = Table.grid("", "", padding=(0, 2))
-    for field, value in {
-        "model": f"{name}/{version} ({manifest['kind']})",
-        "aliases": ", ".join(
-            alias for alias, target in registry.aliases(root, name).items() if target == version
-        )
-        or "none",
-        "where": uri,
-        "created": manifest["created"],
-        "run": f"{run['name']}, step {run['step']}, in {run['storage']}",
-        "commit": manifest["commit"] or "unknown",
-        "data": f"{dataset['name']}, fingerprint {dataset['fingerprint']}",
-        "metrics": _metrics(manifest, ", ") or "none",
-        "parity": f"{parity['max_abs_diff']:.2g} at most from torch (allowed {parity['tolerance']:.2g}) in {len(parity['cases'])} cases",
-        "weights": bundle.describe_weights(manifest),
-        "shape": ", ".join(
-            f"{key} {value}" for key, value in manifest["model"].items() if key != "class_names"
-        ),
-        "classes": ", ".join(manifest["model"].get("class_names", [])) or "none",
-        "made with": ", ".join(
-            f"{library} {number}" for library, number in manifest["libraries"].items()
-        ),
-        "files": "\n".join(
-            f"{path}  {entry['bytes']:,} bytes" for path, entry in manifest["files"].items()
-        ),
-    }.items():
-        table.add_row(field, value)
-    console.print(table)
-
-
-def verify(root: str, reference: str, console: Console) -> None:
-    name, version, uri = registry.resolve(root, reference)
-    manifest = bundle.verify(uri)
-    console.print(
-        f"{name}/{version}: {len(manifest['files'])} files, {bundle.size(manifest):,} bytes, all as published"
-    )
-
-
-def _metrics(
-    manifest: bundle.Manifest, separator: str, wanted: tuple[str, ...] | None = None
-) -> str:
-    metrics = {
-        name: value
+def _metrics(manifest: bundle.Manifest, wanted: tuple[str, ...] | None = None) -> list[str]:
+    """Return "name value" of the manifest's metrics, or of those of them that are wanted."""
+    return [
+        f"{name} {value:.4g}"
         for name, value in manifest["metrics"].items()
         if wanted is None or name in wanted
-    }
-    return separator.join(
-        f"{name.removeprefix('heldout_') if wanted else name} {value:.4g}"
-        for name, value in metrics.items()
-    )
+    ]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A bundle: the folder that training hands to serving (docs/design.md, "A bundle"). No torch, no pickle.
+"""A bundle: the folder that training exports and serving loads, without torch or pickle.
 
-`manifest.json` names every file with its size and hash, and has a hash of itself. It is written last: a folder without a valid
-manifest is no bundle.
+`manifest.json` lists every file with its size and hash, and contains a hash of itself. It is
+written last: a folder without a valid manifest is not a bundle.
 """
 
 import hashlib
@@ -14,10 +14,8 @@ from cluster import storage
 
 MANIFEST = "manifest.json"
 KINDS = ("gpt", "gan")
-SAMPLES = {
-    "gpt": "sample.txt",
-    "gan": "sample.png",
-}  # what the model made at its export; a bundle need not have it
+# What the model generated when it was exported; optional.
+SAMPLES = {"gpt": "sample.txt", "gan": "sample.png"}
 REQUIRED = (
     "kind",
     "created",
@@ -33,21 +31,27 @@ REQUIRED = (
     "model",
     "sha256",
 )
-# Metrics for where there is no room for all.
-HEADLINES = ("heldout_loss", "heldout_bits_per_byte", "heldout_frechet_distance", "heldout_recall")
+# The metrics that tables show, which have no space for all.
+HEADLINE_METRICS = (
+    "heldout_loss",
+    "heldout_bits_per_byte",
+    "heldout_frechet_distance",
+    "heldout_recall",
+)
 
-Manifest = dict[str, Any]
+Manifest = dict[str, Any]  # the parsed manifest.json
 
 
 def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Makes a local folder a bundle: hashes its files and writes the manifest last.
+    """Make a local folder a bundle: hash its files, then write the manifest.
 
     Args:
-        folder: holds the files already.
-        manifest: all of `REQUIRED` but `files` and `sha256`; the registry fills in `name` and `version`.
+        folder: contains the files already.
+        manifest: all entries of `REQUIRED` but `files` and `sha256`. The registry fills in `name`
+            and `version`.
 
     Raises:
-        ValueError: the manifest lacks an entry, or the folder holds no file.
+        ValueError: the manifest lacks an entry, or the folder contains no file.
     """
     paths = sorted(
         path
@@ -56,7 +60,7 @@ def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     )
     if not paths:
         raise ValueError(
-            f"{os.fspath(folder)} holds no file: a bundle is written into a folder that holds its files"
+            f"{os.fspath(folder)} contains no file: write the bundle's files before its manifest"
         )
     files = {
         path.relative_to(folder).as_posix(): {
@@ -65,133 +69,141 @@ def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:
         }
         for path in paths
     }
-    write_manifest(
-        folder,
-        {
-            "name": None,
-            "version": None,
-            "commit": None,
-            "quantization": None,
-            **manifest,
-            "files": files,
-        },
-    )
+    defaults = {"name": None, "version": None, "commit": None, "quantization": None}
+    write_manifest(folder, {**defaults, **manifest, "files": files})
 
 
 def write_manifest(uri: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Writes the manifest of the bundle whose files are at `uri`, with its own hash.
+    """Write the manifest of the bundle whose files are at `uri`, with its own hash.
 
     Raises:
         ValueError: the manifest lacks an entry.
     """
-    sealed = {**manifest, "sha256": _seal(manifest)}
-    _check(uri, sealed)
-    storage.write_json(storage.join(uri, MANIFEST), sealed)
+    with_hash = {**manifest, "sha256": _manifest_hash(manifest)}
+    _check(uri, with_hash)
+    storage.write_json(storage.join(uri, MANIFEST), with_hash)
 
 
-def _seal(manifest: Manifest) -> str:
-    """The hash of all other entries, however the file is laid out."""
+def _manifest_hash(manifest: Manifest) -> str:
+    """Return the hash of all entries but `sha256`, independent of order and white space."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read(uri: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the bundle at `uri`; its files are not looked at.
+    """Return the manifest of the bundle at `uri`, without checking the bundle's files.
 
     Raises:
-        ValueError: there is no manifest, or it is damaged.
+        ValueError: the manifest is missing or damaged.
     """
-    place = storage.join(uri, MANIFEST)
-    if not storage.exists(place):
+    manifest_uri = storage.join(uri, MANIFEST)
+    if not storage.exists(manifest_uri):
         raise ValueError(
-            f"{os.fspath(uri)} has no {MANIFEST}: it is no bundle, or one that was never finished; export the run again"
+            f"{os.fspath(uri)} has no {MANIFEST}: it is not a bundle, or it was never finished; "
+            "export the run again"
         )
     try:
-        manifest = storage.read_json(place)
+        manifest: Manifest = storage.read_json(manifest_uri)
     except ValueError as error:
-        raise ValueError(f"{place} is damaged ({error}): export the run again") from error
+        raise ValueError(f"{manifest_uri} is damaged ({error}): export the run again") from error
     _check(uri, manifest)
-    if manifest["sha256"] != _seal(manifest):
+    if manifest["sha256"] != _manifest_hash(manifest):
         raise ValueError(
-            f"{place} is not as it was written (its own sha256 differs): it is damaged, or was edited; export the run again"
+            f"{manifest_uri} does not match its own sha256: it is damaged, or it was edited; "
+            "export the run again"
         )
     return manifest
 
 
 def verify(uri: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the bundle at `uri`, every file of it checked against its size and hash.
+    """Check every file of the bundle at `uri` against its size and hash; return the manifest.
 
     Raises:
-        ValueError: names the damaged or missing file.
+        ValueError: a file is missing or damaged; the message names it.
     """
     manifest = read(uri)
     present = storage.files(uri)
     for path, expected in manifest["files"].items():
         file = storage.join(uri, path)
         if path not in present:
-            raise ValueError(f"{file} is missing from its bundle: export the run again")
+            raise _missing(file)
         if present[path] != expected["bytes"]:
             raise ValueError(
-                f"{file} has {present[path]} bytes where its bundle promises {expected['bytes']}: it is damaged; export the run again"
+                f"{file} has {present[path]} bytes, its manifest lists {expected['bytes']}: it is "
+                "damaged; export the run again"
             )
         if _digest(file) != expected["sha256"]:
-            raise ValueError(
-                f"{file} is not what its bundle promises (its sha256 differs): it is damaged; export the run again"
-            )
+            raise _wrong_hash(file)
     return manifest
 
 
 def read_file(uri: str | os.PathLike[str], manifest: Manifest, path: str) -> bytes:
-    """A file of the bundle at `uri`, as its manifest promises it.
+    """Return the content of a file of the bundle at `uri`.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the file is missing, or its hash is not the one in the manifest.
     """
     file = storage.join(uri, path)
     try:
         content = storage.read_bytes(file)
     except FileNotFoundError as error:
-        raise ValueError(f"{file} is missing from its bundle: export the run again") from error
+        raise _missing(file) from error
     if hashlib.sha256(content).hexdigest() != manifest["files"][path]["sha256"]:
-        raise ValueError(
-            f"{file} is not what its bundle promises (its sha256 differs): it is damaged; export the run again"
-        )
+        raise _wrong_hash(file)
     return content
 
 
+def _missing(file: str) -> ValueError:
+    return ValueError(f"{file} is missing from its bundle: export the run again")
+
+
+def _wrong_hash(file: str) -> ValueError:
+    return ValueError(
+        f"{file} does not have the sha256 that its manifest lists: it is damaged; export the run "
+        "again"
+    )
+
+
 def size(manifest: Manifest) -> int:
-    """Bytes of the bundle's files together."""
+    """Return the bytes of all files of the bundle."""
     return sum(entry["bytes"] for entry in manifest["files"].values())
 
 
 def describe_weights(manifest: Manifest) -> str:
-    """The weights of the bundle's graph, and what 8 bits cost."""
+    """Return the format of the bundle's weights and, for 8 bits, the bits per byte they cost."""
     cost = manifest["quantization"]
     if cost is None:
         return "fp32"
     return (
-        f"{cost['weights']} in blocks of {cost['block_size']}: {cost['bits_per_byte']:.4f} bits a byte on {cost['judged_tokens']:,} held-out tokens, "
+        f"{cost['weights']} in blocks of {cost['block_size']}: {cost['bits_per_byte']:.4f} bits "
+        f"per byte on {cost['evaluated_tokens']:,} held-out tokens, "
         f"{cost['bits_per_byte_fp32']:.4f} with fp32"
     )
 
 
-def _check(uri: str | os.PathLike[str], manifest: Any) -> None:
-    place = storage.join(uri, MANIFEST)
+def _check(uri: str | os.PathLike[str], manifest: object) -> None:
+    manifest_uri = storage.join(uri, MANIFEST)
     if not isinstance(manifest, dict):
-        raise ValueError(f"{place} holds no JSON object: it is damaged; export the run again")
+        raise ValueError(
+            f"{manifest_uri} contains no JSON object: it is damaged; export the run again"
+        )
     missing = [key for key in REQUIRED if key not in manifest]
     if missing:
         raise ValueError(
-            f"{place} lacks {', '.join(missing)}: it is damaged, or of another version of raykiln; export the run again"
+            f"{manifest_uri} lacks {', '.join(missing)}: it is damaged, or was written by another "
+            "version of raykiln; export the run again"
         )
     if manifest["kind"] not in KINDS:
-        raise ValueError(f"{place} has kind {manifest['kind']!r}: known are {' and '.join(KINDS)}")
+        raise ValueError(
+            f"{manifest_uri} has kind {manifest['kind']!r}: the kinds are {' and '.join(KINDS)}"
+        )
     if not isinstance(manifest["files"], dict) or not all(
         isinstance(entry, dict) and entry.keys() >= {"bytes", "sha256"}
         for entry in manifest["files"].values()
     ):
         raise ValueError(
-            f"{place} has no list of files with their sizes and hashes: it is damaged; export the run again"
+            f"{manifest_uri} has no list of files with their sizes and hashes: it is damaged; "
+            "export the run again"
         )
 
 

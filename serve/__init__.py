@@ -1,1 +1,1 @@
-"""How the bundles are served: session (ONNX Runtime), engine (batching), deployments (Ray Serve), ingress (HTTP)."""
+"""Serve bundles over HTTP: session (ONNX Runtime), engine (batching), replicas, gateway, routes."""

@@ -1,84 +1,93 @@
-"""Words and phrases that must not be written: the text ends before the first of them, and a prompt that has one is refused."""
+"""Blocked words and phrases: a prompt that contains one is refused, a text ends before one."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import regex  # tells, as `re` does not, that a text may go on to be a match
+import regex  # unlike `re`, it finds partial matches at the end of a text
 
 
-class Found(NamedTuple):
+class Match(NamedTuple):
     start: int
     end: int
-    is_open: bool  # the text may go on so that it is none, or becomes one
+    is_partial: bool  # the text that follows decides whether it becomes a match
 
 
 class Blocklist:
-    """Phrases, found as whole words, whatever their case and the white space between their words.
+    """Phrases that are found as whole words, regardless of case and white space between words.
 
     Args:
-        phrases: none blank.
+        phrases: none of them blank.
     """
 
     def __init__(self, phrases: Sequence[str]) -> None:
-        # The shortest first: of two that begin alike it is the one that is there as a whole.
-        spelled = [
+        # Shortest first: if one phrase starts with another, the shorter one is complete first.
+        patterns = [
             r"\s+".join(regex.escape(word) for word in phrase.split())
             for phrase in sorted(phrases, key=len)
         ]
-        assert all(spelled), phrases
-        words, flags = rf"(?<!\w)(?:{'|'.join(spelled)})", regex.IGNORECASE | regex.FULLCASE
+        assert all(patterns), phrases
+        words, flags = rf"(?<!\w)(?:{'|'.join(patterns)})", regex.IGNORECASE | regex.FULLCASE
         self._whole = regex.compile(rf"{words}(?!\w)", flags)
-        # In a text that goes on, a phrase at its end is none yet; `partial` would otherwise prefer it to a longer one that has begun before.
+        # While a text continues, a phrase at its end is not a match yet. Without the lookahead,
+        # `partial` would prefer it to a longer phrase that starts earlier.
         self._followed = regex.compile(rf"{words}(?=\W)", flags)
 
     def find(self, text: str) -> str | None:
-        """The first blocked phrase as the text has it; None: it has none."""
-        found = self._whole.search(text)
-        return found and found.group()
+        """Return the first blocked phrase as it is spelled in the text, or None."""
+        match = self._whole.search(text)
+        return None if match is None else str(match.group())
 
     def tail(self, prompt: str) -> tuple[str, int]:
-        """What of a prompt's end is to be looked at with its text, and from where on a phrase may begin in it."""
-        found = self._followed.search(prompt, partial=True)
-        at = found.start() if found is not None and found.partial else len(prompt)
+        """Return the end of a prompt that may begin a phrase, and where in it a phrase may start.
+
+        The two values are `before` and `since` of `look`.
+        """
+        match = self._followed.search(prompt, partial=True)
+        at = match.start() if match is not None and match.partial else len(prompt)
         return prompt[max(at - 1, 0) :], min(at, 1)
 
-    def look(self, before: str, since: int, text: str, end: int | None) -> Found | None:
-        """The first blocked phrase that a text has or may come to have.
+    def look(self, before: str, since: int, text: str, end: int | None) -> Match | None:
+        """Return the first blocked phrase that a text contains or may come to contain, or None.
 
         Args:
-            before: what stands before the text, at least its last character: a phrase begins at a word's beginning.
-            since: where in `before` a phrase may begin, to go on in the text; it counts as one at the text's beginning.
-            end: where the text is over, though more of it may be known (a stop string); None: it goes on.
+            before: the characters before the text, at least one of them if there are any, because
+                a phrase starts at the start of a word.
+            since: where in `before` a phrase that continues in the text may start. Such a match
+                counts as starting at the text's first character.
+            end: where the text ends, although more of it may be known (a stop string); None: it
+                continues.
         """
         start = len(before)
         if end is None:
-            found = self._followed.search(before + text, pos=since, partial=True)
-            return found and Found(
-                max(found.start() - start, 0), found.end() - start, found.partial
-            )
-        for found in self._whole.finditer(before + text[: end + 1], pos=since, overlapped=True):
-            if found.end() - start <= end:
-                return Found(max(found.start() - start, 0), found.end() - start, False)
+            match = self._followed.search(before + text, pos=since, partial=True)
+            if match is None:
+                return None
+            return Match(max(match.start() - start, 0), match.end() - start, match.partial)
+        for match in self._whole.finditer(before + text[: end + 1], pos=since, overlapped=True):
+            if match.end() - start <= end:
+                return Match(max(match.start() - start, 0), match.end() - start, False)
         return None
 
 
 def read(path: str | os.PathLike[str]) -> list[str]:
-    """The phrases of a file, a line each; blank lines, and those that begin with #, are none.
+    """Return the phrases of a file, one per line, without blank lines and lines that start with #.
 
     Raises:
-        ValueError: the file cannot be read as UTF-8 text, or holds no phrase.
+        ValueError: the file cannot be read as UTF-8 text, or contains no phrase.
     """
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"the blocklist {os.fspath(path)} cannot be read ({error}): give a text file in UTF-8, a phrase a line"
+            f"the blocklist {os.fspath(path)} cannot be read ({error}): "
+            "give a UTF-8 text file with one phrase per line"
         ) from error
     phrases = [line for line in lines if line and not line.startswith("#")]
     if not phrases:
         raise ValueError(
-            f"the blocklist {os.fspath(path)} holds no phrase: write one a line, or leave it out"
+            f"the blocklist {os.fspath(path)} contains no phrase: "
+            "write one phrase per line, or leave the option out"
         )
     return phrases

@@ -1,6 +1,7 @@
-"""What a registry holds of a model that is served: all its versions, for the page to set side by side. No Ray; nothing is written.
+"""All versions in the registry of a model that is served, for /v1/models/NAME/versions.
 
-The registry may be on a storage that is slow or away: it is read on threads of its own, once for all who ask at a time, and for a bounded time.
+The registry's storage may be slow or unreachable. It is read on separate threads, once for all
+concurrent requests, and for a bounded time. No Ray, and nothing is written.
 """
 
 import asyncio
@@ -16,42 +17,43 @@ from models import bundle, registry
 from serve.errors import Unavailable, UnknownModel
 from serve.schemas import ModelVersion
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
-AGE_S = 10.0  # of what was read
-FAILURE_AGE_S = 2.0  # of a failure to
+MAX_AGE_S = 10.0  # of a result
+FAILURE_MAX_AGE_S = 2.0
 TIMEOUT_S = 10.0
-AWAY = "the registry's storage does not answer just now: try again in a moment"
+UNREACHABLE = "the registry's storage does not answer at the moment: try again in a moment"
 
 logger = logging.getLogger(__name__)
 
 
 class Catalog:
-    """Registries as the ingress sees them (`serve.ingress.Catalog`)."""
+    """Registries, as the routes read them (`serve.protocols.Catalog`)."""
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self.timeout_s = timeout_s
         self._executor = ThreadPoolExecutor(2, "registry")
-        self._reads: dict[tuple[Any, ...], asyncio.Future[Any]] = {}  # by what is read, or was
-        self._ended: dict[tuple[Any, ...], float] = {}
+        # Reads that are running or finished, and when they finished; by function and arguments.
+        self._reads: dict[tuple[object, ...], asyncio.Future[Any]] = {}
+        self._ended: dict[tuple[object, ...], float] = {}
 
     async def versions(self, root: str, name: str) -> list[ModelVersion]:
-        """A model's complete versions, newest first; read again once it is `AGE_S` that they were.
+        """Return a model's complete versions, newest first, at most `MAX_AGE_S` old.
 
         Raises:
             Unavailable: the registry's storage does not answer.
         """
         listed = await self._read(registry.listed, root, name)
         return [
-            _described(manifest, name, version, listed)
+            _model_version(manifest, name, version, listed)
             for version, manifest in reversed(listed.versions.items())
         ]
 
     async def sample(self, root: str, name: str, version: int) -> tuple[str, bytes]:
-        """What a version made at its export: of which kind it is, and its sample.
+        """Return the kind of a version's model, and the sample in its bundle.
 
         Raises:
-            UnknownModel: there is no such version, or it has no sample that is as published.
+            UnknownModel: there is no such version, or its sample is missing or damaged.
             Unavailable: the registry's storage does not answer.
         """
         manifest = (await self._read(registry.listed, root, name)).versions.get(version)
@@ -59,18 +61,20 @@ class Catalog:
             raise UnknownModel(
                 f"there is no sample of {name}/{version}: see /v1/models/{name}/versions"
             )
-        made = await self._read(_sample, storage.join(root, name, str(version)), manifest["sha256"])
-        if made is None:
+        uri = storage.join(root, name, str(version))
+        sample = await self._read(_sample, uri, manifest["sha256"])
+        if sample is None:
             raise UnknownModel(
                 f"the sample of {name}/{version} is missing or damaged: export the run again"
             )
-        return manifest["kind"], made
+        return manifest["kind"], sample
 
-    async def _read(self, function: Callable[..., Found], *arguments: Any) -> Found:
+    async def _read(self, function: Callable[..., Result], *arguments: Any) -> Result:
         key, now = (function, *arguments), time.monotonic()
-        for old in [
-            old for old, ended in self._ended.items() if now - ended >= _age_s(self._reads[old])
-        ]:
+        outdated = [
+            old for old, ended in self._ended.items() if now - ended >= _max_age_s(self._reads[old])
+        ]
+        for old in outdated:
             del self._reads[old], self._ended[old]
         if key not in self._reads:
             self._reads[key] = asyncio.get_running_loop().run_in_executor(
@@ -79,33 +83,34 @@ class Catalog:
             self._reads[key].add_done_callback(
                 lambda _: self._ended.update({key: time.monotonic()})
             )
-        shared: Awaitable[Found] = asyncio.shield(self._reads[key])
+        shared: Awaitable[Result] = asyncio.shield(self._reads[key])
         try:
             return await asyncio.wait_for(shared, self.timeout_s)
-        except OSError as error:  # a TimeoutError is one
+        except OSError as error:  # includes TimeoutError
             logger.warning("the registry cannot be read: %r", error)
-            raise Unavailable(AWAY) from error
+            raise Unavailable(UNREACHABLE) from error
 
 
-def _age_s(read: asyncio.Future[Any]) -> float:
-    """How old an outcome may get."""
-    return FAILURE_AGE_S if read.cancelled() or read.exception() else AGE_S
+def _max_age_s(read: asyncio.Future[Any]) -> float:
+    return FAILURE_MAX_AGE_S if read.cancelled() or read.exception() else MAX_AGE_S
 
 
 def _sample(uri: str, sha256: str) -> bytes | None:
-    """The sample of the bundle at `uri` whose manifest has that hash; None where it is not as published."""
+    """Return the sample of the bundle at `uri`; None if it is damaged.
+
+    Args:
+        sha256: of the manifest when the versions were listed.
+    """
     try:
         manifest = bundle.read(uri)
-        return (
-            bundle.read_file(uri, manifest, bundle.SAMPLES[manifest["kind"]])
-            if manifest["sha256"] == sha256
-            else None
-        )
+        if manifest["sha256"] != sha256:
+            return None
+        return bundle.read_file(uri, manifest, bundle.SAMPLES[manifest["kind"]])
     except ValueError:
         return None
 
 
-def _described(
+def _model_version(
     manifest: bundle.Manifest, name: str, version: int, listed: registry.Listed
 ) -> ModelVersion:
     return ModelVersion(

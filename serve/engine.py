@@ -1,12 +1,12 @@
-"""Continuous batching: requests join and leave at every step of one thread; their text streams to asyncio consumers.
+"""Continuous batching: requests join and leave at every step of one thread.
 
     engine = Engine(TextSession(folder))
     async for chunk in engine.submit("To be", Sampling(max_tokens=40)).chunks():
         print(chunk.text, end="")
 
-The thread alone touches the scheduler and the session (but for counts, which others may read), so neither needs a lock: it
-takes what the event loop wants (join, leave) from an inbox between two steps, and hands what a step made back to the loop in
-one call.
+Only that thread uses the scheduler and the session (other threads may read counts), so neither
+needs a lock. The event loop puts requests that join or leave into an inbox, which the thread
+empties between two steps. The thread returns the output of a step to the event loop in one call.
 """
 
 import asyncio
@@ -24,27 +24,28 @@ import numpy as np
 import tokenizers
 
 from serve.blocklist import Blocklist
-from serve.detokenize import TextStream, spelled
+from serve.chunks import Chunk, TokenLogprob
+from serve.detokenize import TextStream, token_text
 from serve.errors import (
-    Blocked,
+    ContextLengthExceeded,
     DeadlineExceeded,
-    Failed,
+    GenerationFailed,
     Overloaded,
-    Rejected,
-    TooLong,
+    PromptBlocked,
+    RequestError,
     Unavailable,
 )
-from serve.sampling import logprobs, penalize, sample
-from serve.scheduler import Sampling, Scheduler, Sequence
+from serve.generation import Generation, Observer, Pace
+from serve.sampling import Sampling, logprobs, penalize, sample
+from serve.scheduler import Scheduler, Sequence
 
 logger = logging.getLogger(__name__)
 
-LONGEST_PAUSE_S = 0.2  # between two chunks of a stream: a reader should not see it stutter
-GONE = "the text model is restarting: try again in a moment"
+RESTARTING = "the text model is restarting: try again in a moment"
 
 
 class Session(Protocol):
-    """What the engine needs of `serve.session.TextSession`."""
+    """The part of `serve.session.TextSession` that the engine uses."""
 
     slots: int
     context: int
@@ -63,132 +64,40 @@ class Session(Protocol):
     def release(self) -> bool: ...
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
-    """How likely the model held a token, and which it held likeliest."""
-
-    token: str  # as `serve.detokenize.spelled`
-    logprob: float
-    top: dict[str, float]  # the likeliest tokens and this one, likeliest first
-    offset: int  # of its first character in the text
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one of a request's texts has got since its last chunk."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int  # in all, so far
-    finish_reason: str | None = (
-        None  # "stop" (end of text, or a stop string), "length" or "content_filter", in the last chunk
-    )
-    choice: int = 0  # which of the texts
-    logprobs: tuple[
-        TokenLogprob, ...
-    ] = ()  # where they were asked for: one of each token since the last chunk
-
-    def __add__(self, later: "Chunk") -> "Chunk":
-        return replace(later, text=self.text + later.text, logprobs=self.logprobs + later.logprobs)
-
-
-class Stream:
-    """One request under way, as its consumer on the event loop sees it. `Engine.submit` makes it."""
-
-    def __init__(
-        self, engine: "Engine", prompt: str, sequences: list[Sequence], timeout_s: float
-    ) -> None:
-        self.prompt, self.sequences, self.timeout_s = prompt, sequences, timeout_s
-        self._engine = engine
-        self._pending: dict[int, Chunk] = {}  # of each text, what has not been taken yet
-        self._unfinished = len(sequences)
-        self._error: Rejected | None = None
-        self._ready, self._done = asyncio.Event(), asyncio.Event()
-
-    def chunks(self) -> AsyncGenerator[Chunk, None]:
-        """The texts as they come: the first chunk at once, then whatever was made in the meantime, at most every `Engine.pause_s`.
-
-        Leaving early (a break with `aclosing`, a cancelled task) frees the request's slots.
-
-        Raises:
-            Overloaded: the queue was full, and this request was the one to leave (`Scheduler.add`).
-            DeadlineExceeded: the request's time ran out.
-            Unavailable: the engine has ended.
-            Failed: the model's numbers, or the text made of them, could not be used.
-        """
-        return self._engine.observe(self._chunks(streamed=True), len(self.sequences))
-
-    async def _chunks(self, streamed: bool) -> AsyncGenerator[Chunk, None]:
-        unfinished, begun, counted = len(self.sequences), set[int](), 0
-        try:
-            while unfinished:
-                await self._ready.wait()
-                self._ready.clear()
-                if self._error is not None:
-                    raise self._error
-                pending, self._pending = self._pending, {}
-                for chunk in pending.values():
-                    begun.add(chunk.choice)
-                    if chunk.finish_reason is not None:
-                        begun.remove(chunk.choice)
-                        unfinished -= 1
-                    yield chunk
-                if streamed:
-                    self._engine.streaming += len(begun) - counted
-                    counted = len(begun)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._done.wait(), self._engine.pause_s())
-        finally:
-            self._engine.streaming -= counted
-            self._engine.leave(self)
-
-    async def results(self) -> list[Chunk]:
-        """The whole texts, each in one chunk. Raises what `chunks` raises."""
-        found: dict[int, Chunk] = {}
-        async for chunk in self._engine.observe(self._chunks(streamed=False), len(self.sequences)):
-            found[chunk.choice] = found[chunk.choice] + chunk if chunk.choice in found else chunk
-        return [found[choice] for choice in range(len(self.sequences))]
-
-    def deliver(self, news: "Chunk | Rejected") -> None:
-        """Called on the event loop."""
-        if isinstance(news, Rejected):
-            self._error = news
-        else:
-            before = self._pending.get(news.choice)
-            self._pending[news.choice] = news if before is None else before + news
-            self._unfinished -= news.finish_reason is not None
-        if self._error is not None or not self._unfinished:
-            self._done.set()
-        self._ready.set()
-
-
 @dataclass
 class _Text:
-    """What the engine's thread keeps of a text under way."""
+    """The state of a text that the engine's thread keeps beside its `Sequence`."""
 
-    stream: Stream
-    shown: TextStream
-    logprobs: list[tuple[int, TokenLogprob]] = field(
-        default_factory=list
-    )  # not told yet, each with its token's end in the text
+    generation: Generation
+    stream: TextStream
+    # Not sent yet, each with the end of its token in the text.
+    logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
+
+
+def _unobserved(chunks: AsyncGenerator[Chunk, None], texts: int) -> AsyncGenerator[Chunk, None]:
+    return chunks
 
 
 class Engine:
-    """Runs a session's slots for many requests at once. Made on the event loop that its consumers run on.
+    """Runs a session's slots for many requests at once.
+
+    Create it on the event loop on which its consumers run.
 
     Args:
-        session: used by the engine's thread alone from now on.
-        queue_limit: texts that may wait for a slot; where more come, the client with the most of them loses its newest request.
-        chunk_size: most prompt tokens of one prefill.
-        timeout_s: the longest that a request may take, its waiting included.
-        interval_s: the shortest time between two chunks of a stream. A message to a client costs more than a token of a
-            small model, and 50 a second look continuous.
-        chunks_per_s: most chunks a second of all streams together, as far as `LONGEST_PAUSE_S` allows: what delivers them has its limit,
-            and takes from the engine's CPU.
-        blocklist: what no text may have; None: anything may be written.
-        idle_s: once nothing was asked for so long, the room that the cache has grown by is given back, and with it the prompts that it
-            holds.
-        observe: every request's chunks go through it, with the number of its texts, on the event loop.
+        session: from now on used by the engine's thread only.
+        queue_limit: texts that can wait for a slot. If more arrive, the client with the most
+            waiting texts loses its newest request.
+        chunk_size: the maximum number of prompt tokens per prefill.
+        timeout_s: the longest time that a request may take, waiting included.
+        interval_s: the shortest time between two chunks of a stream. A message to a client costs
+            more than a token of a small model, and 50 per second look continuous.
+        chunks_per_s: the maximum number of chunks of all streams together (`Pace`). Delivering
+            them takes CPU time from the engine.
+        blocklist: phrases that no prompt and no text may contain; None: no restriction.
+        idle_s: after this time without requests, memory by which the KV cache has grown is
+            released. The prompts in the cache are lost with it.
+        observe: wraps the chunks of every request, on the event loop; called with the chunks and
+            the number of texts.
     """
 
     def __init__(
@@ -201,27 +110,20 @@ class Engine:
         chunks_per_s: float = math.inf,
         blocklist: Blocklist | None = None,
         idle_s: float = 10.0,
-        observe: Callable[
-            [AsyncGenerator[Chunk, None], int], AsyncGenerator[Chunk, None]
-        ] = lambda chunks, n: chunks,
+        observe: Observer = _unobserved,
     ) -> None:
-        self.session, self.timeout_s, self.idle_s, self.observe = (
-            session,
-            timeout_s,
-            idle_s,
-            observe,
-        )
-        self.interval_s, self.chunks_per_s, self.blocklist = interval_s, chunks_per_s, blocklist
-        self.generated = 0  # tokens in all
-        self.streaming = 0  # texts that have begun and are read as they come
+        self.session, self.timeout_s, self.idle_s = session, timeout_s, idle_s
+        self.observe, self.blocklist = observe, blocklist
+        self.pace = Pace(interval_s, chunks_per_s)
+        self.generated = 0  # tokens in total
         self._scheduler = Scheduler(session.slots, queue_limit, chunk_size, session.copies)
         self._longest_token = max(map(len, session.tokenizer.get_vocab(with_added_tokens=True)))
-        self._texts: dict[Sequence, _Text] = {}  # those that the thread has taken in
-        self._failed: dict[Stream, None] = {}  # in this step, in order
-        self._inbox: queue.SimpleQueue[tuple[Callable[[Stream], None], Stream] | None] = (
+        self._texts: dict[Sequence, _Text] = {}  # those that the thread has accepted
+        self._failed: dict[Generation, None] = {}  # in this step; a dict keeps the order
+        self._inbox: queue.SimpleQueue[tuple[Callable[[Generation], None], Generation] | None] = (
             queue.SimpleQueue()
         )
-        self._outbox: list[tuple[Stream, Chunk | Rejected]] = []
+        self._outbox: list[tuple[Generation, Chunk | RequestError]] = []
         self._loop = asyncio.get_running_loop()
         self._closing = False
         self.alive = True
@@ -237,58 +139,46 @@ class Engine:
         client: str = "",
         n: int = 1,
         timeout_s: float | None = None,
-    ) -> Stream:
-        """Puts a request into the queue.
+    ) -> Generation:
+        """Queue a request.
 
         Args:
-            prompt: empty: the text starts as a document does.
+            prompt: if empty, the text starts like a document.
             client: clients are served in turn.
-            n: texts to write, of the choices 0 to n - 1.
-            timeout_s: of this request, where it is shorter than the engine's.
+            n: texts to generate, with the choices 0 to n - 1.
+            timeout_s: of this request, if shorter than the engine's.
 
         Raises:
-            Blocked: the prompt has a phrase of the blocklist.
-            TooLong: prompt and `max_tokens` do not fit into the model's context.
+            PromptBlocked: the prompt contains a phrase of the blocklist.
+            ContextLengthExceeded: prompt and `max_tokens` do not fit into the model's context.
             Unavailable: the engine has ended.
         """
         ids = self._encode(prompt, sampling.max_tokens)
-        if self.blocklist is not None and self.blocklist.find(
-            prompt
-        ):  # bounded now: what is too long has gone
-            raise Blocked("the prompt has words that are blocked here: leave them out")
+        # After `_encode`, which bounds the prompt's length.
+        if self.blocklist is not None and self.blocklist.find(prompt):
+            raise PromptBlocked("the prompt contains words that are blocked here: leave them out")
         if not self.alive:
-            raise Unavailable(GONE)
+            raise Unavailable(RESTARTING)
         timeout_s = self.timeout_s if timeout_s is None else min(timeout_s, self.timeout_s)
         deadline = time.monotonic() + timeout_s
-        stream = Stream(
-            self,
-            prompt,
-            [
-                Sequence(ids, replace(sampling, choice=choice), client, deadline)
-                for choice in range(n)
-            ],
-            timeout_s,
+        sequences = [
+            Sequence(ids, replace(sampling, choice=choice), client, deadline) for choice in range(n)
+        ]
+        generation = Generation(
+            prompt, sequences, timeout_s, self.pace, self.observe, self._request_drop
         )
-        self._inbox.put((self._join, stream))
-        return stream
-
-    def leave(self, stream: Stream) -> None:
-        """The consumer has gone: from the next step on, the request's slots are others'."""
-        self._inbox.put((self._drop, stream))
-
-    def pause_s(self) -> float:
-        """Between two chunks of a stream, with as many texts as are streamed now."""
-        return max(self.interval_s, min(self.streaming / self.chunks_per_s, LONGEST_PAUSE_S))
+        self._inbox.put((self._join, generation))
+        return generation
 
     def close(self) -> None:
-        """Ends the thread once everything submitted is finished."""
+        """End the thread once everything that was submitted is finished."""
         self._inbox.put(None)
 
     def join(self, timeout_s: float | None = None) -> None:
         self._thread.join(timeout_s)
 
     def status(self) -> dict[str, int]:
-        """Counts: slots, requests running and waiting, tokens generated so far."""
+        """Return the number of slots, running and waiting texts, and tokens generated so far."""
         scheduler = self._scheduler
         return {
             "slots": scheduler.slots,
@@ -297,20 +187,22 @@ class Engine:
             "generated": self.generated,
         }
 
+    def _request_drop(self, generation: Generation) -> None:
+        """Free a request's slots before the next step: its consumer has stopped reading."""
+        self._inbox.put((self._drop, generation))
+
     def _encode(self, prompt: str, max_tokens: int) -> list[int]:
         context = self.session.context
-        # So many characters make no fewer tokens than this: what cannot fit is not even encoded.
+        # A lower bound of the prompt's tokens, to refuse a huge prompt without encoding it.
         at_least = len(prompt) // self._longest_token
-        ids = (
-            []
-            if at_least > context
-            else self.session.tokenizer.encode(prompt).ids or [self.session.eos_token_id]
-        )
+        ids: list[int] = []
+        if at_least <= context:
+            ids = self.session.tokenizer.encode(prompt).ids or [self.session.eos_token_id]
         if not ids or len(ids) + max_tokens > context:
             tokens = f"{len(ids)}" if ids else f"at least {at_least}"
-            raise TooLong(
-                f"the prompt's {tokens} tokens and max_tokens {max_tokens} exceed the model's context of {context} tokens: "
-                "shorten the prompt or ask for fewer tokens"
+            raise ContextLengthExceeded(
+                f"the prompt's {tokens} tokens and max_tokens {max_tokens} exceed the model's "
+                f"context of {context} tokens: shorten the prompt or ask for fewer tokens"
             )
         return ids
 
@@ -318,17 +210,21 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._take_in():
+            while self._process_inbox():
                 self._step()
-                self._hand_out()
+                self._flush_outbox()
         except Exception:
             logger.exception("the engine's thread ended")
         finally:
-            self._hand_out()
+            self._flush_outbox()
             self._call(self._end)
 
-    def _take_in(self) -> bool:
-        """Lets requests join and leave, and waits for one where there is nothing to do. False: the engine is to end."""
+    def _process_inbox(self) -> bool:
+        """Let requests join and leave, and wait for one if there is nothing to do.
+
+        Returns:
+            False if the engine has to end.
+        """
         while not (self._closing and self._scheduler.idle):
             nothing_to_do = self._scheduler.idle and not self._outbox
             try:
@@ -343,45 +239,47 @@ class Engine:
             if item is None:
                 self._closing = True
             else:
-                act, stream = item
-                act(stream)
+                act, generation = item
+                act(generation)
         for sequence in self._scheduler.expired(time.monotonic()):
-            if sequence in self._texts:  # not gone with another of its request
-                stream = self._texts[sequence].stream
+            # It is missing if another sequence of its request has expired in this loop.
+            if sequence in self._texts:
+                generation = self._texts[sequence].generation
                 self._refuse(
-                    stream,
+                    generation,
                     DeadlineExceeded(
-                        f"the request took longer than {stream.timeout_s:g} s: ask for fewer tokens, or later"
+                        f"the request took longer than {generation.timeout_s:g} s: "
+                        "ask for fewer tokens, or try again later"
                     ),
                 )
         return not (self._closing and self._scheduler.idle)
 
-    def _join(self, stream: Stream) -> None:
-        for sequence in stream.sequences:
-            self._texts[sequence] = _Text(
-                stream,
-                TextStream(
-                    self.session.tokenizer, sequence.sampling.stop, self.blocklist, stream.prompt
-                ),
+    def _join(self, generation: Generation) -> None:
+        for sequence in generation.sequences:
+            stream = TextStream(
+                self.session.tokenizer, sequence.sampling.stop, self.blocklist, generation.prompt
             )
+            self._texts[sequence] = _Text(generation, stream)
         slots, waiting = self._scheduler.slots, self._scheduler.queue_limit
-        leaving = {
-            self._texts[sequence].stream: None for sequence in self._scheduler.add(stream.sequences)
+        evicted = {
+            self._texts[sequence].generation: None
+            for sequence in self._scheduler.add(generation.sequences)
         }
-        for refused in leaving:
+        for refused in evicted:
             self._refuse(
                 refused,
                 Overloaded(
-                    f"the {slots} slots are taken and {waiting} more requests wait: try again in a moment"
+                    f"the {slots} slots are in use and {waiting} more texts wait: "
+                    "try again in a moment"
                 ),
             )
 
-    def _refuse(self, stream: Stream, error: Rejected) -> None:
-        self._drop(stream)
-        self._outbox.append((stream, error))
+    def _refuse(self, generation: Generation, error: RequestError) -> None:
+        self._drop(generation)
+        self._outbox.append((generation, error))
 
-    def _drop(self, stream: Stream) -> None:
-        for sequence in stream.sequences:
+    def _drop(self, generation: Generation) -> None:
+        for sequence in generation.sequences:
             self._scheduler.remove(sequence)
             self._texts.pop(sequence, None)
 
@@ -394,7 +292,7 @@ class Engine:
             logits = self.session.prefill(sequence.slot, prefill.ids, prefill.start)
             sequence.cached = prefill.start + len(prefill.ids)
             if sequence.cached == len(sequence.prompt):
-                self._accept(sequence, logits)
+                self._extend_or_fail(sequence, logits)
         batch = self._scheduler.decodes()
         if batch:
             slots = [sequence.slot for sequence in batch if sequence.slot is not None]
@@ -405,54 +303,58 @@ class Engine:
             )
             for sequence, logits in zip(batch, rows, strict=True):
                 sequence.cached += 1
-                self._accept(sequence, logits)
+                self._extend_or_fail(sequence, logits)
         self._refuse_failed()
 
-    def _accept(self, sequence: Sequence, logits: np.ndarray) -> None:
-        """Goes on with a sequence. What cannot be made into text ends its own request, and nobody else's."""
+    def _extend_or_fail(self, sequence: Sequence, logits: np.ndarray) -> None:
+        """Extend a sequence; an error ends its own request and no other."""
         try:
             self._extend(sequence, logits)
         except Exception:
             logger.exception("a request could not be continued")
-            self._failed[self._texts[sequence].stream] = None
+            self._failed[self._texts[sequence].generation] = None
 
     def _extend(self, sequence: Sequence, logits: np.ndarray) -> None:
-        """Draws a sequence's next token, and ends the sequence where that was its last."""
-        how, text = sequence.sampling, self._texts[sequence]
-        token = _drawn(sequence, logits)
-        offset = text.shown.decoded
+        """Draw a sequence's next token, and end the sequence if that was its last."""
+        sampling, text = sequence.sampling, self._texts[sequence]
+        token = _draw(sequence, logits)
+        offset = text.stream.decoded
         sequence.tokens.append(token)
         self.generated += 1
-        piece = "" if token == self.session.eos_token_id else text.shown.push(token)
-        if how.logprobs is not None:
-            text.logprobs.append(
-                (text.shown.decoded, self._logprob(logits, token, how.logprobs, offset))
-            )
-        if token == self.session.eos_token_id or text.shown.ended_by is not None:
+        piece = "" if token == self.session.eos_token_id else text.stream.push(token)
+        if sampling.logprobs is not None:
+            logprob = self._logprob(logits, token, sampling.logprobs, offset)
+            text.logprobs.append((text.stream.decoded, logprob))
+        if token == self.session.eos_token_id or text.stream.ended_by is not None:
             reason = "stop"
-        elif len(sequence.tokens) == how.max_tokens:
+        elif len(sequence.tokens) == sampling.max_tokens:
             reason = "length"
         else:
             if piece:
-                self._tell(sequence, piece)
+                self._send(sequence, piece)
             return
-        piece += text.shown.flush()
-        reason = text.shown.ended_by or reason  # the held end may have completed what ends it
-        self._tell(sequence, piece, reason)
+        piece += text.stream.flush()
+        # The text that was held back may have completed a stop string or a blocked phrase.
+        reason = text.stream.ended_by or reason
+        self._send(sequence, piece, reason)
         self._scheduler.remove(sequence)
         del self._texts[sequence]
 
     def _refuse_failed(self) -> None:
-        """At a step's end: until then its prefills copy from slots, a failed request's among them."""
-        for stream in self._failed:
-            slots = [sequence.slot for sequence in stream.sequences if sequence.slot is not None]
+        """Refuse the requests that failed in this step.
+
+        Called at the end of a step: its prefills may copy from the slots of failed requests.
+        """
+        for generation in self._failed:
+            slots = [one.slot for one in generation.sequences if one.slot is not None]
             self._refuse(
-                stream,
-                Failed(
-                    "this request could not be continued, and the server's log says why: try another prompt or seed"
+                generation,
+                GenerationFailed(
+                    "this request could not be continued, and the server's log says why: "
+                    "try another prompt or seed"
                 ),
             )
-            for slot in slots:  # where the model's numbers have gone wrong, they lie there too
+            for slot in slots:  # the cache may contain NaN as well
                 self.session.clear(slot)
                 self._scheduler.forget(slot)
         self._failed.clear()
@@ -461,73 +363,76 @@ class Engine:
         tokenizer = self.session.tokenizer
         logprob, top = logprobs(logits, token, count)
         return TokenLogprob(
-            spelled(tokenizer, token),
+            token_text(tokenizer, token),
             logprob,
-            {spelled(tokenizer, one): value for one, value in top.items()},
+            {token_text(tokenizer, one): value for one, value in top.items()},
             offset,
         )
 
-    def _tell(self, sequence: Sequence, piece: str, reason: str | None = None) -> None:
+    def _send(self, sequence: Sequence, piece: str, reason: str | None = None) -> None:
         text = self._texts[sequence]
-        # Of what a blocklist holds back nothing is told; at the end the rest is, but for what was blocked.
-        shown = (
-            math.inf if self.blocklist is None or reason in ("stop", "length") else text.shown.shown
-        )
-        told = tuple(one for end, one in text.logprobs if end <= shown)
-        text.logprobs = text.logprobs[len(told) :]
+        # With a blocklist, log probabilities are held back together with their text. At the end
+        # all are sent, except those of blocked text.
+        all_shown = self.blocklist is None or reason in ("stop", "length")
+        shown = math.inf if all_shown else text.stream.shown
+        sent = tuple(logprob for end, logprob in text.logprobs if end <= shown)
+        text.logprobs = text.logprobs[len(sent) :]
         chunk = Chunk(
             piece,
             len(sequence.prompt),
             len(sequence.tokens),
             reason,
             sequence.sampling.choice,
-            told,
+            sent,
         )
-        self._outbox.append((text.stream, chunk))
+        self._outbox.append((text.generation, chunk))
 
-    def _hand_out(self) -> None:
+    def _flush_outbox(self) -> None:
         if self._outbox:
             self._call(self._deliver, self._outbox)
             self._outbox = []
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: there are no consumers
             self._loop.call_soon_threadsafe(function, *args)
 
     # ---- called by the thread, on the event loop
 
-    def _deliver(self, news: list[tuple[Stream, Chunk | Rejected]]) -> None:
-        for stream, item in news:
-            stream.deliver(item)
+    def _deliver(self, items: list[tuple[Generation, Chunk | RequestError]]) -> None:
+        for generation, item in items:
+            generation.deliver(item)
 
     def _end(self) -> None:
-        """The thread's last word. `submit` runs on this loop too: what it put into the inbox before is all there."""
+        """Refuse what is left when the thread has ended.
+
+        `submit` runs on the same event loop, so everything it has queued is in the inbox by now.
+        """
         self.alive = False
-        left = {text.stream: None for text in self._texts.values()}
+        left = {text.generation: None for text in self._texts.values()}
         while not self._inbox.empty():
             item = self._inbox.get()
             if item is not None:
                 left[item[1]] = None
-        for stream in left:
-            stream.deliver(Unavailable(GONE))
+        for generation in left:
+            generation.deliver(Unavailable(RESTARTING))
 
 
-def _drawn(sequence: Sequence, logits: np.ndarray) -> int:
-    how = sequence.sampling
+def _draw(sequence: Sequence, logits: np.ndarray) -> int:
+    sampling = sequence.sampling
     penalized = penalize(
         logits,
         sequence.prompt,
         sequence.tokens,
-        repetition=how.repetition_penalty,
-        presence=how.presence_penalty,
-        frequency=how.frequency_penalty,
+        repetition=sampling.repetition_penalty,
+        presence=sampling.presence_penalty,
+        frequency=sampling.frequency_penalty,
     )
     return sample(
         penalized,
-        temperature=how.temperature,
-        top_k=how.top_k,
-        top_p=how.top_p,
-        seed=how.seed,
-        choice=how.choice,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        choice=sampling.choice,
         position=len(sequence.tokens),
     )

@@ -1,66 +1,70 @@
-"""The answers that are no: each a sentence for the client, with the HTTP status and code that the ingress gives it.
+"""Errors that a client sees: each has a message, an HTTP status and a code of OpenAI's.
 
-They travel between processes as values, not as raised exceptions: a refusal is an answer, and Ray would log a traceback.
+Between processes they travel as return values, not as raised exceptions: Ray would log a traceback
+for an ordinary refusal.
 """
 
 from typing import TypeVar
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-class Rejected(Exception):
-    """A request that is not served; `str()` is what the client reads."""
+class RequestError(Exception):
+    """A request that gets no result; `str()` is the message for the client."""
 
     status = 400
     code: str | None = None
-    param: str | None = None  # the request's field that is to blame
+    param: str | None = None  # the field of the request that is at fault
 
 
-def kept(answer: Answer | Rejected) -> Answer:
-    """The answer; raises it where it is a refusal."""
-    if isinstance(answer, Rejected):
-        raise answer
-    return answer
+def unwrap(result: Result | RequestError) -> Result:
+    """Return a result, or raise it if it is an error."""
+    if isinstance(result, RequestError):
+        raise result
+    return result
 
 
-class UnknownModel(Rejected):
+class UnknownModel(RequestError):
     status, code, param = 404, "model_not_found", "model"
 
 
-class Blocked(Rejected):
+class PromptBlocked(RequestError):
     status, code, param = 400, "content_filter", "prompt"
 
 
-class TooLong(Rejected):
+class ContextLengthExceeded(RequestError):
     status, code = 413, "context_length_exceeded"
 
 
-class Overloaded(Rejected):
-    """Every slot is busy and the queue is full. `retry_after_s` goes into the Retry-After header."""
+class Overloaded(RequestError):
+    """All slots are in use and the queue is full.
+
+    `retry_after_s` becomes the Retry-After header.
+    """
 
     status, code = 429, "overloaded"
     retry_after_s = 1
 
 
-class DeadlineExceeded(Rejected):
+class DeadlineExceeded(RequestError):
     status, code = 504, "deadline_exceeded"
 
 
-class Unavailable(Rejected):
-    """Nothing can serve just now: a replica ended, or none is ready."""
+class Unavailable(RequestError):
+    """No replica, or no storage, can answer at the moment."""
 
     status, code = 503, "unavailable"
     retry_after_s = 1
 
 
-class Failed(Rejected):
-    """The server's own fault, at this request alone."""
+class GenerationFailed(RequestError):
+    """An error of the server that affects this request only."""
 
     status, code = 500, "internal_error"
 
 
-class WrongValue(Rejected):
-    """A field that is well-formed, and yet not possible for the model that is served."""
+class InvalidValue(RequestError):
+    """A well-formed value that the served model does not support."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message, param)

@@ -1,8 +1,9 @@
-"""What went wrong, as an answer in OpenAI's shape: {"error": {"message", "type", "param", "code"}}. Never a traceback."""
+"""Error responses in OpenAI's shape, without tracebacks.
 
-import difflib
+{"error": {"message", "type", "param", "code"}}
+"""
+
 import logging
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -10,53 +11,57 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from serve.errors import Rejected
+from cluster import cli
+from serve.errors import RequestError
+
+ErrorBody = dict[str, dict[str, str | None]]
+
+# Pydantic's types of errors that say that the body is not an object.
+NOT_AN_OBJECT = ("missing", "dict_type", "model_type", "model_attributes_type")
 
 logger = logging.getLogger(__name__)
 
 
 def add_to(app: FastAPI) -> None:
-    app.add_exception_handler(Rejected, _rejected)
+    app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _crashed)
 
 
-def refusal(error: Rejected) -> dict[str, Any]:
-    return _error(error.status, str(error), error.param, error.code)
+def error_body(error: RequestError) -> ErrorBody:
+    """Return the body of an error response."""
+    return _body(error.status, str(error), error.param, error.code)
 
 
-def _error(
+def _body(
     status: int, message: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    kind = (
-        "rate_limit_error"
-        if status == 429
-        else "invalid_request_error"
-        if status < 500
-        else "server_error"
-    )
+) -> ErrorBody:
+    if status == 429:
+        kind = "rate_limit_error"
+    elif status < 500:
+        kind = "invalid_request_error"
+    else:
+        kind = "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-CRASH = _error(500, "the server failed at this request, and its log says why")
+CRASH = _body(500, "the server failed at this request, and its log says why")
 
 
-async def _rejected(http: Request, error: Exception) -> Response:
-    assert isinstance(error, Rejected)
+async def _request_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
     retry_after_s = getattr(error, "retry_after_s", None)
     headers = None if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-    return JSONResponse(refusal(error), error.status, headers)
+    return JSONResponse(error_body(error), error.status, headers)
 
 
 async def _http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = (
-        f"{http.method} {http.url.path} does not exist: see /docs"
-        if error.status_code in (404, 405)
-        else str(error.detail)
-    )
-    return JSONResponse(_error(error.status_code, message), error.status_code, error.headers)
+    message = str(error.detail)
+    if error.status_code in (404, 405):
+        message = f"{http.method} {http.url.path} does not exist: see /docs"
+    return JSONResponse(_body(error.status_code, message), error.status_code, error.headers)
 
 
 async def _crashed(http: Request, error: Exception) -> Response:
@@ -71,68 +76,57 @@ async def _crashed(http: Request, error: Exception) -> Response:
 
 
 async def _invalid(http: Request, error: Exception) -> Response:
-    """Pydantic's list of errors as one sentence: the field (of the body or the path), its value, the way out."""
+    """Turn the first of pydantic's errors into a sentence: the field, its value, what is valid."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return JSONResponse(
-            _error(
-                400,
-                f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}",
-            ),
-            400,
-        )
-    place, *loc = first["loc"]
-    field, siblings = (
-        (str(loc[0]), [])
-        if place == "path"
-        else _field(loc, http.scope["endpoint"].__annotations__["body"])
-    )
+        reason, character = first["ctx"]["error"], first["loc"][-1]
+        message = f"the body is not valid JSON: {reason} at character {character}"
+        return JSONResponse(_body(400, message), 400)
+    source, *loc = first["loc"]
+    field: str | None
+    if source == "path":
+        field, siblings = str(loc[0]), list[str]()
+    else:
+        field, siblings = _field(loc, http.scope["endpoint"].__annotations__["body"])
     reason = first["msg"].removeprefix("Value error, ")
-    if field is None:
-        is_object = first["type"] not in (
-            "missing",
-            "dict_type",
-            "model_type",
-            "model_attributes_type",
-        )
+    if field is None and first["type"] in NOT_AN_OBJECT:
         message = (
-            reason
-            if is_object
-            else "the body must be a JSON object, sent with the header Content-Type: application/json"
+            "the body must be a JSON object, sent with the header Content-Type: application/json"
         )
+    elif field is None:
+        message = reason
     elif first["type"] == "missing":
         message = f"the field {field} is missing: see /docs"
     elif first["type"] == "extra_forbidden":
-        message = f"the field {_shown(field)} is unknown{_nearest(str(first['loc'][-1]), siblings)}"
+        hint = cli.nearest(str(loc[-1]), siblings) or f": known are {', '.join(siblings)}"
+        message = f"the field {_shown(field)} is unknown{hint}"
     else:
         message = f"{field} is {_shown(first['input'])}: {reason[0].lower()}{reason[1:]}"
-    return JSONResponse(
-        _error(422, message, field and field.encode("ascii", "backslashreplace").decode()), 422
-    )
+    param = None if field is None else field.encode("ascii", "backslashreplace").decode()
+    return JSONResponse(_body(422, message, param), 422)
 
 
-def _shown(value: Any) -> str:
-    text = ascii(value)  # in ASCII, whatever the client sent: an error must be sendable
+def _shown(value: object) -> str:
+    """Return a value that a client sent as short ASCII text, which can always be encoded."""
+    text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _field(loc: list[int | str], body: type[BaseModel]) -> tuple[str | None, list[str]]:
-    """The dotted name of the field that an error lies in (None: the body itself), and the fields that are known beside it.
+    """Return the dotted name of an error's field, and the known fields beside it.
 
-    What follows a field in pydantic's `loc` names one of its nested model's, or else a member of a union, or an index.
+    The name is None if the error is about the body as a whole. After a field, pydantic's `loc`
+    names a field of a nested model, a member of a union, or an index.
     """
     names: list[str] = []
-    model: Any = body
+    model = body
     for name in loc:
         names.append(str(name))
-        nested = model.model_fields[name].annotation if name in model.model_fields else None
+        nested = None
+        if isinstance(name, str) and name in model.model_fields:
+            nested = model.model_fields[name].annotation
         if not isinstance(nested, type) or not issubclass(nested, BaseModel):
             break
         model = nested
     return ".".join(names) or None, list(model.model_fields)
-
-
-def _nearest(field: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(field, known, n=1)
-    return f": did you mean {close[0]}?" if close else f": known are {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""How long requests took of late."""
+"""The durations of recent requests."""
 
 from collections import deque
 
@@ -10,7 +10,7 @@ WINDOW = 1000  # requests
 
 
 class Latency:
-    """The durations of the last `WINDOW` requests of a kind."""
+    """The durations of the last `WINDOW` requests of one kind."""
 
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=WINDOW)
@@ -19,7 +19,7 @@ class Latency:
         self._seconds.append(seconds)
 
     def percentiles_ms(self) -> Percentiles:
-        """Linear between neighbours; None where there was no request."""
+        """Return median and 99th percentile, interpolated linearly; None without any request."""
         if not self._seconds:
             return Percentiles(p50=None, p99=None)
         p50, p99 = np.percentile(self._seconds, [50, 99]) * 1000

@@ -1,7 +1,8 @@
-"""Puts the registry's bundles on a Ray cluster, and takes them off again: what `python -m serve` does.
+"""Deploy the application to a Ray cluster, and remove it.
 
-The application is deployed as a Serve config, never by `serve.run`: the same config with another bundle's URI then changes a
-deployment's `user_config` alone, and its replicas swap versions in place (`serve.replicas`).
+The application is deployed as a Serve config, never by `serve.run`: if only the URI of a bundle
+changes, Ray Serve changes the deployment's `user_config`, and its replicas load the other version
+in place (`serve.replicas`).
 """
 
 import asyncio
@@ -17,37 +18,19 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.context import (
-    _get_global_client,
-)  # the only way to deploy a config without the dashboard's REST API
+
+# The only way to deploy a config without the dashboard's REST API.
+from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
-from cluster import storage
 from cluster.connect import connect
-from models import bundle, registry
 from serve.deployments import Options
-from serve.gateway import DESCRIBE_TIMEOUT_S, UNREACHABLE
-from serve.session import ImageSession, TextSession, open_bundle
+from serve.remote import DESCRIBE_TIMEOUT_S, UNREACHABLE
+from serve.selection import SelectedBundle
 
 APPLICATION = "raykiln"
-DEPLOYMENTS = {"gpt": "Text", "gan": "Pictures"}
+DEPLOYMENTS = {"text": "TextReplica", "image": "ImageReplica"}  # by modality
 START_TIMEOUT_S = 300.0
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A verified bundle that is to be served."""
-
-    name: str
-    version: int
-    uri: str
-    manifest: bundle.Manifest
-
-    @property
-    def reference(self) -> str:
-        return f"{self.name}/{self.version}"
 
 
 @dataclass(frozen=True)
@@ -57,90 +40,25 @@ class Address:
 
     @property
     def url(self) -> str:
-        return f"http://{'localhost' if self.host in ('127.0.0.1', '0.0.0.0') else self.host}:{self.port}"
-
-
-# ---- which bundles
-
-
-def choose(
-    root: str,
-    text: str | None = None,
-    images: str | None = None,
-    providers: list[str] | None = None,
-) -> dict[str, Chosen]:
-    """The bundles to serve, by kind ("gpt", "gan"); a kind that the registry has no model of is left out.
-
-    Args:
-        root: the registry, `<storage>/models`.
-        text, images: references such as gpt, gpt/3 or gpt@production; by default the kind's model whose alias production is
-            set, or else its newest.
-        providers: execution providers to open them on (`models.runtime.PROVIDERS`); by default the best that this machine has.
-
-    Raises:
-        ValueError: nothing to serve, an unknown reference, one of the wrong kind, a bundle that is damaged or does not
-            answer as recorded, or a provider that this machine does not have.
-    """
-    root = storage.absolute(root)  # replicas run in other folders
-    references = {
-        kind: reference
-        for kind, reference in (("gpt", text), ("gan", images))
-        if reference is not None
-    }
-    if len(references) < len(DEPLOYMENTS):
-        references = _defaults(root) | references
-    if not references:
-        raise ValueError(
-            f"{root} holds no model to serve: train one and export it with `python -m train export RUN`"
-        )
-    return {
-        kind: _verified(root, kind, reference, providers) for kind, reference in references.items()
-    }
-
-
-def _defaults(root: str) -> dict[str, str]:
-    """By kind, the name that is served where none was asked for; a name that stands for nothing is passed over."""
-    found: dict[str, list[tuple[bool, str, str]]] = {}
-    for name in registry.names(root):
-        try:
-            manifest = bundle.read(registry.resolve(root, name)[2])
-            in_production = registry.PRODUCTION in registry.aliases(root, name)
-        except ValueError as error:
-            logger.warning("%s is passed over: %s", name, error)
-            continue
-        found.setdefault(manifest["kind"], []).append((in_production, manifest["created"], name))
-    return {kind: max(candidates)[2] for kind, candidates in found.items()}
-
-
-def _verified(root: str, kind: str, reference: str, providers: list[str] | None) -> Chosen:
-    """Opened here as a replica will: one that could not would take what is served down with it (`deploy`)."""
-    name, version, uri = registry.resolve(root, reference)
-    manifest = bundle.read(uri)
-    if manifest["kind"] != kind:
-        option = {"gpt": "--text", "gan": "--images"}[kind]
-        raise ValueError(
-            f"{option} {reference} is a bundle of kind {manifest['kind']}: give it one of kind {kind}"
-        )
-    try:
-        if kind == "gpt":
-            open_bundle(TextSession, uri, slots=1, providers=providers)
-        else:
-            open_bundle(ImageSession, uri, providers=providers)
-    except ValueError as error:
-        raise ValueError(f"{name}/{version} cannot be served: {error}") from error
-    return Chosen(name, version, uri, manifest)
+        host = "localhost" if self.host in ("127.0.0.1", "0.0.0.0") else self.host
+        return f"http://{host}:{self.port}"
 
 
 # ---- up
 
 
-def deploy(chosen: dict[str, Chosen], address: Address, options: Options) -> None:
-    """Serves the bundles on the cluster that this process is connected to, and returns once they answer.
+def deploy(selected: dict[str, SelectedBundle], address: Address, options: Options) -> None:
+    """Serve bundles on the cluster that this process is connected to; return once they answer.
 
-    Where the application runs already, other bundles swap in place; where they fail to, what was served before is again.
+    If the application is running, its replicas load other bundles in place. If they fail to, the
+    previous bundles are deployed again.
+
+    Args:
+        selected: the bundles, by modality.
 
     Raises:
-        ValueError: Serve runs at another address already, the port is taken, or the application did not start.
+        ValueError: Ray Serve listens at another address, the port is in use, or the application did
+            not start.
     """
     running = running_address()
     if running is None:
@@ -151,41 +69,40 @@ def deploy(chosen: dict[str, Chosen], address: Address, options: Options) -> Non
         )
     elif running != address:
         raise ValueError(
-            f"Serve runs on this cluster at {running.url} already: use its --host and --port, or end it with `python -m serve down`"
+            f"Ray Serve already runs on this cluster at {running.url}: use its --host and --port, "
+            "or stop it with `python -m serve down`"
         )
     before = _deployed()
     try:
-        _apply(config(chosen, options))
+        _apply(config(selected, options))
     except ValueError:
-        # A replica that fails to swap is stopped, and the next one would try the same bundle.
+        # A replica that fails to load a bundle is stopped, and its successor fails as well.
         if before is not None and is_served():
             _apply(before)
         raise
 
 
-def options_in_force() -> Options | None:
-    """Those of the application as it runs now; None where it does not."""
+def current_options() -> Options | None:
+    """Return the options of the running application; None if it is not running."""
     before = _deployed()
     return None if before is None else Options.model_validate(before["applications"][0]["args"])
 
 
-def running_on(chosen: dict[str, Chosen]) -> dict[str, list[str] | None]:
-    """The execution providers of each bundle that is served, as a replica of it says; None where none answers."""
+def providers_in_use(selected: dict[str, SelectedBundle]) -> dict[str, list[str] | None]:
+    """Ask a replica of each bundle for its execution providers; None if none answers."""
 
-    async def ask() -> dict[
-        str, list[str] | None
-    ]:  # on an event loop, without which handles can't be made in the fast mode
+    async def ask() -> dict[str, list[str] | None]:
         found: dict[str, list[str] | None] = {}
-        for kind, served in chosen.items():
-            found[served.reference] = None
+        for modality, bundle in selected.items():
+            found[bundle.reference] = None
             with contextlib.suppress(*UNREACHABLE):
                 async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                    model = await serve.get_deployment_handle(
-                        DEPLOYMENTS[kind], APPLICATION
-                    ).describe.remote()
-                found[served.reference] = model.providers
+                    handle = serve.get_deployment_handle(DEPLOYMENTS[modality], APPLICATION)
+                    model = await handle.describe.remote()
+                found[bundle.reference] = model.providers
         return found
 
+    # Fast mode can create handles on an event loop only.
     return asyncio.run(ask())
 
 
@@ -197,7 +114,7 @@ def _apply(serve_config: dict[str, Any]) -> None:
 
 
 def _deployed() -> dict[str, Any] | None:
-    """The Serve config of the application as it runs now; None where it does not."""
+    """Return the Serve config of the running application; None if it is not running."""
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         return None
@@ -207,51 +124,50 @@ def _deployed() -> dict[str, Any] | None:
     return {"applications": [application["deployed_app_config"]]}
 
 
-def config(chosen: dict[str, Chosen], options: Options) -> dict[str, Any]:
-    """The Serve config of the application; `serve deploy` takes it as well."""
-    args = options.model_copy(update={"text": "gpt" in chosen, "images": "gan" in chosen})
+def config(selected: dict[str, SelectedBundle], options: Options) -> dict[str, Any]:
+    """Return the Serve config of the application; Ray's `serve deploy` accepts it as well."""
+    args = options.model_copy(update={"text": "text" in selected, "images": "image" in selected})
     deployments = [
-        {"name": DEPLOYMENTS[kind], "user_config": {"uri": served.uri}}
-        for kind, served in chosen.items()
+        {"name": DEPLOYMENTS[modality], "user_config": {"uri": bundle.uri}}
+        for modality, bundle in selected.items()
     ]
     application = {
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": "serve.deployments:build",
         "args": args.model_dump(),
-        "logging_config": {
-            "log_level": "WARNING",
-            "enable_access_log": False,
-        },  # the gateway has its own (`serve.access`)
+        # The gateway writes its own access log (`serve.access_log`).
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "deployments": deployments,
     }
     return {"applications": [application]}
 
 
 def check_port(address: Address) -> None:
-    """Raises ValueError where something else listens at the address."""
+    """Raise ValueError if the port is in use."""
     with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as uvicorn does: a port in TIME_WAIT is free
+        # As uvicorn does: a port in TIME_WAIT is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address.host, address.port))
         except OSError as error:
             raise ValueError(
-                f"{address.host}:{address.port} cannot be used ({error.strerror}): choose another with --port or --host"
+                f"{address.host}:{address.port} cannot be used ({error.strerror}): "
+                "choose another with --port or --host"
             ) from error
 
 
 def running_address() -> Address | None:
-    """Where Serve listens on this cluster; None where it does not run."""
+    """Return where Ray Serve listens on this cluster; None if it is not running."""
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else Address(client.http_config.host, client.http_config.port)
 
 
 def metrics_url() -> str:
-    """Where Prometheus finds the metrics of this process' node."""
+    """Return the URL of the Prometheus metrics of this process's node."""
     node_id = ray.get_runtime_context().get_node_id()
-    (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    (node,) = (node for node in nodes if node["NodeID"] == node_id)
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
@@ -261,39 +177,44 @@ def _wait_until_running() -> None:
         application = serve.status().applications.get(APPLICATION)
         if application is None:
             raise ValueError(
-                "the models were taken off the cluster while they started: somebody ran `python -m serve down`"
+                "the application was removed from the cluster while it started: "
+                "another process ran `python -m serve down`"
             )
         if application.status == ApplicationStatus.RUNNING:
             return
         if application.status == ApplicationStatus.DEPLOY_FAILED:
             raise ValueError(f"the models could not be served: {application.message}")
         if time.monotonic() > deadline:
+            status = application.message or application.status.value
             raise ValueError(
-                f"the models were not ready after {START_TIMEOUT_S:g} s ({application.message or application.status.value}): "
-                "see `ray status` for whether the cluster has a free CPU for each of them"
+                f"the models were not ready after {START_TIMEOUT_S:g} s ({status}): "
+                "check with `ray status` that the cluster has a free CPU for each of them"
             )
         time.sleep(0.2)
 
 
 @contextlib.contextmanager
 def connected(num_replicas_cpus: int, address: Address) -> Iterator[bool]:
-    """This process on a cluster: the one of RAY_ADDRESS, or a private one (True) that ends with the block.
+    """Connect this process to the cluster of RAY_ADDRESS, or to a private one.
+
+    Yields whether the cluster is private. A private cluster ends with the block.
 
     Args:
-        num_replicas_cpus: logical CPUs that a private cluster must have at least.
+        num_replicas_cpus: the minimum number of logical CPUs of a private cluster.
+        address: checked before a private cluster is started.
     """
     if not os.environ.get("RAY_ADDRESS"):
-        check_port(address)  # before a cluster is started for nothing
+        check_port(address)
     private = connect(num_cpus=max(os.cpu_count() or 1, num_replicas_cpus))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         yield private
     finally:
-        ray.shutdown()
+        ray.shutdown()  # type: ignore[no-untyped-call]
 
 
 def wait_for_interrupt() -> None:
-    """Returns at Ctrl-C or SIGTERM."""
+    """Return on Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
@@ -304,15 +225,19 @@ def wait_for_interrupt() -> None:
 
 
 def is_served() -> bool:
-    """Whether the application is on the cluster that this process is connected to."""
+    """Return whether the application is on the cluster that this process is connected to."""
     return running_address() is not None and APPLICATION in serve.status().applications
 
 
 def remove(keep_serve: bool = False) -> bool:
-    """Takes the application off the cluster once its requests are answered; False where it was not there.
+    """Remove the application from the cluster once its requests have ended.
 
     Args:
-        keep_serve: leave Serve itself, which otherwise goes where nothing else is served by it.
+        keep_serve: do not stop Ray Serve itself. By default it is stopped if it serves no other
+            application.
+
+    Returns:
+        False if the application was not there.
     """
     if not is_served():
         return False

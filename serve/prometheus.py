@@ -1,8 +1,8 @@
-"""What the replicas count, for Prometheus: beside Ray's own metrics, on each node's metrics port.
+"""The replicas' own metrics for Prometheus, beside Ray's, on each node's metrics port.
 
-Ray puts `ray_` before every name and `_total` behind a counter's, and tags deployment, replica and application; what a
-model does has the tag `model` too, such as gpt/3. All is recorded on the event loop, once a message to a client or a request (2 us each),
-and never by the engine's thread.
+Ray prefixes every name with `ray_`, appends `_total` to counters, and tags deployment, replica and
+application. Metrics of a model have the tag `model` as well, such as gpt/3. Everything is recorded
+on the event loop, once per message or request (2 us each), never by the engine's thread.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ from collections.abc import AsyncGenerator
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from serve.engine import Chunk
-from serve.errors import Rejected
+from serve.chunks import Chunk
+from serve.errors import RequestError
 
 TOKEN_S = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
 REQUEST_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0]
@@ -20,12 +20,13 @@ MODEL = ("model",)
 
 
 class TextMetrics:
-    """Of a `Text` replica."""
+    """Metrics of a `TextReplica`."""
 
     def __init__(self) -> None:
         self.requests = Counter(
             "raykiln_text_requests",
-            "Requests for text that ended, by outcome: stop, length, content_filter, cancelled (the client went), or the code of an error.",
+            "Requests for text that ended, by outcome: stop, length, content_filter, cancelled "
+            "(the client disconnected), or the code of an error.",
             tag_keys=("model", "outcome"),  # type: ignore[arg-type]  # annotated as a tuple of one
         )
         self.prompt_tokens = Counter(
@@ -38,24 +39,25 @@ class TextMetrics:
         )
         self.time_to_first_token = Histogram(
             "raykiln_time_to_first_token_seconds",
-            "From a request's arrival at the replica, its waiting included.",
+            "From a request's arrival at the replica, queueing included.",
             REQUEST_S,
             MODEL,
         )
         self.inter_token_latency = Histogram(
             "raykiln_inter_token_latency_seconds",
-            "Between two messages of a stream, by the tokens in the second: a stutter longer than the messages' interval is seen whole.",
+            "Time between two messages of a stream per token of the second; a pause longer than "
+            "the messages' interval counts in full.",
             TOKEN_S,
             MODEL,
         )
         self.filter_hits = Counter(
             "raykiln_filter_hits",
-            "Prompts refused and texts ended for a blocked phrase, by where it was.",
+            "Prompts refused and texts ended because of a blocked phrase, by where it was found.",
             tag_keys=("model", "where"),  # type: ignore[arg-type]
         )
         self.rollouts = _rollouts()
         self.load = {
-            "slots": Gauge("raykiln_slots", "Texts that the replica can write at once."),
+            "slots": Gauge("raykiln_slots", "Texts that the replica can generate at once."),
             "running": Gauge("raykiln_requests_running", "Texts that have a slot."),
             "waiting": Gauge("raykiln_requests_waiting", "Texts that wait for a slot."),
         }
@@ -63,9 +65,9 @@ class TextMetrics:
     async def observe(
         self, chunks: AsyncGenerator[Chunk, None], n: int, model: str
     ) -> AsyncGenerator[Chunk, None]:
-        """The same chunks, those of a request for `n` texts, counted on their way."""
+        """Yield the chunks of a request for `n` texts unchanged, and record them."""
         tags, started = {"model": model}, time.monotonic()
-        latest: dict[int, tuple[float, Chunk]] = {}  # of each of the request's texts
+        latest: dict[int, tuple[float, Chunk]] = {}  # by choice
         outcome = "cancelled"
         try:
             async with contextlib.aclosing(chunks):
@@ -88,7 +90,7 @@ class TextMetrics:
                     )
                     outcome = (ended and chunk.finish_reason) or "cancelled"
                     yield chunk
-        except Rejected as error:
+        except RequestError as error:
             outcome = error.code or "rejected"
             raise
         finally:
@@ -102,28 +104,23 @@ class TextMetrics:
             gauge.set(status[name])
 
 
-class PictureMetrics:
-    """Of a `Pictures` replica."""
+class ImageMetrics:
+    """Metrics of an `ImageReplica`."""
 
     def __init__(self) -> None:
-        self.pictures = Counter("raykiln_pictures", "Pictures drawn.", tag_keys=MODEL)
+        self.images = Counter("raykiln_images", "Images generated.", tag_keys=MODEL)
         self.seconds = Histogram(
-            "raykiln_picture_request_seconds",
-            "A request for pictures, its waiting included.",
+            "raykiln_image_request_seconds",
+            "A request for images, queueing included.",
             REQUEST_S,
             MODEL,
         )
         self.rollouts = _rollouts()
 
-    def drawn(self, count: int, seconds: float, model: str) -> None:
-        """Counts a request for `count` pictures."""
+    def request_ended(self, images: int, seconds: float, model: str) -> None:
         self.seconds.observe(seconds, {"model": model})
-        self.pictures.inc(count, {"model": model})
+        self.images.inc(images, {"model": model})
 
 
 def _rollouts() -> Counter:
-    return Counter(
-        "raykiln_rollouts",
-        "Versions that took another's place in a running replica.",
-        tag_keys=MODEL,
-    )
+    return Counter("raykiln_rollouts", "Versions loaded into a running replica.", tag_keys=MODEL)

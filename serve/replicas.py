@@ -1,109 +1,93 @@
-"""What a replica of each model does: `Text` writes under continuous batching, `Pictures` draws. Serve calls them; the gateway's handles reach them.
+"""What a replica of each deployment does: generate text or images from one bundle.
 
-Which bundle a replica serves is its `user_config`: another version swaps in `reconfigure`, without a new process and without
-a dropped request.
+The bundle's URI is the deployment's `user_config`. When it changes, `reconfigure` loads the other
+version without a new process and without dropping a request.
 """
 
 import asyncio
 import contextlib
 import functools
-import io
 import math
 import random
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from serve.blocklist import Blocklist
-from serve.engine import Chunk, Engine, Stream
-from serve.errors import Blocked, Overloaded, Rejected, UnknownModel, WrongValue
-from serve.ingress import Drawing
-from serve.prometheus import PictureMetrics, TextMetrics
-from serve.scheduler import Sampling
+from serve.chunks import Chunk
+from serve.engine import Engine
+from serve.errors import InvalidValue, Overloaded, PromptBlocked, RequestError, UnknownModel
+from serve.generation import Generation
+from serve.image_files import contact_sheet, png
+from serve.prometheus import ImageMetrics, TextMetrics
+from serve.protocols import GeneratedImages
+from serve.sampling import Sampling
 from serve.schemas import (
     CompletionRequest,
-    ImagesRequest,
+    GenerationsRequest,
+    ImageRequest,
     InterpolationsRequest,
     Model,
-    PictureRequest,
 )
 from serve.session import ImageSession, TextSession, open_bundle
 
-QUEUE_LIMIT = 64  # requests that may wait at a replica; one more is refused with 429
-
-
-def _reference(session: TextSession | ImageSession) -> str:
-    return f"{session.manifest['name']}/{session.manifest['version']}"
-
-
-def _check_model(requested: str | None, served: str) -> None:
-    if requested not in (None, served, served.rpartition("/")[0]):
-        raise UnknownModel(
-            f"model {requested!r} is not served here: leave it out, or use {served.rpartition('/')[0]}"
-        )
-
-
-def _describe(session: TextSession | ImageSession, **more: Any) -> Model:
-    manifest = session.manifest
-    facts = {
-        key: manifest[key]
-        for key in ("version", "kind", "metrics", "model", "quantization", "dataset", "commit")
-    }
-    facts["run"] = {
-        key: manifest["run"][key] for key in ("name", "step")
-    }  # where its storage is, is nobody's business
-    created = int(datetime.fromisoformat(manifest["created"]).timestamp())
-    return Model.model_validate(
-        {
-            "id": manifest["name"],
-            "created": created,
-            **facts,
-            "providers": session.providers,
-            "sample": session.sample is not None,
-            **more,
-        }
-    )
+QUEUE_LIMIT = 64  # requests that can wait at a replica; further ones are refused with 429
 
 
 class Replica:
-    """A bundle that is served, and can be swapped for another."""
+    """Serves a bundle, which can be replaced by another.
+
+    Attributes:
+        uri: the bundle's URI.
+        loading: held while a bundle is loaded.
+    """
 
     session: TextSession | ImageSession
 
     def __init__(self) -> None:
-        self.uri, self.swapping = "", asyncio.Lock()
+        self.uri, self.loading = "", asyncio.Lock()
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
-        """Serves the bundle at `user_config["uri"]` from now on; what is under way finishes on the one before."""
-        async with self.swapping:  # Serve's calls may overlap, and the last of them must win
-            # Serve calls again with the same config where a replica's rank has changed.
+        """Serve the bundle at `user_config["uri"]` from now on.
+
+        Requests that are running finish on the previous bundle.
+        """
+        # Ray Serve's calls may overlap, and the last one has to win.
+        async with self.loading:
+            # Ray Serve calls again with the same config when a replica's rank changes.
             if user_config["uri"] != self.uri or not self._alive():
-                await self._swap(user_config["uri"])
+                await self._load_bundle(user_config["uri"])
 
     def _alive(self) -> bool:
         return True
 
-    async def _swap(self, uri: str) -> None:
+    async def _load_bundle(self, uri: str) -> None:
         raise NotImplementedError
 
     async def sample(self) -> bytes | None:
         return self.session.sample
 
     async def registry(self) -> tuple[str, str | None]:
-        """The model's name, and the registry that the bundle lies in; None where it lies elsewhere."""
-        place = f"/{_reference(self.session)}"
-        return self.session.manifest["name"], self.uri.removesuffix(place) if self.uri.endswith(
-            place
-        ) else None
+        """Return the model's name, and the registry that holds the bundle or None."""
+        path = f"/{_reference(self.session)}"
+        root = self.uri.removesuffix(path) if self.uri.endswith(path) else None
+        return self.session.manifest["name"], root
 
 
-class Text(Replica):
-    """A GPT bundle under continuous batching."""
+class TextReplica(Replica):
+    """Serves a GPT bundle with continuous batching.
+
+    Args:
+        slots: texts that are generated at once.
+        threads: of ONNX Runtime.
+        timeout_s: the longest time that a request may take.
+        providers: as for `serve.session.TextSession`.
+        chunks_per_s: as for `serve.engine.Engine`.
+        blocklist: phrases that no prompt and no text may contain.
+    """
 
     session: TextSession
 
@@ -117,23 +101,16 @@ class Text(Replica):
         blocklist: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.slots, self.threads, self.timeout_s, self.providers = (
-            slots,
-            threads,
-            timeout_s,
-            providers,
-        )
-        self.chunks_per_s, self.blocklist = (
-            chunks_per_s,
-            Blocklist(blocklist) if blocklist else None,
-        )
+        self.slots, self.threads, self.timeout_s = slots, threads, timeout_s
+        self.providers, self.chunks_per_s = providers, chunks_per_s
+        self.blocklist = Blocklist(blocklist) if blocklist else None
         self.engine: Engine | None = None
         self.metrics = TextMetrics()
 
     def _alive(self) -> bool:
         return self.engine is not None and self.engine.alive
 
-    async def _swap(self, uri: str) -> None:
+    async def _load_bundle(self, uri: str) -> None:
         session = await asyncio.to_thread(
             open_bundle,
             TextSession,
@@ -158,7 +135,11 @@ class Text(Replica):
             self.metrics.rollouts.inc(1, {"model": self.reference})
 
     async def check_health(self) -> None:
-        """Serve asks every second: so fresh are the gauges, too. Async, since Serve would call it on another thread."""
+        """Raise RuntimeError if the engine has ended, and update the gauges.
+
+        Ray Serve calls it every second. It is async because Ray Serve would call it on another
+        thread otherwise.
+        """
         if self.engine is None or not self._alive():
             raise RuntimeError("the engine's thread has ended")
         self.metrics.set_load(self.engine.status())
@@ -173,31 +154,35 @@ class Text(Replica):
 
     async def complete(
         self, request: CompletionRequest, client: str
-    ) -> tuple[str, list[Chunk]] | Rejected:
+    ) -> tuple[str, list[Chunk]] | RequestError:
         try:
             reference = self.reference
             return reference, await self._submit(request, client).results()
-        except Rejected as error:
+        except RequestError as error:
             return error
 
     async def stream(
         self, request: CompletionRequest, client: str
-    ) -> AsyncGenerator[tuple[str, Chunk] | Rejected, None]:
+    ) -> AsyncGenerator[tuple[str, Chunk] | RequestError, None]:
         try:
             reference = self.reference
             async with contextlib.aclosing(self._submit(request, client).chunks()) as chunks:
                 async for chunk in chunks:
                     yield reference, chunk
-        except Rejected as error:
+        except RequestError as error:
             yield error
 
-    def _submit(self, request: CompletionRequest, client: str) -> Stream:
-        """Without an await in between, so that no swap comes between the choice of the engine and its taking the request."""
+    def _submit(self, request: CompletionRequest, client: str) -> Generation:
+        """Submit a request to the engine.
+
+        Not async: no other bundle can be loaded between the choice of the engine and the submit.
+        """
         assert self.engine is not None
         _check_model(request.model, self.reference)
         if request.timeout_s is not None and request.timeout_s > self.timeout_s:
-            raise WrongValue(
-                f"timeout_s is {request.timeout_s:g}, and a request may take {self.timeout_s:g} s here: ask for no more",
+            raise InvalidValue(
+                f"timeout_s is {request.timeout_s:g}, and a request may take at most "
+                f"{self.timeout_s:g} s here: use a lower value",
                 "timeout_s",
             )
         sampling = Sampling(
@@ -216,30 +201,37 @@ class Text(Replica):
             return self.engine.submit(
                 request.prompt, sampling, client, n=request.n, timeout_s=request.timeout_s
             )
-        except Blocked:
+        except PromptBlocked:
             self.metrics.prompt_blocked(self.reference)
             raise
 
 
-class Pictures(Replica):
-    """A generator's bundle; requests are drawn one after the other: a batch of 32 is 10 to 20 % faster a picture on a CPU."""
+class ImageReplica(Replica):
+    """Serves a GAN bundle, one request after the other.
+
+    On a CPU, a batch of 32 images is only 10 to 20 % faster per image than single images.
+
+    Args:
+        threads: of ONNX Runtime.
+        providers: as for `serve.session.ImageSession`.
+    """
 
     session: ImageSession
 
     def __init__(self, threads: int, providers: list[str] | None = None) -> None:
         super().__init__()
         self.threads, self.providers = threads, providers
-        self.waiting = 0
-        self.executor = ThreadPoolExecutor(1, "pictures")
-        self.metrics = PictureMetrics()
+        self.waiting = 0  # requests, the running one included
+        self.executor = ThreadPoolExecutor(1, "images")
+        self.metrics = ImageMetrics()
 
-    async def _swap(self, uri: str) -> None:
+    async def _load_bundle(self, uri: str) -> None:
         session = await asyncio.to_thread(
             open_bundle, ImageSession, uri, threads=self.threads, providers=self.providers
         )
-        rollout = self.uri != ""
+        is_rollout = self.uri != ""
         self.uri, self.session = uri, session
-        if rollout:
+        if is_rollout:
             self.metrics.rollouts.inc(1, {"model": _reference(self.session)})
 
     async def load(self) -> dict[str, int]:
@@ -249,143 +241,156 @@ class Pictures(Replica):
     async def describe(self) -> Model:
         return _describe(self.session)
 
-    async def draw(self, request: ImagesRequest) -> tuple[str, Drawing] | Rejected:
+    async def generate(
+        self, request: GenerationsRequest
+    ) -> tuple[str, GeneratedImages] | RequestError:
         session = self.session
         try:
             _check_model(request.model, _reference(session))
             _check_size(session, request.size)
-            return await self._in_turn(_draw, session, request, _label(session, request))
-        except Rejected as error:
+            label = _label(session, request)
+            return await self._run(session, lambda: _generate(session, request, label))
+        except RequestError as error:
             return error
 
-    async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing] | Rejected:
+    async def interpolate(
+        self, request: InterpolationsRequest
+    ) -> tuple[str, GeneratedImages] | RequestError:
         session = self.session
         try:
             _check_model(request.model, _reference(session))
-            return await self._in_turn(_interpolate, session, request, _label(session, request))
-        except Rejected as error:
+            label = _label(session, request)
+            return await self._run(session, lambda: _interpolate(session, request, label))
+        except RequestError as error:
             return error
 
-    async def _in_turn(
-        self,
-        make: Callable[[ImageSession, Any, int | None], Drawing],
-        session: ImageSession,
-        request: PictureRequest,
-        label: int | None,
-    ) -> tuple[str, Drawing]:
+    async def _run(
+        self, session: ImageSession, function: Callable[[], GeneratedImages]
+    ) -> tuple[str, GeneratedImages]:
+        """Run a request on the thread that runs all of them in turn."""
         if self.waiting >= QUEUE_LIMIT:
-            raise Overloaded(f"{self.waiting} requests for pictures wait: try again in a moment")
+            raise Overloaded(f"{self.waiting} requests for images wait: try again in a moment")
         self.waiting += 1
         started = time.monotonic()
         try:
-            loop = asyncio.get_running_loop()
-            drawing = await loop.run_in_executor(self.executor, make, session, request, label)
+            images = await asyncio.get_running_loop().run_in_executor(self.executor, function)
         finally:
             self.waiting -= 1
-        self.metrics.drawn(len(drawing.labels), time.monotonic() - started, _reference(session))
-        return _reference(session), drawing
+        reference = _reference(session)
+        self.metrics.request_ended(len(images.labels), time.monotonic() - started, reference)
+        return reference, images
 
 
-def _draw(session: ImageSession, request: ImagesRequest, label: int | None) -> Drawing:
-    seed = random.randrange(2**31) if request.seed is None else request.seed
-    images = session.pictures(seed, request.n, label, request.truncation)
-    return _drawing(
-        session,
-        request,
-        images,
-        session.labels(seed, request.n, label),
-        seed,
-        columns=math.ceil(math.sqrt(request.n)),
+def _reference(session: TextSession | ImageSession) -> str:
+    """Return name and version of a session's model, such as gpt/3."""
+    return f"{session.manifest['name']}/{session.manifest['version']}"
+
+
+def _check_model(requested: str | None, served: str) -> None:
+    name = served.rpartition("/")[0]
+    if requested not in (None, served, name):
+        raise UnknownModel(f"model {requested!r} is not served here: leave it out, or use {name}")
+
+
+def _describe(session: TextSession | ImageSession, **more: object) -> Model:
+    manifest = session.manifest
+    facts = {
+        key: manifest[key]
+        for key in ("version", "kind", "metrics", "model", "quantization", "dataset", "commit")
+    }
+    # Without `storage`, which is private.
+    facts["run"] = {key: manifest["run"][key] for key in ("name", "step")}
+    created = int(datetime.fromisoformat(manifest["created"]).timestamp())
+    return Model.model_validate(
+        {
+            "id": manifest["name"],
+            "created": created,
+            **facts,
+            "providers": session.providers,
+            "sample": session.sample is not None,
+            **more,
+        }
     )
+
+
+def _generate(
+    session: ImageSession, request: GenerationsRequest, label: int | None
+) -> GeneratedImages:
+    seed = random.randrange(2**31) if request.seed is None else request.seed
+    images = session.generate_from_seed(seed, request.n, label, request.truncation)
+    labels = session.labels(seed, request.n, label)
+    columns = math.ceil(math.sqrt(request.n))
+    return _as_files(session, request, images, labels, seed, columns)
 
 
 def _interpolate(
     session: ImageSession, request: InterpolationsRequest, label: int | None
-) -> Drawing:
-    images = session.interpolation(
+) -> GeneratedImages:
+    images = session.interpolate(
         request.seed, request.to_seed, request.steps, label, request.truncation
     )
     labels = session.labels(request.seed, 1, label)
-    return _drawing(
-        session,
-        request,
-        images,
-        labels and labels * request.steps,
-        request.seed,
-        columns=request.steps,
+    return _as_files(
+        session, request, images, labels and labels * request.steps, request.seed, request.steps
     )
 
 
-def _drawing(
+def _as_files(
     session: ImageSession,
-    request: PictureRequest,
+    request: ImageRequest,
     images: np.ndarray,
     labels: list[int] | None,
     seed: int,
     columns: int,
-) -> Drawing:
-    """Pictures (N, H, W, C) as PNG files, or as one of `columns` pictures a row, with the name of each one's class."""
+) -> GeneratedImages:
+    """Encode images (N, H, W, C) as one PNG each, or as a single one with `columns` per row."""
     names = session.manifest["model"]["class_names"]
-    shown = images if request.response_format == "b64_json" else [_sheet(images, columns)]
-    return Drawing(
-        [_png(image) for image in shown],
+    one_file = request.response_format == "png"
+    shown = [contact_sheet(images, columns)] if one_file else list(images)
+    return GeneratedImages(
+        [png(image) for image in shown],
         [None] * len(images) if labels is None else [names[label] for label in labels],
         seed,
     )
 
 
-def _sheet(images: np.ndarray, columns: int) -> np.ndarray:
-    """Pictures (N, H, W, C) side by side in rows of `columns`, (rows x H, columns x W, C); what is left over is white."""
-    count, height, width, channels = images.shape
-    rows = math.ceil(count / columns)
-    cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
-    cells[:count] = images
-    return (
-        cells.reshape(rows, columns, height, width, channels)
-        .swapaxes(1, 2)
-        .reshape(rows * height, columns * width, channels)
-    )
-
-
-def _png(image: np.ndarray) -> bytes:
-    """A (H, W, C) uint8 picture as a PNG file, grey where C is 1."""
-    file = io.BytesIO()
-    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, "PNG")
-    return file.getvalue()
-
-
 def _check_size(session: ImageSession, size: str | None) -> None:
     side = session.manifest["model"]["image_size"]
     if size not in (None, "auto", f"{side}x{side}"):
-        raise WrongValue(
-            f"size is {size!r}, and this model draws {side}x{side}: leave it out", "size"
+        raise InvalidValue(
+            f"size is {size!r}, and this model generates {side}x{side}: leave it out", "size"
         )
 
 
-def _label(session: ImageSession, request: PictureRequest) -> int | None:
-    """The class that a request asks for, by `label` or by its prompt; None: any.
+def _label(session: ImageSession, request: ImageRequest) -> int | None:
+    """Return the class that a request names by `label` or `prompt`; None: any class.
 
     Raises:
-        WrongValue: the model has no such class, or none at all.
+        InvalidValue: the model has no such class, or no classes.
     """
-    wanted, param = (
-        (request.prompt.strip(), "prompt") if request.label is None else (request.label, "label")
-    )
-    if wanted == "":
+    param: str
+    requested: int | str
+    if request.label is None:
+        param, requested = "prompt", request.prompt.strip()
+    else:
+        param, requested = "label", request.label
+    if requested == "":
         return None
     names: list[str] = session.manifest["model"]["class_names"] or []
     if not names:
-        raise WrongValue(
-            f"{param} is {wanted!r}, and this model has no classes: leave it out", param
+        raise InvalidValue(
+            f"{param} is {requested!r}, and this model has no classes: leave it out", param
         )
-    if isinstance(wanted, int) and 0 <= wanted < len(names):
-        return wanted
-    if wanted in names:  # before any that differs in case alone
-        return names.index(str(wanted))
-    folded = [name.casefold() for name in names]
-    if isinstance(wanted, str) and wanted.casefold() in folded:
-        return folded.index(wanted.casefold())
-    raise WrongValue(
-        f"{param} is {wanted!r}, which is no class of this model: use one of {', '.join(names)}",
+    if isinstance(requested, int) and 0 <= requested < len(names):
+        return requested
+    if isinstance(requested, str):
+        if requested in names:  # before names that differ only in case
+            return names.index(requested)
+        folded = [name.casefold() for name in names]
+        if requested.casefold() in folded:
+            return folded.index(requested.casefold())
+    raise InvalidValue(
+        f"{param} is {requested!r}, which is not a class of this model: "
+        f"use one of {', '.join(names)}",
         param,
     )

@@ -1,6 +1,7 @@
-"""Who runs next: sequences wait in a fair queue, take a slot, and leave it. Plain Python: no model, no threads, no clock.
+"""Which sequences run next: they wait in a fair queue, take a slot, and give it back.
 
-A step of the engine is the prompts' chunks of `prefills()`, then one token further for all of `decodes()`.
+Plain Python without a model, threads or a clock. A step of the engine runs the prompt chunks of
+`prefills()`, then decodes one token for each sequence of `decodes()`.
 """
 
 import heapq
@@ -9,52 +10,33 @@ import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a request wants its tokens drawn."""
-
-    max_tokens: int = 16
-    temperature: float = 0.7  # 0: greedy
-    top_k: int = 50  # 0: off
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0  # 1: off
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    choice: int = 0  # which of its request's texts: each is another of the same seed
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = (
-        None  # so many of the likeliest tokens are told with each token; None: nothing is told
-    )
+from serve.sampling import Sampling
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One request's tokens on their way through a slot."""
+    """The tokens of one text: a prompt, and what has been generated after it."""
 
     prompt: list[int]
-    sampling: Sampling = Sampling()
-    client: str = ""  # whose share of the queue it takes
+    sampling: Sampling = field(default_factory=Sampling)
+    client: str = ""  # the client whose part of the queue it occupies
     deadline: float = math.inf  # on the caller's clock
     tokens: list[int] = field(default_factory=list)  # generated so far
     slot: int | None = None
-    cached: int = 0  # tokens whose keys and values lie in the slot
-    request: list["Sequence"] = field(
-        default_factory=list, repr=False
-    )  # all of its request, itself included: `Scheduler.add` sets it
+    cached: int = 0  # tokens whose keys and values are in the slot's KV cache
+    # All sequences of its request, itself included; `Scheduler.add` sets it.
+    request: list["Sequence"] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """The next chunk of a prompt: `ids` go to the sequence's slot from position `start` on."""
+    """The next chunk of a prompt: `ids` go into the sequence's slot at position `start`."""
 
     sequence: Sequence
     ids: list[int]
     start: int
-    source: int | None = (
-        None  # a slot that holds the prompt up to `start`, to be copied first; None: its own slot does
-    )
+    # A slot that holds the prompt up to `start` and is copied first; None: its own slot holds it.
+    source: int | None = None
 
 
 class Scheduler:
@@ -62,34 +44,30 @@ class Scheduler:
 
     Args:
         slots: sequences that can run at once.
-        queue_limit: sequences that may wait; where more come, the client with the most of them loses its newest request.
-        chunk_size: most prompt tokens of one prefill. A prompt is cut at multiples of it, whatever else runs, so that
-            its keys and values are computed the same way alone and in company. Whole chunks that prompts begin with alike
-            are therefore the same to the bit, and computed once: later prompts take them over from the slot that has them.
-        copies: whether a slot's content can be copied to another; else only what a slot itself still holds is taken over.
+        queue_limit: sequences that can wait. If more arrive, the client with the most waiting
+            sequences loses its newest request.
+        chunk_size: the maximum number of prompt tokens per prefill. Prompts are always cut at
+            multiples of it, so that keys and values are computed the same way alone and in a
+            batch. Whole chunks that two prompts have in common are therefore bit-identical, and
+            are computed once: later prompts copy them from the slot that holds them.
+        copies: whether a slot's cache can be copied to another slot. If not, a prompt reuses only
+            what its own slot still holds.
     """
 
     def __init__(self, slots: int, queue_limit: int, chunk_size: int, copies: bool = True) -> None:
-        self.slots, self.queue_limit, self.chunk_size, self.copies = (
-            slots,
-            queue_limit,
-            chunk_size,
-            copies,
-        )
-        self._queues: OrderedDict[str, deque[Sequence]] = (
-            OrderedDict()
-        )  # per client; the next to be served first
-        self._free = list(
-            range(slots)
-        )  # a heap: the lowest slots are taken first, so that a batch lies close together
+        self.slots, self.queue_limit = slots, queue_limit
+        self.chunk_size, self.copies = chunk_size, copies
+        # By client; the client that is served next comes first.
+        self._queues: OrderedDict[str, deque[Sequence]] = OrderedDict()
+        # A heap: the lowest slots are used first, so that a batch covers few rows.
+        self._free = list(range(slots))
         self._running: list[Sequence] = []
-        self._tenants: list[Sequence | None] = [
-            None
-        ] * slots  # each slot's latest, whose keys and values it holds
+        # The latest sequence of each slot, whose keys and values the slot holds.
+        self._occupants: list[Sequence | None] = [None] * slots
 
     @property
     def waiting(self) -> int:
-        # A list: other threads ask too, and the queues may change meanwhile.
+        # A copy: other threads read this count while the queues change.
         return sum(len(queue) for queue in list(self._queues.values()))
 
     @property
@@ -101,22 +79,27 @@ class Scheduler:
         return not self._running and not self._queues
 
     def add(self, request: list[Sequence]) -> list[Sequence]:
-        """Puts the new sequences of one request into the queue, and returns those that had to leave for them: maybe they themselves.
+        """Queue the new sequences of one request.
 
-        A request comes and leaves as a whole. In a full queue the newest of the client with the most sequences there has to leave,
-        so that nobody can shut the others out. What has begun goes on, and nobody leaves for a request that has to leave all the same.
+        A request is accepted or refused as a whole. If the queue is full, the client with the most
+        waiting sequences loses its newest request, so that no client can lock out the others.
+        Requests that have started are not removed, and none is removed for a request that would
+        be refused anyway.
+
+        Returns:
+            The sequences that were removed to make room, or `request` itself if it is refused.
         """
         for sequence in request:
             sequence.request = request
-        leaving = self._leaving(request)
-        if leaving != request:
-            for sequence in leaving:
+        evicted = self._evicted_for(request)
+        if evicted != request:
+            for sequence in evicted:
                 self.remove(sequence)
             self._queues.setdefault(request[0].client, deque()).extend(request)
-        return leaving
+        return evicted
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is; its slot is free at once. Nothing happens where it has left already."""
+        """Remove a sequence from its slot or the queue, if it is in one of them."""
         if sequence in self._running:
             assert sequence.slot is not None
             self._running.remove(sequence)
@@ -130,9 +113,10 @@ class Scheduler:
                 del self._queues[sequence.client]
 
     def prefills(self) -> list[Prefill]:
-        """Gives free slots to waiting sequences, and returns this step's chunks of prompts, in order of arrival in a slot.
+        """Assign free slots to waiting sequences, and return the prompt chunks of this step.
 
-        They sum to less than two chunks, so that the streams under way wait for a bounded time only.
+        Chunks are in the order in which their sequences got a slot. They sum to less than two
+        times `chunk_size` tokens, which bounds the time that running streams wait.
         """
         while self._free and self._queues:
             self._admit()
@@ -141,7 +125,7 @@ class Scheduler:
         for sequence in self._running:
             if budget <= 0:
                 break
-            source, start = self._longest_shared(sequence)
+            source, start = self._longest_prefix(sequence)
             while budget > 0 and start < len(sequence.prompt):
                 ids = sequence.prompt[start : start + self.chunk_size]
                 chunks.append(Prefill(sequence, ids, start, source))
@@ -151,83 +135,87 @@ class Scheduler:
         return chunks
 
     def decodes(self) -> list[Sequence]:
-        """The sequences whose newest token is not in their slot yet."""
+        """Return the sequences whose newest token is not in their slot yet."""
         return [sequence for sequence in self._running if sequence.tokens]
 
     def expired(self, now: float) -> list[Sequence]:
-        """The sequences, running or waiting, whose deadline has passed."""
+        """Return the running and waiting sequences whose deadline has passed."""
         waiting = [sequence for queue in self._queues.values() for sequence in queue]
         return [sequence for sequence in self._running + waiting if sequence.deadline < now]
 
     def forget(self, slot: int) -> None:
-        """A free slot's content is gone."""
+        """Record that the cache of a free slot has been cleared."""
         assert slot in self._free
-        self._tenants[slot] = None
+        self._occupants[slot] = None
 
-    def _leaving(self, request: list[Sequence]) -> list[Sequence]:
-        """Who has to leave for a new request; the request itself where there aren't enough others to whom that may happen."""
+    def _evicted_for(self, request: list[Sequence]) -> list[Sequence]:
+        """Return the sequences to remove for a new request, or the request if it must be refused.
+
+        It is refused if not enough other sequences may be removed.
+        """
         excess = self.waiting + len(request) - self.queue_limit - len(self._free)
         if excess <= 0:
             return []
         waiting = {client: len(queue) for client, queue in self._queues.items()}
         own = waiting.pop(request[0].client, 0) + len(request)
-        untouched = {client: _untouched(self._queues[client]) for client in waiting}
-        leaving: list[Sequence] = []
-        while len(leaving) < excess:
+        unstarted = {client: _unstarted(self._queues[client]) for client in waiting}
+        evicted: list[Sequence] = []
+        while len(evicted) < excess:
             longest = max(
-                (client for client in waiting if untouched[client]),
+                (client for client in waiting if unstarted[client]),
                 key=lambda client: waiting[client],
                 default=None,
             )
             if longest is None or waiting[longest] <= own:
                 return request
-            newest = untouched[longest].pop()
+            newest = unstarted[longest].pop()
             waiting[longest] -= len(newest)
-            leaving += newest
-        return leaving
+            evicted += newest
+        return evicted
 
-    def _longest_shared(self, sequence: Sequence) -> tuple[int | None, int]:
-        """The slot that holds the most of what is still missing of a prompt, and how far; None where its own holds as much."""
+    def _longest_prefix(self, sequence: Sequence) -> tuple[int | None, int]:
+        """Return the slot that holds the longest prefix of a prompt, and the prefix's length.
+
+        The slot is None if the sequence's own slot holds as much.
+        """
         found: tuple[int | None, int] = None, sequence.cached
-        for slot, tenant in enumerate(
-            self._tenants if self.copies and sequence.cached < len(sequence.prompt) else []
-        ):
-            if tenant is not None and (held := self._shared(tenant, sequence)) > found[1]:
-                found = slot, held
+        if not self.copies or sequence.cached >= len(sequence.prompt):
+            return found
+        for slot, occupant in enumerate(self._occupants):
+            if occupant is None:
+                continue
+            length = self._common_prefix(occupant, sequence)
+            if length > found[1]:
+                found = slot, length
         return found
 
-    def _shared(self, tenant: Sequence, sequence: Sequence) -> int:
-        """The tokens of the whole chunks in a tenant's slot that a sequence's prompt begins with too.
+    def _common_prefix(self, occupant: Sequence, sequence: Sequence) -> int:
+        """Return the length of the prefix of whole chunks that a slot and a prompt share.
 
-        The prompt's last token is never among them: the logits after it have to be computed. Nor are generated tokens: a step
-        of many rows may round otherwise than a prefill.
+        It excludes the prompt's last token, whose logits have to be computed, and generated tokens:
+        a decode step of many rows may round differently from a prefill.
         """
         size = self.chunk_size
-        end = min(tenant.cached, len(tenant.prompt), len(sequence.prompt) - 1) // size * size
-        starts = range(0, end, size)
-        return next(
-            (
-                start
-                for start in starts
-                if tenant.prompt[start : start + size] != sequence.prompt[start : start + size]
-            ),
-            end,
-        )
+        end = min(occupant.cached, len(occupant.prompt), len(sequence.prompt) - 1) // size * size
+        for start in range(0, end, size):
+            if occupant.prompt[start : start + size] != sequence.prompt[start : start + size]:
+                return start
+        return end
 
     def _admit(self) -> None:
         client, queue = self._queues.popitem(last=False)
         sequence = queue.popleft()
         if queue:
-            self._queues[client] = queue  # to the end of the round
+            self._queues[client] = queue  # at the end of the round
         slot = heapq.heappop(self._free)
-        before = self._tenants[slot]
-        sequence.cached = 0 if before is None else self._shared(before, sequence)
-        sequence.slot, self._tenants[slot] = slot, sequence
+        previous = self._occupants[slot]
+        sequence.cached = 0 if previous is None else self._common_prefix(previous, sequence)
+        sequence.slot, self._occupants[slot] = slot, sequence
         self._running.append(sequence)
 
 
-def _untouched(queue: deque[Sequence]) -> list[list[Sequence]]:
-    """A client's waiting sequences by request, the newest last, without the request of which some run or have run."""
+def _unstarted(queue: deque[Sequence]) -> list[list[Sequence]]:
+    """Return a client's waiting sequences by request, newest last, without started requests."""
     requests = itertools.groupby(queue, key=lambda sequence: sequence.request)
     return [
         list(waiting)

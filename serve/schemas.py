@@ -1,117 +1,35 @@
-"""The HTTP interface's requests and responses, in OpenAI's shapes: what `/openapi.json` documents.
+"""The HTTP API's requests and responses, in OpenAI's shapes; `/openapi.json` documents them.
 
-A field that OpenAI knows and this house doesn't may be sent at its neutral value only: nothing is silently ignored.
+A field of OpenAI's that this server does not support is accepted with its neutral value only, so
+that nothing is silently ignored.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
-from pydantic_core import CoreSchema, core_schema
 
-MAX_CHOICES = 16  # texts of one request
-MAX_SEED = 2**53 - 1  # what every JSON library holds exactly, a browser's too (RFC 8259, section 6)
-MAX_PICTURES = 64  # of a request
+from serve.request_body import Body, OnlyNeutral, Text
+
+MAX_CHOICES = 16  # texts per request
+MAX_SEED = 2**53 - 1  # JSON numbers are exact up to here in every library (RFC 8259, section 6)
+MAX_IMAGES = 64  # per request
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 200
 STOP: JsonDict = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
+TEXT_MODEL = "A name from /v1/models; by default the served text model."
+IMAGE_MODEL = "A name from /v1/models; by default the served image model."
+USER = "Accepted for compatibility with OpenAI's clients; not used."
+METRICS = "Metrics at the end of its training."
 
-def _encodable(value: Any) -> Any:
-    """Refuses half a surrogate pair: JSON can spell it, no tokenizer and no reply can hold it."""
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("holds half a surrogate pair, which is no Unicode text") from error
-    return value
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-
-
-class _neutral:  # used as an annotation, like pydantic's own
-    """Lets the field be one of these values only."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return {"enum": list(self.values)}
-
-    def _check(self, value: Any) -> Any:
-        if not any(
-            value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-            for neutral in self.values
-        ):
-            raise ValueError("is not supported by this server: leave it out")
-        return value
-
-
-def _nullable(field: dict[str, Any]) -> dict[str, Any]:
-    """A field's JSON schema, with null as one more of its types."""
-    about = {
-        key: field[key] for key in ("title", "description", "default", "examples") if key in field
-    }
-    types = field.get("anyOf") or [{key: value for key, value in field.items() if key not in about}]
-    null = {"type": "null"}
-    return about | {
-        "anyOf": types if null in types or None in types[0].get("enum", []) else [*types, null]
-    }
-
-
-class Body(BaseModel):
-    """A JSON body: unknown fields and wrong types are errors; null means the default; 10.0 is the integer 10, as in JSON Schema."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        given = {
-            name: value
-            for name, value in data.items()
-            if value is not None or name not in cls.model_fields
-        }
-        return {
-            name: int(value) if isinstance(value, float) and value.is_integer() else value
-            for name, value in given.items()
-        }
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        """Says that each field with a default may be null."""
-        described = handler.resolve_ref_schema(handler(schema))
-        described["properties"] = {
-            name: _nullable(field) if "default" in field else field
-            for name, field in described["properties"].items()
-        }
-        return described
+# ---- requests
 
 
 class StreamOptions(Body):
     include_usage: bool = Field(
         default=False,
-        description="Send the usage in a message of its own before [DONE], as OpenAI does.",
+        description="Send the usage in a separate message before [DONE], as OpenAI does.",
     )
     continuous_usage_stats: bool = Field(
         default=False, description="Send the usage so far with every message."
@@ -125,36 +43,38 @@ class CompletionRequest(Body):
         }
     )
 
-    model: Text | None = Field(
-        default=None, description="A name of /v1/models; by default the text model that is served."
-    )
+    model: Text | None = Field(default=None, description=TEXT_MODEL)
     prompt: Text = Field(
-        default="", description="What to continue; empty: the beginning of a text."
+        default="", description="The text to continue; empty: start at the beginning of a text."
     )
     max_tokens: int = Field(default=16, ge=1)
     temperature: float = Field(
-        default=0.7, ge=0, le=100, description="0 takes the likeliest token each time."
+        default=0.7, ge=0, le=100, description="0 takes the most likely token each time."
     )
     top_k: int = Field(
-        default=50, ge=0, description="Draw from the k likeliest tokens only; 0: from all."
+        default=50, ge=0, description="Draw from the k most likely tokens only; 0: from all."
     )
     top_p: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Draw from the likeliest tokens that together have this probability.",
+        description="Draw from the most likely tokens that together have this probability.",
     )
     repetition_penalty: float = Field(
         default=1.0,
         ge=0.01,
         le=10,
-        description="Above 1, what stands in prompt or text becomes less likely (as in transformers); 1: off.",
+        description="Above 1, makes tokens of the prompt or the text less likely (as in "
+        "transformers); 1: off.",
     )
     presence_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="Makes what stands in the text less likely; 0: off."
+        default=0.0, ge=-2, le=2, description="Makes tokens of the text less likely; 0: off."
     )
     frequency_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="The same, by how often it stands there; 0: off."
+        default=0.0,
+        ge=-2,
+        le=2,
+        description="Makes tokens of the text less likely for each occurrence; 0: off.",
     )
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="The same seed gives the same text."
@@ -172,25 +92,26 @@ class CompletionRequest(Body):
         default=1,
         ge=1,
         le=MAX_CHOICES,
-        description="Texts to write: of a seed, text i is the same whatever n.",
+        description="The number of texts; text i of a seed is the same for any n.",
     )
     logprobs: int | None = Field(
         default=None,
         ge=0,
         le=5,
-        description="Tell each token's logarithm of probability, and those of so many of the likeliest tokens.",
+        description="Return each token's log probability, and those of this many of the most "
+        "likely tokens.",
     )
     timeout_s: float | None = Field(
         default=None,
         gt=0,
         examples=[30],
-        description="Give up after so many seconds; the server's own limit is the most.",
+        description="Give up after this many seconds; at most the server's own limit.",
     )
-    user: Text | None = Field(default=None, description="Accepted for OpenAI's clients; not used.")
-    best_of: Annotated[Any, _neutral(None, 1)] = None
-    echo: Annotated[Any, _neutral(None, False)] = None
-    logit_bias: Annotated[Any, _neutral(None, {})] = None
-    suffix: Annotated[Any, _neutral(None, "")] = None
+    user: Text | None = Field(default=None, description=USER)
+    best_of: Annotated[Any, OnlyNeutral(None, 1)] = None
+    echo: Annotated[Any, OnlyNeutral(None, False)] = None
+    logit_bias: Annotated[Any, OnlyNeutral(None, {})] = None
+    suffix: Annotated[Any, OnlyNeutral(None, "")] = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -207,61 +128,54 @@ class CompletionRequest(Body):
         return self
 
 
-class PictureRequest(Body):
-    """What every request for pictures may say."""
+class ImageRequest(Body):
+    """The fields that all requests for images have in common."""
 
-    model: Text | None = Field(
-        default=None,
-        description="A name of /v1/models; by default the picture model that is served.",
-    )
+    model: Text | None = Field(default=None, description=IMAGE_MODEL)
     prompt: Text = Field(default="", description="The name of a class (see /v1/models), or empty.")
     label: int | Text | None = Field(
-        default=None, description="A class by index or name: the same as its name as the prompt."
+        default=None, description="A class by index or name, instead of the prompt."
     )
     truncation: float | None = Field(
         default=None,
         ge=0.05,
         le=5,
-        description="Cuts the latents' normal distribution off at so many standard deviations: the lower, the more typical and the "
-        "less varied the pictures. Left out: not at all.",
+        description="Truncate the latents' normal distribution at this many standard deviations: "
+        "a lower value gives more typical and less varied images. Default: no truncation.",
     )
     response_format: Literal["b64_json", "png"] = Field(
         default="b64_json",
-        description="png: the answer is one PNG file, of several pictures side by side.",
+        description="png: respond with one PNG file, with several images side by side.",
     )
-    user: Text | None = Field(default=None, description="Accepted for OpenAI's clients; not used.")
+    user: Text | None = Field(default=None, description=USER)
 
 
-class ImagesRequest(PictureRequest):
+class GenerationsRequest(ImageRequest):
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "", "n": 4, "seed": 7}]})
 
-    n: int = Field(default=1, ge=1, le=MAX_PICTURES)
+    n: int = Field(default=1, ge=1, le=MAX_IMAGES)
     seed: int | None = Field(
         default=None,
         ge=0,
         le=MAX_SEED,
-        description="Picture i of a seed is the same, alone or among many.",
+        description="Image i of a seed is the same, alone or among others.",
     )
     size: Text | None = Field(
-        default=None, description="The model's own, such as 32x32, or left out."
+        default=None, description="The model's own size, such as 32x32, or left out."
     )
 
 
-class InterpolationsRequest(PictureRequest):
+class InterpolationsRequest(ImageRequest):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"seed": 7, "to_seed": 8, "steps": 8}]}
     )
 
-    seed: int = Field(
-        ge=0, le=MAX_SEED, description="The way begins at the first picture of this seed."
-    )
+    seed: int = Field(ge=0, le=MAX_SEED, description="Start at the first image of this seed.")
     to_seed: int = Field(
-        ge=0,
-        le=MAX_SEED,
-        description="And ends at the first picture of this one, in the same class.",
+        ge=0, le=MAX_SEED, description="End at the first image of this seed, in the same class."
     )
     steps: int = Field(
-        default=8, ge=2, le=MAX_PICTURES, description="Pictures, both ends included."
+        default=8, ge=2, le=MAX_IMAGES, description="The number of images, both ends included."
     )
 
 
@@ -270,8 +184,11 @@ class GenerateRequest(Body):
 
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     label: int | Text | None = Field(
-        default=None, description="A class by index or name, where the model has classes."
+        default=None, description="A class by index or name, if the model has classes."
     )
+
+
+# ---- responses: completions
 
 
 class Usage(BaseModel):
@@ -281,20 +198,21 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """One entry of each token of the choice, and in a stream of each since the last message; they are natural logarithms.
+    """One entry per token of the choice, or in a stream per token since the last message.
 
-    The probabilities are the model's own, before penalties, temperature and filters.
+    Natural logarithms of the model's own probabilities, before penalties, temperature and filters.
     """
 
     tokens: list[str] = Field(
-        description="As text; a token that is no whole character as its bytes, such as bytes:\\xe2\\x82."
+        description="As text, or as bytes if a token is not made of whole characters, such as "
+        "bytes:\\xe2\\x82."
     )
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] = Field(
-        description="The likeliest tokens and the one that was taken."
+        description="The most likely tokens and the one that was drawn."
     )
     text_offset: list[int] = Field(
-        description="Where the token begins, in characters of the choice's whole text."
+        description="The token's first character, counted from the start of the choice's text."
     )
 
 
@@ -319,23 +237,29 @@ class Completion(BaseModel):
     usage: Usage | None
 
 
-class Picture(BaseModel):
+# ---- responses: images
+
+
+class Image(BaseModel):
     b64_json: str = Field(description="A PNG file in base64.")
-    label: str | None = Field(description="The picture's class, where the model has classes.")
+    label: str | None = Field(description="The image's class, if the model has classes.")
 
 
 class Images(BaseModel):
     created: int
-    data: list[Picture]
+    data: list[Image]
     seed: int
     model: str = Field(description="Name and version of the model that answered.")
 
 
-class Generated(BaseModel):
+class GenerateResponse(BaseModel):
     image_base64: str = Field(description="A PNG file in base64.")
     seed: int
     label: str | None
     model: str
+
+
+# ---- responses: models and their versions
 
 
 class Model(BaseModel):
@@ -347,10 +271,8 @@ class Model(BaseModel):
     owned_by: str = "raykiln"
     version: int
     kind: Literal["gpt", "gan"]
-    metrics: dict[str, Any] = Field(description="What was measured at the end of its training.")
-    sample: bool = Field(
-        description="Whether its bundle holds something that it made: /v1/models/{id}/sample."
-    )
+    metrics: dict[str, Any] = Field(description=METRICS)
+    sample: bool = Field(description="Whether its bundle has a sample: /v1/models/{id}/sample.")
 
 
 class Models(BaseModel):
@@ -364,15 +286,15 @@ class ModelVersion(BaseModel):
     kind: Literal["gpt", "gan"]
     created: int
     aliases: list[str]
-    metrics: dict[str, Any] = Field(description="What was measured at the end of its training.")
+    metrics: dict[str, Any] = Field(description=METRICS)
     quantization: dict[str, Any] | None = Field(
-        description="The graph's weights and what they cost; null: float32."
+        description="The graph's weight format and its loss of quality; null: float32."
     )
     run: dict[str, Any]
     dataset: dict[str, Any]
     commit: str | None
     sample: bool = Field(
-        description="Whether its bundle holds something that it made: /v1/models/{id}/versions/{version}/sample."
+        description="Whether its bundle has a sample: /v1/models/{id}/versions/{version}/sample."
     )
 
 
@@ -381,18 +303,22 @@ class ModelVersions(BaseModel):
     data: list[ModelVersion] = Field(description="Newest first.")
 
 
+# ---- responses: status
+
+
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
     models: list[str] = Field(description="Name and version of each model that answered.")
 
 
 class DeploymentStatus(BaseModel):
-    replicas: int = Field(description="That serve now.")
+    replicas: int = Field(description="Running replicas.")
     starting: int
-    target: int = Field(description="What autoscaling wants.")
-    status: str = Field(description="Serve's word for it, such as HEALTHY or UPSCALING.")
+    target: int = Field(description="The number of replicas that autoscaling aims at.")
+    status: str = Field(description="Ray Serve's status, such as HEALTHY or UPSCALING.")
     slots: int | None = Field(
-        description="Requests that the replicas can work on at once; null where they do not answer, or have none."
+        description="Requests that the replicas can process at once; null if they do not answer, "
+        "or have no slots."
     )
     running: int | None
     waiting: int | None
@@ -406,7 +332,8 @@ class Percentiles(BaseModel):
 class Status(BaseModel):
     deployments: dict[str, DeploymentStatus]
     latency_ms: dict[str, Percentiles] = Field(
-        description="As the gateway saw it: `text_first_token` of streamed texts, `picture` of whole requests."
+        description="As seen by the gateway: `text_time_to_first_token` of streamed texts, `image` "
+        "of whole requests for images."
     )
 
 

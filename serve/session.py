@@ -1,10 +1,10 @@
-"""A bundle, loaded and verified: text or pictures out of ONNX Runtime. No Ray, no torch, no HTTP."""
+"""A verified bundle in ONNX Runtime that generates text or images. No Ray, no torch, no HTTP."""
 
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,7 +14,8 @@ from models import bundle
 from models.latents import seeded_latents, truncated, walk
 from models.runtime import ImageGraph, TextGraph
 
-IMAGE_TOLERANCE = 1e-3  # of a golden picture's values in [-1, 1]: a tenth of a grey level; another CPU rounds differently
+# Of a golden image's values in [-1, 1]: a tenth of a gray level. CPUs round differently.
+IMAGE_TOLERANCE = 1e-3
 
 
 class TextSession(TextGraph):
@@ -22,12 +23,13 @@ class TextSession(TextGraph):
 
     Args:
         folder: the bundle, on this machine.
-        slots: sequences that can be under way at once.
+        slots: sequences that can run at once.
         threads: CPU threads of one operator; one is best for tiny models.
-        providers: of `models.runtime.PROVIDERS`, best first; by default TensorRT, CUDA, CPU, as available.
+        providers: names from `models.runtime.PROVIDERS`, best first; by default TensorRT, CUDA and
+            CPU, as far as they are available.
 
     Raises:
-        ValueError: the folder is no GPT bundle, or a file of it is damaged.
+        ValueError: the folder is not a GPT bundle, or one of its files is damaged.
     """
 
     def __init__(
@@ -47,37 +49,38 @@ class TextSession(TextGraph):
         )
 
     def replay_golden(self) -> None:
-        """Answers the prompt recorded at export again, in slot 0.
+        """Generate the text that was recorded at export again, in slot 0.
 
-        Each recorded token must be the likeliest after those before it, or as good as: another CPU, or a GPU, rounds differently,
-        and a logit may be off by what the export allowed.
+        Each recorded token must be the most likely one after its predecessors, or nearly as likely:
+        another processor rounds differently, and each logit may be off by the export's tolerance.
 
         Raises:
-            ValueError: ids, tokens or text are not as recorded.
+            ValueError: ids, tokens or text differ from the recorded ones.
         """
         golden = storage.read_json(self.folder / "golden.json")
         ids, tokens = golden["ids"], golden["tokens"]
         self._compare("ids", ids, self.tokenizer.encode(golden["prompt"]).ids)
         self._compare("text", golden["text"], self.tokenizer.decode(tokens))
         expected = tokens if len(tokens) == golden["max_tokens"] else [*tokens, self.eos_token_id]
-        for place, token in enumerate(expected):
-            logits = (
-                self.decode([0], [expected[place - 1]], [len(ids) + place - 1])[0]
-                if place
-                else self.prefill(0, ids)
-            )
+        for index, token in enumerate(expected):
+            if index == 0:
+                logits = self.prefill(0, ids)
+            else:
+                logits = self.decode([0], [expected[index - 1]], [len(ids) + index - 1])[0]
+            # `not <=`, so that NaN fails.
             if not logits.max() - logits[token] <= 2 * self.manifest["parity"]["tolerance"]:
-                self._compare("tokens", tokens, [*tokens[:place], int(logits.argmax())])
+                self._compare("tokens", tokens, [*tokens[:index], int(logits.argmax())])
 
     def _compare(self, part: str, recorded: object, answer: object) -> None:
         if answer != recorded:
             raise ValueError(
-                f"{self.folder} gives other {part} than golden.json recorded at its export ({answer!r}): export the run again"
+                f"{self.folder} gives other {part} than golden.json recorded at its export "
+                f"({answer!r}): export the run again"
             )
 
 
 class ImageSession(ImageGraph):
-    """A GAN bundle: seeded pictures.
+    """A GAN bundle: images from latents or from a seed.
 
     Args:
         folder: the bundle, on this machine.
@@ -85,7 +88,7 @@ class ImageSession(ImageGraph):
         providers: as for `TextSession`.
 
     Raises:
-        ValueError: the folder is no GAN bundle, or a file of it is damaged.
+        ValueError: the folder is not a GAN bundle, or one of its files is damaged.
     """
 
     def __init__(
@@ -104,15 +107,21 @@ class ImageSession(ImageGraph):
     def generate(
         self, latents: np.ndarray, labels: Sequence[int] | np.ndarray | None = None
     ) -> np.ndarray:
-        """Pictures (B, H, W, C) uint8 of latents (B, Z) and, exactly where the generator is conditional, labels (B).
+        """Generate images from latents.
+
+        Args:
+            latents: (B, Z).
+            labels: (B), required if the generator is conditional and invalid if it is not.
+
+        Returns:
+            (B, H, W, C) uint8.
 
         Raises:
-            ValueError: labels are missing, superfluous, or no class of the model.
+            ValueError: labels are missing, superfluous, or not classes of the model.
         """
         if (labels is not None) != (self.num_classes > 0):
-            raise ValueError(
-                f"labels must {'be given' if self.num_classes else 'be left out'}: the model has {self.num_classes} classes"
-            )
+            needed = "be given" if self.num_classes else "be left out"
+            raise ValueError(f"labels must {needed}: the model has {self.num_classes} classes")
         if labels is not None and not all(0 <= label < self.num_classes for label in labels):
             raise ValueError(
                 f"labels are {list(labels)}: the model has the classes 0 to {self.num_classes - 1}"
@@ -120,26 +129,31 @@ class ImageSession(ImageGraph):
         images = self.run(latents, None if labels is None else np.asarray(labels))
         return np.rint((images + 1) * 127.5).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
-    def pictures(
+    def generate_from_seed(
         self, seed: int, count: int, label: int | None = None, truncation: float | None = None
     ) -> np.ndarray:
-        """The first `count` pictures of a seed, (count, H, W, C) uint8: each the same alone or in company.
+        """Generate the first `count` images of a seed; each is the same alone or in a batch.
 
         Args:
             seed: 0 to 2**64 - 1.
-            label: the class of all; without one, a conditional model takes its classes in turn.
-            truncation: where the latents' normal distribution is cut off (`models.latents.truncated`); None: nowhere.
+            label: the class of all images; by default, a conditional model cycles through its
+                classes.
+            truncation: where to truncate the latents' normal distribution
+                (`models.latents.truncated`); None: no truncation.
+
+        Returns:
+            (count, H, W, C) uint8.
 
         Raises:
-            ValueError: the seed is out of range, no picture is asked for, or there is no such class.
+            ValueError: the seed is out of range, `count` is 0, or there is no such class.
         """
         if count < 1:
-            raise ValueError(f"count is {count}: ask for one picture or more")
+            raise ValueError(f"count is {count}: use 1 or more")
         return self.generate(
             self._latents(seed, count, truncation), self.labels(seed, count, label)
         )
 
-    def interpolation(
+    def interpolate(
         self,
         seed: int,
         to_seed: int,
@@ -147,21 +161,48 @@ class ImageSession(ImageGraph):
         label: int | None = None,
         truncation: float | None = None,
     ) -> np.ndarray:
-        """The way from the first picture of `seed` to that of `to_seed`, both included, (steps, H, W, C) uint8.
+        """Interpolate from the first image of `seed` to that of `to_seed`, both included.
 
         Args:
-            seed, to_seed, truncation: as for `pictures`.
-            steps: pictures, at least 2, at equal distances on the great circle.
-            label: the class of all; without one, that of the first picture of `seed`.
+            seed, to_seed, truncation: as for `generate_from_seed`.
+            steps: the number of images, at least 2, at equal distances on the great circle.
+            label: the class of all images; by default that of the first image of `seed`.
+
+        Returns:
+            (steps, H, W, C) uint8.
 
         Raises:
-            ValueError: a seed is out of range, there are fewer than 2 steps, or there is no such class.
+            ValueError: a seed is out of range, `steps` is below 2, or there is no such class.
         """
         if steps < 2:
-            raise ValueError(f"steps is {steps}: ask for two pictures or more")
+            raise ValueError(f"steps is {steps}: use 2 or more")
         first, last = (self._latents(end, 1, truncation)[0] for end in (seed, to_seed))
         labels = self.labels(seed, 1, label)
         return self.generate(walk(first, last, steps), None if labels is None else labels * steps)
+
+    def labels(self, seed: int, count: int, label: int | None = None) -> list[int] | None:
+        """Return the class of each image of `generate_from_seed`; None without classes."""
+        if label is not None:
+            return [label] * count
+        if not self.num_classes:
+            return None
+        return [(seed + index) % self.num_classes for index in range(count)]
+
+    def replay_golden(self) -> None:
+        """Generate the images that were recorded at export again.
+
+        Raises:
+            ValueError: an image differs from the recorded one by more than `IMAGE_TOLERANCE`.
+        """
+        golden = storage.read_json(self.folder / "golden.json")
+        labels = golden["labels"]
+        images = self.run(np.array(golden["latents"]), None if labels is None else np.array(labels))
+        difference = float(np.abs(images - np.array(golden["images"])).max())
+        if not difference <= IMAGE_TOLERANCE:  # `not <=`, so that NaN fails
+            raise ValueError(
+                f"{self.folder} generates images that differ by {difference:.2g} from those "
+                "golden.json recorded at its export: export the run again"
+            )
 
     def _latents(self, seed: int, count: int, truncation: float | None) -> np.ndarray:
         if not 0 <= seed < 2**64:
@@ -169,50 +210,26 @@ class ImageSession(ImageGraph):
         latents = seeded_latents(seed, count, self.latent_dim)
         return latents if truncation is None else truncated(latents, truncation)
 
-    def labels(self, seed: int, count: int, label: int | None = None) -> list[int] | None:
-        """The class of each of the pictures that `pictures` draws, None where the model has no classes."""
-        if label is not None:
-            return [label] * count
-        return (
-            [(seed + index) % self.num_classes for index in range(count)]
-            if self.num_classes
-            else None
-        )
-
-    def replay_golden(self) -> None:
-        """Draws the pictures recorded at export again.
-
-        Raises:
-            ValueError: a picture is not as recorded.
-        """
-        golden = storage.read_json(self.folder / "golden.json")
-        labels = golden["labels"]
-        images = self.run(np.array(golden["latents"]), None if labels is None else np.array(labels))
-        off = float(np.abs(images - np.array(golden["images"])).max())
-        if not off <= IMAGE_TOLERANCE:
-            raise ValueError(
-                f"{self.folder} draws pictures {off:.2g} away from those golden.json recorded at its export: export the run again"
-            )
-
 
 Session = TypeVar("Session", TextSession, ImageSession)
 
 
-def open_bundle(session_type: type[Session], uri: str, **options: Any) -> Session:
-    """The session of the bundle at `uri`, wherever that is; hashes verified, golden answers replayed.
+def open_bundle(session_type: type[Session], uri: str, **options: object) -> Session:
+    """Open the bundle at any URI; verify its hashes and replay its golden outputs.
 
     Args:
         options: of the session: `slots`, `threads`, `providers`.
 
     Raises:
-        ValueError: the bundle is damaged or of another kind, or does not answer as recorded.
+        ValueError: the bundle is damaged or of another kind, or its outputs differ from the
+            recorded ones.
     """
     with tempfile.TemporaryDirectory(prefix="raykiln-bundle-") as scratch:
         folder = storage.local_path(uri)
         if folder is None:
             storage.download(uri, scratch)
             folder = Path(scratch)
-        session = session_type(folder, **options)
+        session = session_type(folder, **options)  # type: ignore[arg-type]  # they differ by type
         session.replay_golden()
         return session
 
@@ -225,6 +242,6 @@ def _verified(folder: Path, kind: str) -> bundle.Manifest:
 
 
 def _sample(folder: Path, manifest: bundle.Manifest) -> bytes | None:
-    """What the model made at its export, a text in UTF-8 or a PNG; None where the bundle has none."""
+    """Return the sample in the bundle, a text in UTF-8 or a PNG; None if there is none."""
     name = bundle.SAMPLES[manifest["kind"]]
     return (folder / name).read_bytes() if name in manifest["files"] else None

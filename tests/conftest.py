@@ -1,31 +1,30 @@
-"""One Ray cluster for the whole test session, in process and for the commands that tests start."""
+"""Fixtures for all tests: a Ray cluster, an S3 bucket, a text file, a shell."""
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.support.marks import (  # noqa: F401  # hooks
+    pytest_collection_modifyitems,
+    pytest_ignore_collect,
+)
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """The address of a private Ray cluster (4 logical CPUs, dashboard off) that ends with the session."""
+    """The address of a Ray cluster that this process and the commands that it starts have joined.
+
+    It has 4 logical CPUs and no dashboard, and ends with the session.
+    """
     from cluster.connect import connect
 
-    # Ray's sockets live below its temp dir, and a socket's path is limited to 107 bytes: keep it short.
+    # Ray's sockets are in its temp dir, and a socket's path is limited to 107 bytes.
     temp_dir = tempfile.mkdtemp(prefix="kiln-", dir="/tmp")
     os.environ.pop("RAY_ADDRESS", None)
     connect(num_cpus=4, _temp_dir=temp_dir, object_store_memory=512 * 1024 * 1024)
@@ -40,8 +39,16 @@ def ray_address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def registry_root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A registry with two GPT versions and a GAN (`tests.support.served.publish`)."""
+    from tests.support import served
+
+    return served.publish(tmp_path_factory.mktemp("registry"))
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small text file, in a folder of its own."""
+    """The path of a small text file in a folder of its own."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     path.write_text(
         "".join(f"{number}: Shall I compare thee to a summer's day?\n" for number in range(200))
@@ -51,7 +58,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """The URI of an empty bucket: a real S3 protocol, served on this machine."""
+    """The URI of an empty bucket on an S3 server on this machine."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -74,7 +81,7 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python -m ARGS...` from the repository's root as a user would and returns what came out."""
+    """A function that runs `python -m ARGS...` in the repository's root, as a user would."""
 
     def run(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

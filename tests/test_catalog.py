@@ -1,4 +1,4 @@
-"""What the gateway tells of the registry, which may be slow, away, or damaged."""
+"""Reading a registry that may be slow, unreachable or damaged."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ import pytest
 
 from cluster import storage
 from models import registry
-from serve.catalog import FAILURE_AGE_S, Catalog
+from serve.catalog import FAILURE_MAX_AGE_S, Catalog
 from serve.errors import Unavailable, UnknownModel
 from tests.support import bundles
 
@@ -25,24 +25,22 @@ def root(tmp_path: Path) -> str:
     return root
 
 
-def test_versions_are_told_with_aliases_and_lineage_newest_first(root: str) -> None:
-    told = asyncio.run(Catalog().versions(root, "gpt"))
-    assert [(one.id, one.version, one.kind, one.aliases) for one in told] == [
+def test_versions_are_listed_newest_first_with_aliases_and_lineage(root: str) -> None:
+    listed = asyncio.run(Catalog().versions(root, "gpt"))
+    assert [(one.id, one.version, one.kind, one.aliases) for one in listed] == [
         ("gpt", 2, "gpt", []),
         ("gpt", 1, "gpt", ["production"]),
     ]
     manifest = registry.listed(root, "gpt").versions[1]
-    assert (told[1].metrics, told[1].dataset, told[1].commit) == (
+    assert (listed[1].metrics, listed[1].dataset, listed[1].commit) == (
         manifest["metrics"],
         manifest["dataset"],
         manifest["commit"],
     )
-    assert told[1].run == {"name": "tiny", "step": 0}, (
-        "where the run's storage is, is nobody's business"
-    )
+    assert listed[1].run == {"name": "tiny", "step": 0}, "without the run's storage"
 
 
-def test_a_version_that_is_damaged_is_not_told(root: str) -> None:
+def test_damaged_version_is_not_listed(root: str) -> None:
     Path(root, "gpt/2/manifest.json").write_text("{")
     assert [one.version for one in asyncio.run(Catalog().versions(root, "gpt"))] == [1]
 
@@ -50,7 +48,7 @@ def test_a_version_that_is_damaged_is_not_told(root: str) -> None:
 @pytest.mark.parametrize(
     "damage", [lambda sample: sample.write_text("something else"), Path.unlink]
 )
-def test_a_sample_is_the_version_s_own_as_published_or_none(root: str, damage: Any) -> None:
+def test_damaged_or_missing_sample_is_an_error(root: str, damage: Any) -> None:
     sample = Path(root, "gpt/2/sample.txt")
     assert asyncio.run(Catalog().sample(root, "gpt", 2)) == ("gpt", sample.read_bytes())
     with pytest.raises(UnknownModel, match="no sample of gpt/3"):
@@ -60,7 +58,7 @@ def test_a_sample_is_the_version_s_own_as_published_or_none(root: str, damage: A
         asyncio.run(Catalog().sample(root, "gpt", 2))
 
 
-def test_what_was_read_serves_all_who_ask(
+def test_concurrent_and_recent_requests_share_one_read(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -83,48 +81,48 @@ def test_what_was_read_serves_all_who_ask(
     asyncio.run(ask())
 
 
-def test_storage_that_is_away_is_said_and_asked_again(
+def test_unreachable_storage_is_an_error_and_read_again_later(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    reads = []
 
-    def away(*_: Any) -> Any:
-        asked.append(time.monotonic())
+    def unreachable(*_: Any) -> Any:
+        reads.append(time.monotonic())
         raise OSError("no route to host")
 
-    monkeypatch.setattr(registry, "listed", away)
+    monkeypatch.setattr(registry, "listed", unreachable)
 
     async def ask() -> None:
         catalog = Catalog()
         for _ in range(3):
             with pytest.raises(Unavailable, match="storage does not answer"):
                 await catalog.versions(root, "gpt")
-        assert len(asked) == 1
-        await asyncio.sleep(FAILURE_AGE_S)
+        assert len(reads) == 1
+        await asyncio.sleep(FAILURE_MAX_AGE_S)
         with pytest.raises(Unavailable):
             await catalog.versions(root, "gpt")
-        assert len(asked) == 2
+        assert len(reads) == 2
 
     asyncio.run(ask())
 
 
 @pytest.fixture
 def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A registry of which reads of `gpt` hang until the test is over; the names that were read."""
-    over, read, listed = threading.Event(), list[str](), registry.listed
+    """The names that are read from a registry whose reads of `gpt` hang until the test ends."""
+    ended, read, listed = threading.Event(), list[str](), registry.listed
 
     def slow(root: Any, name: str) -> registry.Listed:
         read.append(name)
         if name == "gpt":
-            over.wait(60)
+            ended.wait(60)
         return listed(root, name)
 
     monkeypatch.setattr(registry, "listed", slow)
     yield read
-    over.set()
+    ended.set()
 
 
-def test_storage_that_hangs_holds_up_nobody_else(root: str, hung: list[str]) -> None:
+def test_hanging_storage_does_not_block_other_requests(root: str, hung: list[str]) -> None:
     async def ask() -> None:
         catalog = Catalog(timeout_s=0.2)
         impatient = [asyncio.create_task(catalog.versions(root, "gpt")) for _ in range(40)]
@@ -132,16 +130,16 @@ def test_storage_that_hangs_holds_up_nobody_else(root: str, hung: list[str]) -> 
         for task in impatient[:30]:
             task.cancel()
         assert await catalog.versions(root, "dcgan") == []
-        await asyncio.to_thread(time.monotonic)  # what others run on threads goes on
+        await asyncio.to_thread(time.monotonic)  # other threads are available
         for task in impatient[30:]:
             with pytest.raises(Unavailable, match="storage does not answer"):
                 await task
-        assert sorted(hung) == ["dcgan", "gpt"], "one thread waits for all"
+        assert sorted(hung) == ["dcgan", "gpt"], "one read for all requests"
 
     asyncio.run(ask())
 
 
-def test_what_took_long_to_read_is_kept_as_long(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_read_is_kept_for_its_full_age(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read, listed = [], registry.listed
 
     def slow(root: Any, name: str) -> registry.Listed:
@@ -150,27 +148,27 @@ def test_what_took_long_to_read_is_kept_as_long(root: str, monkeypatch: pytest.M
         return listed(root, name)
 
     monkeypatch.setattr(registry, "listed", slow)
-    monkeypatch.setattr("serve.catalog.AGE_S", 0.3)
+    monkeypatch.setattr("serve.catalog.MAX_AGE_S", 0.3)
 
     async def ask() -> None:
         catalog = Catalog(timeout_s=0.1)
         with pytest.raises(Unavailable):
             await catalog.versions(root, "gpt")
         await asyncio.sleep(0.45)
-        assert len(await catalog.versions(root, "gpt")) == 2, "it came meanwhile"
+        assert len(await catalog.versions(root, "gpt")) == 2, (
+            "the read has finished in the meantime"
+        )
         assert read == ["gpt"]
         await asyncio.sleep(0.3)
         with pytest.raises(Unavailable):
             await catalog.versions(root, "gpt")
-        assert read == ["gpt", "gpt"], "and was old"
+        assert read == ["gpt", "gpt"], "the result was too old"
 
     asyncio.run(ask())
 
 
-def test_a_storage_that_cannot_be_opened_damages_nothing(
-    root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It once made every version of a registry an unfinished one, and every alias a damaged one."""
+def test_storage_error_is_not_taken_for_damage(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage error must not make versions look unfinished, or aliases damaged."""
     read_json = storage.read_json
 
     def flaky(uri: Any) -> Any:

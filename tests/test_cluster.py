@@ -1,4 +1,4 @@
-"""A cluster of our own: it comes up once, takes jobs, and ends without touching anyone else's processes."""
+"""`python -m cluster`: one head per storage, jobs, status, and ending only its own processes."""
 
 import json
 import os
@@ -21,12 +21,11 @@ from ray.job_submission import JobSubmissionClient
 
 from cluster import doctor, jobs, local, machine, storage
 from cluster.dashboard import Dashboard
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
 
 
 def shell(script: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """A user's terminal at the repository's root: bash, without what other tests' clusters export."""
+    """Run a script in bash in the repository's root, without the variables of other clusters."""
     env = {
         name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "KILN_"))
     }
@@ -51,27 +50,27 @@ def own_cluster(storage: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The storage of a cluster that runs during this file's tests."""
+    """The storage of a cluster that runs during this module's tests."""
     yield from own_cluster(tmp_path_factory.mktemp("kiln"))
 
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Iterator[Path]:
-    """The storage of a cluster for one test that harms it."""
+    """The storage of a cluster for one test, which may break it."""
     yield from own_cluster(tmp_path / "kiln")
 
 
 @pytest.fixture
 def bystander() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has nothing to do with any cluster."""
+    """A process that belongs to no cluster."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     yield process
     process.kill()
     process.wait()
 
 
-def kept(storage: Path) -> set[str]:
-    """What lies in the folder of a cluster's state, but for the lock of `up` and `down`."""
+def state_files(storage: Path) -> set[str]:
+    """Return the files of a cluster's state, without the lock of `up` and `down`."""
     return {file.name for file in (storage / "cluster").iterdir()} - {"lock"}
 
 
@@ -81,17 +80,17 @@ def head_of(storage: Path) -> local.Head:
     return head
 
 
-# Up
+# ---------------------------------------------------------------- up
 
 
-def test_a_second_up_says_that_it_runs_already(up: Path) -> None:
+def test_second_up_finds_the_running_head(up: Path) -> None:
     before = head_of(up)
     answer = shell(f"python -m cluster up --storage {up}")
     assert "runs already" in answer.stdout
     assert head_of(up) == before
 
 
-def test_the_env_file_joins_a_shell_and_only_its_owner_reads_the_token(up: Path) -> None:
+def test_env_file_joins_a_shell_and_token_is_private(up: Path) -> None:
     answer = shell(f"unset KILN_STORAGE; source {up}/cluster/env; env; which ray")
     variables = dict(line.split("=", 1) for line in answer.stdout.splitlines() if "=" in line)
     assert variables["KILN_STORAGE"] == str(up)
@@ -100,7 +99,7 @@ def test_the_env_file_joins_a_shell_and_only_its_owner_reads_the_token(up: Path)
     assert answer.stdout.splitlines()[-1] == str(Path(sys.executable).parent / "ray")
 
 
-def test_the_dashboard_answers_this_machine_alone_and_only_with_the_token(up: Path) -> None:
+def test_dashboard_listens_on_localhost_and_requires_the_token(up: Path) -> None:
     dashboard = head_of(up).dashboard
     assert [node["state"] for node in dashboard.nodes()] == ["ALIVE"]
     assert httpx.get(f"{dashboard.url}/api/jobs/", timeout=30).status_code == 401
@@ -114,24 +113,24 @@ def test_the_dashboard_answers_this_machine_alone_and_only_with_the_token(up: Pa
     assert bound == {"127.0.0.1"}
 
 
-def test_a_port_that_is_taken_is_refused_when_asked_for_and_avoided_when_not(
-    tmp_path: Path,
-) -> None:
+def test_taken_port_is_an_error_if_requested_and_avoided_if_not(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
         answer = shell(f"python -m cluster up --storage {tmp_path} --port {port}")
         assert answer.returncode == 2
-        assert (
-            answer.stderr.strip()
-            == f"error: --port {port} is taken by another process: name another, or leave --port out and a free one is chosen"
+        assert answer.stderr.strip() == (
+            f"error: --port {port} is taken by another process: choose another port, or omit "
+            "--port to use a free one"
         )
-        assert machine.free_port(None, port) != port
-    assert machine.free_port(None, port) == port
+        assert machine.free_port(port) != port
+        assert machine.choose_port("--port", None, port) != port
+    assert machine.free_port(port) == port
+    assert machine.choose_port("--port", port, 1) == port
 
 
-def test_a_head_that_cannot_start_says_why_and_leaves_nothing(
+def test_failed_start_reports_the_log_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -139,21 +138,20 @@ def test_a_head_that_cannot_start_says_why_and_leaves_nothing(
         "_start_command",
         lambda *_: [sys.executable, "-c", "raise SystemExit('no such luck')"],
     )
-    with pytest.raises(ValueError, match=r"ended at its start.*no such luck"):
+    with pytest.raises(ValueError, match=r"ended while it started.*no such luck"):
         local.up(str(tmp_path))
-    assert kept(tmp_path) == {"head.log"}
+    assert state_files(tmp_path) == {"head.log"}
 
 
-def test_a_start_that_is_interrupted_leaves_no_process(
+def test_interrupted_start_leaves_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch, begun = local._launch, []
 
     def interrupted(planned: local.Head, num_cpus: int | None) -> local.Head:
         begun.append(launch(planned, num_cpus))
-        storage.write_json(
-            planned.home / "state.json", planned.__dict__
-        )  # as before its process id was known
+        # The state as it is before the process id is known.
+        storage.write_json(planned.folder / "state.json", planned.__dict__)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
@@ -162,12 +160,12 @@ def test_a_start_that_is_interrupted_leaves_no_process(
     monkeypatch.setattr(local, "_launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         local.up(str(tmp_path))
-    assert not begun[0].alive()
+    assert not begun[0].is_running()
     assert not Path(begun[0].temp_dir).exists()
-    assert kept(tmp_path) == {"head.log"}
+    assert state_files(tmp_path) == {"head.log"}
 
 
-def test_two_ups_at_once_start_one_head(tmp_path: Path) -> None:
+def test_two_concurrent_ups_start_one_head(tmp_path: Path) -> None:
     up = f"python -m cluster up --storage {tmp_path} --num-cpus 1"
     both = shell(f"{up} & {up}; wait")
     try:
@@ -191,25 +189,29 @@ def environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-def test_a_port_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+def test_invalid_port_is_an_error_of_one_line(tmp_path: Path) -> None:
     answer = shell(f"python -m cluster up --storage {tmp_path} --port 70000")
     assert answer.returncode == 2
-    assert answer.stderr.endswith(
-        "error: argument --port: '70000' is not a port: use a number from 1 to 65535\n"
+    assert answer.stderr == (
+        "error: argument --port: '70000' is not a port: use a number from 1 to 65535; "
+        "see `python -m cluster up --help`\n"
     )
 
 
-def test_a_private_cluster_needs_nothing_that_an_earlier_one_left() -> None:
-    twice = "import ray; from cluster.connect import connect; print([(connect(num_cpus=1), ray.shutdown()) for _ in range(2)])"
+def test_private_cluster_ignores_token_settings_of_an_earlier_one() -> None:
+    twice = (
+        "import ray; from cluster.connect import connect; "
+        "print([(connect(num_cpus=1), ray.shutdown()) for _ in range(2)])"
+    )
     gone = "RAY_AUTH_MODE=disabled RAY_AUTH_TOKEN_PATH=/nowhere/token"
     answer = shell(f'{gone} python -c "{twice}"')
     assert answer.stdout == "[(True, None), (True, None)]\n", answer.stderr[-3000:]
 
 
-# Jobs
+# ---------------------------------------------------------------- jobs
 
 
-def test_the_readmes_submission_trains_and_keeps_its_files_in_the_cluster_s_storage(
+def test_submitted_training_writes_to_the_storage_of_the_cluster(
     up: Path,
 ) -> None:
     submission = "ray job submit --working-dir . -- python -m train gpt --config gpt-tiny"
@@ -223,42 +225,50 @@ def test_the_readmes_submission_trains_and_keeps_its_files_in_the_cluster_s_stor
     assert head_of(up).dashboard.jobs()[-1]["status"] == "SUCCEEDED"
 
 
-def test_submit_runs_the_same_python_in_a_copy_of_the_working_directory_and_exits_as_the_job_did(
-    up: Path,
-) -> None:
-    script = "import os, sys; print([sys.executable, os.path.exists('cluster.yaml'), os.path.exists('.venv'), *sys.argv[1:]]); sys.exit(3)"
+def test_job_runs_the_same_python_in_a_copy_and_submit_exits_with_its_result(up: Path) -> None:
+    script = (
+        "import os, sys; print([sys.executable, os.path.exists('cluster.yaml'), "
+        "os.path.exists('.venv'), *sys.argv[1:]]); sys.exit(3)"
+    )
     answer = shell(f'python -m cluster submit --storage {up} -- python -c "{script}" --debug')
     assert answer.returncode == 1
     assert str([sys.executable, True, False, "--debug"]) in answer.stdout
     assert answer.stdout.splitlines()[-1].endswith(": FAILED")
 
 
-def test_a_job_that_was_stopped_is_not_a_success(up: Path) -> None:
-    following = f"source {up}/cluster/env; python -m cluster submit -- python -c 'import time; print(\"here\", flush=True); time.sleep(300)'"
-    stop = """while read -r line; do echo "$line"; case "$line" in job*) id=$(echo "$line" | cut -d' ' -f2);; here) ray job stop $id > /dev/null;; esac; done"""
-    answer = shell(f"set -o pipefail; source {up}/cluster/env; ( {following} ) | ( {stop} )")
+def test_submit_fails_for_a_stopped_job(up: Path) -> None:
+    join = f"source {up}/cluster/env"
+    job = 'import time; print("here", flush=True); time.sleep(300)'
+    follow = f"{join}; python -m cluster submit -- python -c '{job}'"
+    stop = """
+        while read -r line; do
+            echo "$line"
+            case "$line" in
+                job*) id=$(echo "$line" | cut -d' ' -f2);;
+                here) ray job stop $id > /dev/null;;
+            esac
+        done
+    """
+    answer = shell(f"set -o pipefail; {join}; ( {follow} ) | ( {stop} )")
     assert answer.returncode == 1
     assert answer.stdout.splitlines()[-1].endswith(": STOPPED")
 
 
-def test_a_log_that_breaks_off_is_not_the_job_s_end(
+def test_submit_waits_for_the_job_after_its_log_is_cut_off(
     up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def broken(self: JobSubmissionClient, job: str) -> AsyncIterator[str]:
         yield "begun\n"
         raise RuntimeError("WebSocket connection closed")
 
-    monkeypatch.setenv(
-        "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1"
-    )  # of another cluster that this process has joined
+    # The address of another cluster, which this process has joined.
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     monkeypatch.setattr(JobSubmissionClient, "tail_job_logs", broken)
     assert jobs.submit(head_of(up).dashboard, ["sleep", "1"], str(tmp_path)) == 0
-    assert "broke off (WebSocket connection closed)" in capsys.readouterr().out
+    assert "was cut off (WebSocket connection closed)" in capsys.readouterr().out
 
 
-def test_a_storage_that_is_named_wins_over_the_cluster_that_was_joined(
-    up: Path, tmp_path: Path
-) -> None:
+def test_storage_option_overrides_the_joined_cluster(up: Path, tmp_path: Path) -> None:
     answer = shell(f"source {up}/cluster/env; python -m cluster status --storage {tmp_path}")
     assert answer.returncode == 2
     assert f"no cluster is up for storage {tmp_path}" in answer.stderr
@@ -276,32 +286,42 @@ def test_status_and_doctor_describe_the_cluster(up: Path) -> None:
     assert not list((up / "cluster").glob("probe-*"))
 
 
-def test_without_a_cluster_the_commands_say_how_to_get_one(tmp_path: Path) -> None:
-    for command in ("status", "doctor", "submit -- true"):
-        answer = shell(
-            f"python -m cluster {command.replace(' ', f' --storage {tmp_path} ', 1) if ' ' in command else f'{command} --storage {tmp_path}'}"
-        )
+def test_status_and_doctor_print_json(up: Path) -> None:
+    answer = shell(f"python -m cluster status --json --storage {up}")
+    assert answer.returncode == 0, answer.stderr
+    status = json.loads(answer.stdout)
+    assert [(node["state"], node["is_head_node"]) for node in status["nodes"]] == [("ALIVE", True)]
+    assert status["resources"]["CPU"]["total"] == 4
+    answer = shell(f"python -m cluster doctor --json --storage {up}")
+    (report,) = json.loads(answer.stdout)
+    assert (report["cpus"], report["gpus"]) == (4, 0)
+    assert answer.returncode == (1 if report["findings"] else 0)
+
+
+def test_without_a_cluster_commands_say_how_to_start_one(tmp_path: Path) -> None:
+    for command, rest in (("status", ""), ("doctor", ""), ("submit", "-- true")):
+        answer = shell(f"python -m cluster {command} --storage {tmp_path} {rest}")
         assert answer.returncode == 2
         assert "start one with `python -m cluster up`" in answer.stderr
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         ({}, None),
         ({"versions": {"torch": "0.1"}}, "torch 0.1 here, 2.14 where this command runs"),
         ({"free_bytes": 2**30}, "1.0 GiB of disk left"),
-        ({"sees_storage": False}, "set KILN_STORAGE to a place that all nodes share"),
+        ({"sees_storage": False}, "set KILN_STORAGE to a folder or URI that all nodes share"),
     ],
 )
-def test_the_doctor_names_what_is_wrong(change: dict[str, Any], sentence: str | None) -> None:
-    healthy = {"versions": {"torch": "2.14"}, "free_bytes": 2**40, "sees_storage": True}
-    wrong = doctor.findings(healthy | change, {"torch": "2.14"}, "kiln/cluster/probe")
-    assert len(wrong) == (sentence is not None)
-    assert sentence is None or sentence in wrong[0]
+def test_doctor_names_what_is_wrong(change: dict[str, Any], message: str | None) -> None:
+    healthy = doctor.Probe(versions={"torch": "2.14"}, free_bytes=2**40, sees_storage=True)
+    wrong = doctor.findings(replace(healthy, **change), {"torch": "2.14"}, "kiln/cluster/probe")
+    assert len(wrong) == (message is not None)
+    assert message is None or message in wrong[0]
 
 
-def test_a_silent_dashboard_is_one_sentence() -> None:
+def test_unreachable_dashboard_is_an_error_of_one_line() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -309,19 +329,22 @@ def test_a_silent_dashboard_is_one_sentence() -> None:
         Dashboard(f"http://127.0.0.1:{port}", None).jobs()
 
 
-# Down
+# ---------------------------------------------------------------- down
 
 
-def test_down_ends_a_running_job_and_its_children_and_nobody_else(
+def test_down_ends_a_job_with_its_children_and_no_other_process(
     fresh: Path, ray_address: str, bystander: subprocess.Popen[bytes]
 ) -> None:
     import ray
 
-    child = "import time; time.sleep(600)"  # in a session of its own, as a stray server would be
-    parent = f"import subprocess, sys; print('begun', subprocess.Popen([sys.executable, '-c', '{child}'], start_new_session=True).pid); {child}"
-    submitted = shell(
-        f'source {fresh}/cluster/env; ray job submit --no-wait --submission-id long -- python -c "{parent}"'
+    child = "import time; time.sleep(600)"
+    parent = (  # it starts the child in a new session, as a job may do with a server
+        "import subprocess, sys; "
+        f"child = subprocess.Popen([sys.executable, '-c', '{child}'], start_new_session=True); "
+        f"print('begun', child.pid); {child}"
     )
+    submission = "ray job submit --no-wait --submission-id long"
+    submitted = shell(f'source {fresh}/cluster/env; {submission} -- python -c "{parent}"')
     assert submitted.returncode == 0, submitted.stdout
     head = head_of(fresh)
     deadline = time.monotonic() + 60
@@ -332,23 +355,23 @@ def test_down_ends_a_running_job_and_its_children_and_nobody_else(
         time.sleep(0.5)
     grandchild = psutil.Process(int(logs.split("begun ")[1].split()[0]))
     children = psutil.Process(head.pid).children(recursive=True)
-    ours = machine.marked(local.MARK, head.id)
+    ours = machine.processes_with(local.ID_VARIABLE, head.id)
     assert grandchild in ours
-    # Ray starts short-lived helpers all the time: those that came or went between the two looks say nothing.
-    assert {process for process in children if machine.running(process)} <= {*ours}
+    # Ray starts short-lived helpers all the time: ignore those that have ended in between.
+    assert {process for process in children if machine.is_running(process)} <= {*ours}
 
     answer = shell(f"python -m cluster down --storage {fresh}")
     assert "Ray is down" in answer.stdout, answer.stderr
-    assert not any(machine.running(process) for process in ours)
+    assert not any(machine.is_running(process) for process in ours)
     assert not Path(head.temp_dir).exists()
-    assert kept(fresh) == {"head.log"}
-    # Another Ray cluster on this machine, and a stranger's process, never noticed.
+    assert state_files(fresh) == {"head.log"}
+    # Another Ray cluster and another process on this machine still run.
     assert ray.get(ray.remote(lambda: "alive").remote()) == "alive"
     assert bystander.poll() is None
     assert "nothing to end" in shell(f"python -m cluster down --storage {fresh}").stdout
 
 
-def test_a_head_is_not_up_before_its_agent_which_starts_jobs(
+def test_up_waits_for_the_agent_that_starts_jobs(
     up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = local.find(str(up))
@@ -361,14 +384,14 @@ def test_a_head_is_not_up_before_its_agent_which_starts_jobs(
         local._wait_until_ready(replace(head, temp_dir=str(tmp_path)))
 
 
-def test_up_after_a_crash_clears_what_is_left_and_starts_anew(fresh: Path) -> None:
+def test_up_after_a_crash_removes_what_is_left_and_starts_a_new_head(fresh: Path) -> None:
     crashed = head_of(fresh)
-    left = machine.marked(local.MARK, crashed.id)
+    left = machine.processes_with(local.ID_VARIABLE, crashed.id)
     os.kill(crashed.pid, signal.SIGKILL)
     answer = shell(f"python -m cluster up --storage {fresh} --num-cpus 1")
     assert "Ray is up" in answer.stdout, answer.stderr
     assert head_of(fresh).id != crashed.id
-    assert not any(machine.running(process) for process in left)
+    assert not any(machine.is_running(process) for process in left)
 
 
 def record(storage: Path, **fields: Any) -> local.Head:
@@ -382,19 +405,19 @@ def record(storage: Path, **fields: Any) -> local.Head:
 
 
 @pytest.mark.parametrize(
-    "recycled", [True, False], ids=["recycled id", "same id and start, not our mark"]
+    "reused", [True, False], ids=["reused process id", "same id and start, other cluster id"]
 )
-def test_a_recorded_process_id_is_never_enough_to_end_a_process(
-    tmp_path: Path, bystander: subprocess.Popen[bytes], recycled: bool
+def test_down_does_not_end_a_process_by_its_process_id(
+    tmp_path: Path, bystander: subprocess.Popen[bytes], reused: bool
 ) -> None:
     started = psutil.Process(bystander.pid).create_time()
-    head = record(tmp_path, pid=bystander.pid, started=started - 3600 if recycled else started)
-    assert head.alive() is not recycled
+    head = record(tmp_path, pid=bystander.pid, started=started - 3600 if reused else started)
+    assert head.is_running() is not reused
     assert local.down(str(tmp_path)) == 0
     assert bystander.poll() is None
 
 
-def test_a_head_on_another_machine_is_left_alone(tmp_path: Path) -> None:
+def test_down_refuses_a_head_on_another_machine(tmp_path: Path) -> None:
     record(tmp_path, host="elsewhere")
     with pytest.raises(ValueError, match=r"'elsewhere'.*--storage of its own.*delete the file"):
         local.down(str(tmp_path))
@@ -404,7 +427,7 @@ def test_a_head_on_another_machine_is_left_alone(tmp_path: Path) -> None:
     "fields",
     [{"temp_dir": "/tmp/kiln-x/../../home"}, {"temp_dir": "/home"}, {"id": None}, {"id": ""}],
 )
-def test_a_state_file_that_up_never_wrote_harms_nothing(
+def test_down_refuses_a_state_file_that_up_never_wrote(
     tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     record(tmp_path, **fields)
@@ -414,30 +437,32 @@ def test_a_state_file_that_up_never_wrote_harms_nothing(
         local.down(str(tmp_path))
 
 
-def test_down_forgets_nothing_while_a_process_lives(
+def test_down_keeps_the_state_file_while_a_process_survives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = record(tmp_path)
-    survivor = subprocess.Popen(["sleep", "600"], env={local.MARK: head.id, "PATH": os.defpath})
-    monkeypatch.setattr(machine, "end", lambda *_: 0)
+    survivor = subprocess.Popen(
+        ["sleep", "600"], env={local.ID_VARIABLE: head.id, "PATH": os.defpath}
+    )
+    monkeypatch.setattr(machine, "end_processes", lambda *_: 0)
     with pytest.raises(ValueError, match=rf"processes \[{survivor.pid}\] .* do not end"):
         local.down(str(tmp_path))
-    assert "state.json" in kept(tmp_path)
+    assert "state.json" in state_files(tmp_path)
     monkeypatch.undo()
     assert local.down(str(tmp_path)) == 1
-    assert kept(tmp_path) == set()
+    assert state_files(tmp_path) == set()
     survivor.wait()
 
 
 @pytest.mark.parametrize("content", ["{", '{"pid": 1}'])
-def test_a_damaged_state_file_is_named(tmp_path: Path, content: str) -> None:
+def test_damaged_state_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "state.json").write_text(content)
     with pytest.raises(ValueError, match=r"state\.json"):
         local.find(str(tmp_path))
 
 
-# cluster.yaml
+# ---------------------------------------------------------------- cluster.yaml
 
 
 def validated(config: dict[str, Any]) -> dict[str, Any]:
@@ -454,7 +479,7 @@ def cloud(request: pytest.FixtureRequest) -> dict[str, Any]:
     return config
 
 
-def test_a_cloud_cluster_has_the_promised_nodes_and_trains_on_workers_only(
+def test_cloud_cluster_has_the_documented_nodes_and_no_cpus_on_its_head(
     cloud: dict[str, Any],
 ) -> None:
     types = validated(cloud)["available_node_types"]
@@ -464,7 +489,7 @@ def test_a_cloud_cluster_has_the_promised_nodes_and_trains_on_workers_only(
     assert types["gpu_spot"]["priority"] > types["gpu_on_demand"].get("priority", 0)
 
 
-def test_a_cloud_cluster_s_nodes_require_the_token_and_hide_the_dashboard(
+def test_cloud_nodes_require_the_token_and_the_dashboard_is_local(
     cloud: dict[str, Any],
 ) -> None:
     prepared = validated(cloud)
@@ -480,7 +505,7 @@ def test_a_cloud_cluster_s_nodes_require_the_token_and_hide_the_dashboard(
     assert "KILN_STORAGE=" in settings
 
 
-def test_a_cloud_cluster_installs_the_locked_versions_only(cloud: dict[str, Any]) -> None:
+def test_cloud_cluster_installs_locked_versions_only(cloud: dict[str, Any]) -> None:
     prepared = validated(cloud)
     assert prepared["file_mounts"]["~/requirements.lock"] == "requirements.lock"
     locked = {
@@ -514,13 +539,13 @@ def every_setup(prepared: dict[str, Any]) -> list[str]:
     "typo",
     [("max_worker",), ("available_node_types", "gpu_spot", "min_worker"), ("idle_timeout_minute",)],
 )
-def test_a_typo_is_refused_by_ray_s_validator(typo: tuple[str, ...]) -> None:
+def test_ray_rejects_a_misspelt_key(typo: tuple[str, ...]) -> None:
     import jsonschema
 
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    place = config
+    section = config
     for key in typo[:-1]:
-        place = place[key]
-    place[typo[-1]] = 1
+        section = section[key]
+    section[typo[-1]] = 1
     with pytest.raises(jsonschema.ValidationError):
         validated(config)

@@ -1,4 +1,4 @@
-"""The nets' shapes and ranges, and what a gradient penalty and a one-picture request demand of them."""
+"""DCGAN's shapes and ranges, and independence of the images in a batch."""
 
 from dataclasses import asdict
 
@@ -35,8 +35,8 @@ def test_shapes_and_range(config: DcganConfig) -> None:
 
 @pytest.mark.parametrize("num_classes", [0, 5])
 @pytest.mark.parametrize("net", ["generator", "critic"])
-def test_a_picture_does_not_depend_on_its_company(net: str, num_classes: int) -> None:
-    """LocalWorker or in a batch, training or not: so penalty, DDP and a served request see the same function."""
+def test_image_does_not_depend_on_the_rest_of_its_batch(net: str, num_classes: int) -> None:
+    """Gradient penalty, DDP and serving then compute the same function, in train and eval mode."""
     torch.manual_seed(0)
     config = DcganConfig(latent_dim=16, width=4, num_classes=num_classes)
     module = (Generator if net == "generator" else Critic)(config).double()
@@ -55,7 +55,7 @@ def test_a_picture_does_not_depend_on_its_company(net: str, num_classes: int) ->
     assert torch.equal(module.eval()(inputs, labels), together)
 
 
-def test_global_batch_norm_in_one_process_is_torchs() -> None:
+def test_global_batch_norm_in_one_process_equals_torchs() -> None:
     torch.manual_seed(0)
     ours, theirs = GlobalBatchNorm(3).double(), nn.BatchNorm2d(3).double()
     for _ in range(3):
@@ -72,7 +72,7 @@ def test_global_batch_norm_in_one_process_is_torchs() -> None:
     assert torch.allclose(ours.eval()(inputs), theirs.eval()(inputs), atol=1e-12)
 
 
-def test_norms_are_where_they_are_asked_for() -> None:
+def test_norms_are_the_configured_ones() -> None:
     config = DcganConfig(width=4, latent_dim=16, norm="batch", critic_norm="layer")
     assert sum(isinstance(module, GlobalBatchNorm) for module in Generator(config).modules()) == 3
     assert sum(isinstance(module, nn.GroupNorm) for module in Critic(config).modules()) == 2
@@ -81,13 +81,15 @@ def test_norms_are_where_they_are_asked_for() -> None:
     latents = torch.randn(4, 16)
     alone = torch.cat([served(latents[i : i + 1]) for i in range(4)])
     assert torch.allclose(served(latents), alone, atol=1e-6), (
-        "served, a picture does not depend on its company"
+        "in eval mode an image must not depend on the rest of its batch"
     )
-    with pytest.raises(ValueError, match=r"norm is group or batch and critic_norm none or layer"):
+    with pytest.raises(
+        ValueError, match=r"norm must be group or batch and critic_norm none or layer"
+    ):
         DcganConfig(critic_norm="batch")
 
 
-def test_the_critic_has_no_sigmoid_and_no_batch_norm() -> None:
+def test_critic_has_no_sigmoid_and_no_batch_norm() -> None:
     forbidden = (nn.Sigmoid, nn.Tanh, nn.BatchNorm2d, nn.SyncBatchNorm, GlobalBatchNorm)
     for config in CONFIGS:
         assert not [module for module in Critic(config).modules() if isinstance(module, forbidden)]
@@ -103,7 +105,7 @@ def test_the_critic_has_no_sigmoid_and_no_batch_norm() -> None:
     )
 
 
-def test_the_class_changes_picture_and_score() -> None:
+def test_class_changes_image_and_score() -> None:
     torch.manual_seed(0)
     config = DcganConfig(latent_dim=16, width=4, num_classes=5)
     latent, image = (
@@ -117,7 +119,7 @@ def test_the_class_changes_picture_and_score() -> None:
     assert len(Critic(config)(image, torch.arange(5)).detach().unique()) == 5
 
 
-def test_every_parameter_learns() -> None:
+def test_every_parameter_has_a_gradient() -> None:
     config = DcganConfig(latent_dim=16, width=4, num_classes=2)
     generator, critic = Generator(config), Critic(config)
     labels = torch.tensor([0, 1])
@@ -127,7 +129,7 @@ def test_every_parameter_learns() -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_a_generator_is_rebuilt_from_its_arguments() -> None:
+def test_generator_is_rebuilt_from_its_config() -> None:
     first = Generator(DcganConfig(image_size=64, channels=3, latent_dim=16, width=4, num_classes=2))
     second = Generator(DcganConfig(**asdict(first.config)))
     second.load_state_dict(first.state_dict())
@@ -146,6 +148,6 @@ def test_a_generator_is_rebuilt_from_its_arguments() -> None:
         ("num_classes", -1),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(field: str, value: int) -> None:
+def test_invalid_config_is_an_error(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):
         DcganConfig(**{field: value})  # type: ignore[arg-type]

@@ -252,7 +252,7 @@ def test_bits_a_byte_are_those_of_transformers(int8_folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(int8_folder / "tokenizer.json"))
     num_bytes = sum(len(tokenizer.decode(window[1:]).encode()) for window in windows)
     cost = bundle.read(int8_folder)["quantization"]
-    assert cost["judged_tokens"] == len(ids) - len(windows)
+    assert cost["evaluated_tokens"] == len(ids) - len(windows)
     assert cost["bits_per_byte_fp32"] == pytest.approx(
         float(sum(losses)) / np.log(2) / num_bytes, rel=1e-4
     )

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from cluster import storage
-from models.nets.features import SURE, Extractor, ExtractorConfig
+from models.nets.features import MIN_CONFIDENCE, Extractor, ExtractorConfig
 from train.config.data import ImageData
 from train.data import images
 from train.data.dataset import Dataset
@@ -100,12 +100,12 @@ def test_modes_are_confidently_predicted_classes_or_the_nearest_clusters() -> No
     with torch.no_grad():
         net.head.weight.copy_(torch.eye(3, 4))
         net.head.bias.zero_()
-    logits = torch.log(torch.tensor([SURE, SURE])) - torch.log1p(-torch.tensor([SURE, SURE]))
+    logits = torch.log(torch.tensor([MIN_CONFIDENCE, MIN_CONFIDENCE])) - torch.log1p(-torch.tensor([MIN_CONFIDENCE, MIN_CONFIDENCE]))
     # Two other classes share the remaining probability, which adds log 2.
     sure, unsure = logits + torch.tensor([0.8, 0.6])
     features = torch.tensor([[0, float(sure), 0, 9], [0, 0, float(unsure), 9]])
     probability = net.head(features).softmax(dim=1).max(dim=1).values
-    assert probability[0] > SURE > probability[1]
+    assert probability[0] > MIN_CONFIDENCE > probability[1]
     assert net.modes(features).tolist() == [1, -1]
     clustered = Extractor(ExtractorConfig(num_classes=4, num_modes=2, width=2))
     clustered.centroids.copy_(torch.tensor([[0.0, 0, 0, 0], [1, 1, 1, 1]]))

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from cluster import storage
-from tests.conftest import ROOT
 from tests.support import nodes, workers
+from tests.support.paths import ROOT
 from train.config import loader as configs
 from train.config.sections import Config
 from train.run import checkpoint, records

@@ -81,7 +81,7 @@ def test_a_damaged_pretrained_folder_is_named(tmp_path: Path, model: GPT2LMHeadM
         gpt.load(str(tmp_path))
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"can't be loaded as a GPT-2"):
+    with pytest.raises(ValueError, match=r"cannot be loaded as a GPT-2"):
         gpt.load(str(tmp_path))
 
 

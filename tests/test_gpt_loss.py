@@ -1,4 +1,4 @@
-"""The loss of a long batch is the loss of its parts: the same value and gradients, and never all of its logits."""
+"""The chunked loss: equal value and gradients, without the logits of the whole batch."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +19,7 @@ from train.parallel.zero import DeepSpeed
 
 VOCABULARY, CONTEXT, BATCH = 97, 12, 5
 LOGITS = BATCH * CONTEXT * VOCABULARY
-PIECE = 7 * VOCABULARY  # seven rows at a time: 60 rows end in a piece of four
+CHUNK = 7 * VOCABULARY  # seven rows at a time: of 60 rows the last chunk has four
 
 Gradients = dict[str, torch.Tensor]
 
@@ -30,7 +30,7 @@ def small_model(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
 
 
 def batch(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (B, T), of which some are not judged: single ones, and a whole piece."""
+    """Return inputs and targets (B, T), some of them ignored: single ones, and a whole chunk."""
     ids = torch.randint(
         VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(seed)
     )
@@ -50,24 +50,24 @@ def value_and_gradients(
     }
 
 
-@pytest.fixture(params=["at once", "in pieces"])
+@pytest.fixture(params=["at once", "in chunks"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "in pieces":
-        monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", PIECE)
+    if request.param == "in chunks":
+        monkeypatch.setattr(gpt, "MAX_LOGITS", CHUNK)
 
 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_loss_is_transformers_own(dtype: torch.dtype, tolerance: float, reduction: Any) -> None:
+def test_loss_equals_transformers(dtype: torch.dtype, tolerance: float, reduction: Any) -> None:
     model, (inputs, targets) = small_model(dtype), batch()
     logits = model(input_ids=inputs).logits
-    if dtype == torch.float64:  # which transformers' own would round to fp32
+    if dtype == torch.float64:  # transformers' loss would round to fp32
         theirs = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     else:
         theirs = ForCausalLMLoss(logits, None, VOCABULARY, shift_labels=targets)
-    judged = int((targets != -100).sum())
-    scale = judged if reduction == "sum" else 1
+    counted = int((targets != -100).sum())
+    scale = counted if reduction == "sum" else 1
     expected, gradients = value_and_gradients(model, theirs * scale)
     found, found_gradients = value_and_gradients(
         model, gpt.NextTokenLoss(model)(inputs, targets, reduction)
@@ -77,7 +77,7 @@ def test_the_loss_is_transformers_own(dtype: torch.dtype, tolerance: float, redu
 
 
 @pytest.mark.usefixtures("either_way")
-def test_judging_without_gradients_gives_the_same_loss() -> None:
+def test_loss_is_the_same_without_gradients() -> None:
     objective = gpt.NextTokenLoss(small_model())
     inputs, targets = batch()
     trained = objective(inputs, targets, "sum").detach()
@@ -86,7 +86,7 @@ def test_judging_without_gradients_gives_the_same_loss() -> None:
 
 
 @pytest.mark.usefixtures("either_way")
-def test_a_gradient_is_scaled_and_added_up() -> None:
+def test_gradients_are_scaled_and_accumulated() -> None:
     model, (inputs, targets) = small_model(), batch()
     objective = gpt.NextTokenLoss(model)
     _, once = value_and_gradients(model, objective(inputs, targets))
@@ -97,7 +97,7 @@ def test_a_gradient_is_scaled_and_added_up() -> None:
         torch.testing.assert_close(parameter.grad, 2.5 * once[name])
 
 
-def test_bf16_in_pieces_is_bf16_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_in_bf16_equals_bf16_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> tuple[torch.Tensor, Gradients]:
         model, (inputs, targets) = small_model(), batch()
         with torch.autocast("cpu", torch.bfloat16):
@@ -105,12 +105,11 @@ def test_bf16_in_pieces_is_bf16_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         return value_and_gradients(model, loss)
 
     loss, gradients = run()
-    monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", PIECE)
+    monkeypatch.setattr(gpt, "MAX_LOGITS", CHUNK)
     found, found_gradients = run()
     assert found.dtype == loss.dtype == torch.float32
-    torch.testing.assert_close(
-        found, loss, atol=1e-5, rtol=1e-5
-    )  # the same bf16 logits, judged in fp32
+    # Both compute a loss in fp32 from the same bf16 logits.
+    torch.testing.assert_close(found, loss, atol=1e-5, rtol=1e-5)
     for name, gradient in gradients.items():
         assert found_gradients[name].dtype == torch.float32
         off = float((found_gradients[name] - gradient).norm() / gradient.norm())
@@ -118,7 +117,7 @@ def test_bf16_in_pieces_is_bf16_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("either_way")
-def test_a_bf16_model_has_a_loss_in_fp32() -> None:
+def test_bf16_model_has_an_fp32_loss() -> None:
     inputs, targets = batch()
     model = small_model()
     expected = gpt.NextTokenLoss(model)(inputs, targets)
@@ -131,7 +130,7 @@ def test_a_bf16_model_has_a_loss_in_fp32() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the elements of the largest storage that any operation touches or makes."""
+    """Records the elements of the largest storage that any operation reads or writes."""
 
     elements = 0
 
@@ -145,45 +144,45 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def largest_tensor(judge: bool = False) -> int:
-    """In one forward and backward, or in one forward without gradients."""
+def largest_tensor(evaluate: bool = False) -> int:
+    """Return the size of the largest tensor in a forward and backward, or only a forward."""
     model, (inputs, targets) = small_model(), batch()
-    with LargestTensor() as noted, torch.set_grad_enabled(not judge):
+    with LargestTensor() as largest, torch.set_grad_enabled(not evaluate):
         loss = gpt.NextTokenLoss(model)(inputs, targets)
-        if not judge:
+        if not evaluate:
             loss.backward()
-    return noted.elements
+    return largest.elements
 
 
-@pytest.mark.parametrize("judge", [False, True])
-def test_the_logits_of_a_long_batch_never_exist(
-    judge: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_logits_of_a_long_batch_never_exist_together(
+    evaluate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert largest_tensor(judge) == LOGITS  # the count sees what is to be avoided
-    monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", PIECE)
+    assert largest_tensor(evaluate) == LOGITS  # without chunks they do
+    monkeypatch.setattr(gpt, "MAX_LOGITS", CHUNK)
     inside_mlp = BATCH * CONTEXT * 4 * 16
-    assert PIECE < inside_mlp < LOGITS
-    assert largest_tensor(judge) == inside_mlp
+    assert CHUNK < inside_mlp < LOGITS
+    assert largest_tensor(evaluate) == inside_mlp
 
 
-# ---------------------------------------------------------------- under what wraps it
+# ---------------------------------------------------------------- wrapped by DDP and DeepSpeed
 
 
 def five_steps(rank: int, folder: str) -> None:
-    """Two workers, five steps in every way; each writes its losses and its final embedding (which is the head too)."""
+    """Train five steps with every strategy; write the losses and the final embedding (the head)."""
     result = {}
     for stage in (None, 1, 2, 3):
-        for piece in (LOGITS, PIECE):
-            gpt.LOGITS_AT_ONCE = piece
-            result[stage, piece] = trained(
+        for size in (LOGITS, CHUNK):
+            gpt.MAX_LOGITS = size
+            result[stage, size] = trained(
                 Ddp() if stage is None else DeepSpeed(stage=stage, micro_size=BATCH)
             )
     torch.save(result, f"{folder}/{rank}.pt")
 
 
-def trained(spread: Strategy) -> tuple[list[float], torch.Tensor]:
+def trained(strategy: Strategy) -> tuple[list[float], torch.Tensor]:
     model = small_model()
-    learner = spread.learner(
+    learner = strategy.learner(
         "model",
         gpt.NextTokenLoss(model),
         torch.optim.AdamW(model.parameters(), lr=1e-2),
@@ -193,20 +192,20 @@ def trained(spread: Strategy) -> tuple[list[float], torch.Tensor]:
     losses = []
     for step in range(5):
         with learner.accumulating(0, 1):
-            loss = learner(*batch(10 * step + spread.rank))
+            loss = learner(*batch(10 * step + strategy.rank))
             learner.backward(loss)
         learner.step()
         losses.append(float(loss))
     head = model.lm_head.weight
     with (
-        spread.deepspeed.zero.GatheredParameters([head])
-        if isinstance(spread, DeepSpeed) and spread.stage == 3
+        strategy.deepspeed.zero.GatheredParameters([head])
+        if isinstance(strategy, DeepSpeed) and strategy.stage == 3
         else nullcontext()
     ):
         return losses, head.detach().clone()
 
 
-def test_two_workers_learn_the_same_in_pieces(tmp_path: Path) -> None:
+def test_two_workers_train_equally_in_chunks_and_at_once(tmp_path: Path) -> None:
     workers.spawn(2, five_steps, str(tmp_path))
     untrained = small_model().lm_head.weight.detach()
     for rank in range(2):

@@ -139,7 +139,7 @@ def test_the_top_level_is_fixed() -> None:
     ).stdout.splitlines()
     top = {name.split("/")[0] for name in tracked}
     folders = {name.split("/")[0] for name in tracked if "/" in name}
-    assert folders <= {*PACKAGES, "tests", "benchmarks", "docs", ".ci"}
+    assert folders <= {*PACKAGES, "tests", "benchmarks", "docs", ".ci", ".github"}
     assert not [name for name in top if name.endswith(".py")], (
         "a .py at the root shadows modules of a submitted job"
     )
@@ -185,49 +185,141 @@ def test_the_lock_names_the_versions_that_are_installed() -> None:
 
 # ---------------------------------------------------------------- README and docs
 
+DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+PAGES = [
+    "README.md",
+    "BENCHMARKS.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "train/data/shipped/README.md",
+    *DOCS,
+]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "BENCHMARKS.md",
-        "CHANGELOG.md",
-        "train/data/shipped/README.md",
-        *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
-    ],
-)
-def test_links_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def prose(text: str) -> Iterator[str]:
+    """Yield the lines of a page that are neither code nor table, link targets left out."""
+    for line in FENCE.sub("", text).splitlines():
+        if not line.startswith("|"):
+            yield re.sub(r"\]\([^)]*\)", "]()", line)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_have_targets(page: str) -> None:
+    links = [
+        link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", read(page)) if "://" not in link
+    ]
     assert [
         link for link in links if link and not (ROOT / page).parent.joinpath(link).exists()
     ] == []
 
 
-def readme_commands() -> list[str]:
-    """The commands in the README's shell blocks, one a line."""
-    if not (ROOT / "README.md").is_file():
-        return []
-    blocks = re.findall(
-        r"```(?:bash|sh|console)\n(.*?)```",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        re.DOTALL,
-    )
-    joined = "\n".join(blocks).replace("\\\n", " ")
+@pytest.mark.parametrize("page", PAGES)
+def test_prose_is_wrapped_at_100_columns(page: str) -> None:
+    assert [line for line in prose(read(page)) if len(line) > 100] == []
+
+
+def test_files_that_docs_name_exist() -> None:
+    named = {
+        (page, path)
+        for page in PAGES
+        if page != "CHANGELOG.md"
+        for path in re.findall(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|yaml|md))`", read(page))
+        if path.split("/")[0] in {*PACKAGES, "tests", "benchmarks", "docs"}
+    }
+    assert len(named) > 20
+    assert [(page, path) for page, path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_pages_that_code_names_exist() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "*.yaml", "Makefile"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    named = {
+        (file, page)
+        for file in tracked
+        for page in re.findall(r"\bdocs/[\w/.-]+\.(?:md|png)", read(file))
+    }
+    assert named
+    assert [(file, page) for file, page in sorted(named) if not (ROOT / page).exists()] == []
+
+
+def test_newest_release_in_the_changelog_is_this_version() -> None:
+    import tomllib
+
+    headings = re.findall(r"^## (.+)$", read("CHANGELOG.md"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    released = re.fullmatch(r"(\d+\.\d+\.\d+) - \d{4}-\d{2}-\d{2}", headings[1])
+    assert released, headings[1]
+    assert released[1] == tomllib.loads(read("pyproject.toml"))["project"]["version"]
+
+
+def test_ci_runs_the_same_targets_on_every_host() -> None:
+    local = re.findall(r"^make \w+$", read(".ci/run"), re.MULTILINE)
+    hosted = re.findall(r"- run: (make \w+)$", read(".github/workflows/ci.yml"), re.MULTILINE)
+    assert local == hosted
+    assert "make test" in local
+
+
+def test_files_left_out_by_make_quick_exist() -> None:
+    from tests.support.marks import FILES
+
+    stems = [file.stem for file in (ROOT / "tests").glob("test_*.py")]
+    assert [name for name in FILES if not any(stem.startswith(name) for stem in stems)] == []
+
+
+def test_every_module_is_in_the_api_reference() -> None:
+    from docs.hooks import reference_pages
+
+    listed = {
+        line.removeprefix("::: ")
+        for _, page in reference_pages()
+        for line in page.splitlines()
+        if line.startswith(":::")
+    }
+    modules = {
+        module_of(file)
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+        if not file.stem.startswith("__")
+    }
+    assert listed == modules
+
+
+def commands(page: str) -> list[str]:
+    """Return the commands in a page's shell blocks; a backslash continues a line."""
+    blocks = [code for language, code in FENCE.findall(read(page)) if language in {"bash", "sh"}]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [
-        line.split("  #")[0].strip()
-        for line in joined.splitlines()
-        if line.strip() and not line.startswith("#")
+        line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")
     ]
 
 
-@pytest.mark.parametrize("line", readme_commands())
-def test_a_command_of_the_readme_exists(line: str, tmp_path: Path) -> None:
-    """Each command starts: its options are known. What they do is the business of their own tests."""
-    from train.config import loader as config
+def documented_commands() -> list[str]:
+    """Return the commands of the README, the start pages and the guides, each once."""
+    pages = [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(page for page in DOCS if page.startswith(("docs/start/", "docs/guides/"))),
+    ]
+    return list(dict.fromkeys(line for page in pages for line in commands(page)))
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_command_exists(line: str, tmp_path: Path) -> None:
+    """The command starts: its options are known. What it does is tested elsewhere."""
+    from train.config import loader
 
     found = tmp_path / "best.yaml"  # what a search writes: a whole config
-    found.write_text(config.dump(config.load("gpt", "gpt-tiny")))
+    found.write_text(loader.load("gpt", "gpt-tiny").to_yaml())
     words = [str(found) if word.endswith("/best.yaml") else word for word in shlex.split(line)]
     if words[0] == "make":
         done = subprocess.run(
@@ -252,6 +344,5 @@ def test_a_command_of_the_readme_exists(line: str, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stdout[-500:] + done.stderr[-500:]
     else:
-        assert words[0] in {"git", "cd", "source", "curl", "ray", "tensorboard", "export", "ssh"}, (
-            f"unknown command: {line}"
-        )
+        known = {"git", "cd", "source", "curl", "ray", "tensorboard", "export", "ssh"}
+        assert words[0] in {*known, ".venv/bin/pre-commit"}, f"unknown command: {line}"

@@ -1,4 +1,4 @@
-"""A seed's latents, truncated ones, and the way from one to another: by hand, by their definitions, and against torch."""
+"""Latents: from a seed, truncated, interpolated; against worked-out values and torch."""
 
 import math
 
@@ -20,8 +20,8 @@ def noise() -> np.ndarray:
 # ---------------------------------------------------------------- truncation
 
 
-def test_truncated_latents_are_a_truncated_normal() -> None:
-    """Against torch's truncated normal, by its quantiles: 20,000 draws of each."""
+def test_truncated_latents_have_a_truncated_normal_distribution() -> None:
+    """Compare the quantiles of 20,000 values with those of torch's truncated normal."""
     drawn = truncated(seeded_latents(3, 20, 1000), 1.5)
     reference = torch.nn.init.trunc_normal_(
         torch.empty(20_000), a=-1.5, b=1.5, generator=torch.Generator().manual_seed(0)
@@ -34,7 +34,7 @@ def test_truncated_latents_are_a_truncated_normal() -> None:
     )
 
 
-def test_truncation_keeps_the_order_and_the_sign() -> None:
+def test_truncation_keeps_order_and_sign() -> None:
     values = np.array([-6.0, -1.0, 0.0, 1e-3, 0.5, 2.0, 6.0], np.float32)
     made = truncated(values, 0.7)
     assert (np.diff(made) > 0).all()
@@ -42,27 +42,27 @@ def test_truncation_keeps_the_order_and_the_sign() -> None:
     assert made[1] == -truncated(np.array([1.0]), 0.7)[0]
 
 
-def test_a_far_threshold_changes_nothing_that_counts() -> None:
+def test_large_threshold_changes_almost_nothing() -> None:
     latents = seeded_latents(5, 4, Z)
     np.testing.assert_allclose(truncated(latents, 5.0), latents, atol=2e-3)
 
 
-def test_a_latents_truncation_does_not_depend_on_its_company() -> None:
+def test_truncation_of_a_latent_does_not_depend_on_the_others() -> None:
     latents = seeded_latents(5, 4, Z)
     np.testing.assert_array_equal(truncated(latents, 1.0)[2:3], truncated(latents[2:3], 1.0))
 
 
-# ---------------------------------------------------------------- between latents
+# ---------------------------------------------------------------- interpolation
 
 
-def test_halfway_by_hand() -> None:
-    """Between two unit vectors at a right angle lies the diagonal, of length 1; a straight line would have 0.71 there."""
+def test_slerp_of_orthogonal_unit_vectors() -> None:
+    """Halfway is the diagonal of length 1; linear interpolation would give length 0.71."""
     first, second = np.array([1.0, 0.0]), np.array([0.0, 1.0])
     np.testing.assert_allclose(slerp(first, second, 0.5), [math.sqrt(0.5)] * 2)
     np.testing.assert_allclose(slerp(first, second, 1 / 3), [math.cos(math.pi / 6), 0.5])
 
 
-def test_equal_steps_turn_by_equal_angles_and_keep_the_length(noise: np.ndarray) -> None:
+def test_walk_has_equal_angles_and_lengths(noise: np.ndarray) -> None:
     first, second = noise
     second = second * np.linalg.norm(first) / np.linalg.norm(second)
     points = walk(first, second, 7)
@@ -73,7 +73,7 @@ def test_equal_steps_turn_by_equal_angles_and_keep_the_length(noise: np.ndarray)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_ends_of_a_walk_are_the_latents_to_the_bit(noise: np.ndarray, dtype: type) -> None:
+def test_walk_starts_and_ends_exactly_at_the_latents(noise: np.ndarray, dtype: type) -> None:
     first, second = noise.astype(dtype)
     for other in (second, first, -first):
         points = walk(first, other, 5)
@@ -81,8 +81,8 @@ def test_the_ends_of_a_walk_are_the_latents_to_the_bit(noise: np.ndarray, dtype:
         np.testing.assert_array_equal(points[[0, -1]], [first, other])
 
 
-def test_where_there_is_no_circle_the_line_is_straight(noise: np.ndarray) -> None:
-    for scale in (1.0, 2.0, -1.0):  # the same, the same way, opposite ways
+def test_slerp_of_parallel_vectors_is_linear(noise: np.ndarray) -> None:
+    for scale in (1.0, 2.0, -1.0):  # equal, same direction, opposite directions
         np.testing.assert_allclose(
             slerp(noise, scale * noise, 0.25), (0.75 + 0.25 * scale) * noise, atol=1e-5
         )

@@ -1,12 +1,14 @@
-"""The objectives and penalties against values worked out by hand."""
+"""GAN losses and gradient penalties against values worked out by hand."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from models.nets.losses import (
     OBJECTIVES,
+    Critic,
     gradient_penalty,
     interpolate,
     r1_penalty,
@@ -15,7 +17,7 @@ from models.nets.losses import (
 )
 
 
-def linear(weight: torch.Tensor):  # type: ignore[no-untyped-def]
+def linear(weight: torch.Tensor) -> Critic:
     return lambda images: (images * weight).flatten(1).sum(dim=1)
 
 
@@ -25,7 +27,7 @@ def test_wasserstein_losses_by_hand() -> None:
     assert wasserstein_generator_loss(fake).item() == -1.0
 
 
-def test_the_critic_loss_pulls_real_up_and_fake_down() -> None:
+def test_critic_loss_raises_real_scores_and_lowers_fake_ones() -> None:
     real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
     wasserstein_critic_loss(real, fake).backward()
     assert torch.equal(real.grad, torch.full((4,), -0.25))  # type: ignore[arg-type]
@@ -33,7 +35,7 @@ def test_the_critic_loss_pulls_real_up_and_fake_down() -> None:
 
 
 REAL, FAKE = torch.tensor([1.0, 3.0, -0.5]), torch.tensor([-2.0, 0.0, 0.5])
-BY_HAND = {  # the critic's loss of REAL and FAKE, the generator's of FAKE
+BY_HAND = {  # the critic's loss of REAL and FAKE, the generator's loss of FAKE
     "wgan-gp": (-0.5 - 3.5 / 3, 0.5),
     "lsgan": ((0 + 4 + 2.25) / 6 + (4 + 0 + 0.25) / 6, (9 + 1 + 0.25) / 6),
     "hinge": ((0 + 0 + 1.5) / 3 + (0 + 1 + 1.5) / 3, 0.5),
@@ -55,20 +57,20 @@ def test_objectives_by_hand(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_critic_learns_to_tell_and_a_generator_to_please_it(name: str) -> None:
-    real, fake, pleased = (torch.full((4,), score, requires_grad=True) for score in (0.0, 0.0, 0.5))
+def test_gradients_separate_scores_and_raise_those_of_the_generator(name: str) -> None:
+    real, fake, made = (torch.full((4,), score, requires_grad=True) for score in (0.0, 0.0, 0.5))
     OBJECTIVES[name].critic_loss(real, fake).backward()
-    OBJECTIVES[name].generator_loss(pleased).backward()
+    OBJECTIVES[name].generator_loss(made).backward()
     assert real.grad is not None
     assert fake.grad is not None
-    assert pleased.grad is not None
-    assert real.grad.max() < 0  # a higher score of a real picture is a smaller loss
+    assert made.grad is not None
+    assert real.grad.max() < 0  # a higher score of a real image lowers the loss
     assert fake.grad.min() >= 0
-    assert pleased.grad.max() < 0
+    assert made.grad.max() < 0
 
 
 def test_r1_by_hand() -> None:
-    """A linear critic's gradient is its weight everywhere: here of norm 5, so 25 / 2, and the derivative is w."""
+    """The gradient of a linear critic is its weight w; norm 5 gives 25 / 2, the derivative is w."""
     weight = torch.tensor([3.0, 4.0, 0.0, 0.0]).view(1, 2, 2).requires_grad_()
     penalty = r1_penalty(linear(weight), torch.rand(6, 1, 2, 2))
     penalty.backward()
@@ -80,8 +82,11 @@ def test_r1_by_hand() -> None:
     ("name", "expected"),
     [("wgan-gp", 0.25), *((name, 0.5) for name in OBJECTIVES if name != "wgan-gp")],
 )
-def test_where_the_penalty_looks(name: str, expected: float) -> None:
-    """The critic |x|^2 / 2 has the gradient x. wgan-gp looks halfway between 1 and 0, R1 at the real picture, of norm 1."""
+def test_penalty_is_taken_at_the_right_points(name: str, expected: float) -> None:
+    """The critic |x|^2 / 2 has the gradient x.
+
+    wgan-gp takes its norm halfway between 1 and 0, R1 at the real image, where it is 1.
+    """
     real, fake = torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
     real[:, 0, 0, 0] = 1.0
     penalty = OBJECTIVES[name].penalty(
@@ -91,7 +96,9 @@ def test_where_the_penalty_looks(name: str, expected: float) -> None:
 
 
 @pytest.mark.parametrize("penalty", [gradient_penalty, r1_penalty])
-def test_penalties_are_computed_in_fp32_under_autocast(penalty) -> None:  # type: ignore[no-untyped-def]
+def test_penalties_are_computed_in_fp32_under_autocast(
+    penalty: Callable[[Critic, torch.Tensor], torch.Tensor],
+) -> None:
     layer = torch.nn.Linear(4, 1)
     points = torch.rand(5, 1, 2, 2)
     seen = []
@@ -108,7 +115,7 @@ def test_penalties_are_computed_in_fp32_under_autocast(penalty) -> None:  # type
 
 
 def test_penalty_of_a_linear_critic() -> None:
-    """Its gradient is its weight everywhere: here of norm 5, so (5 - 1)^2, and the derivative is 2 (5 - 1) w / 5."""
+    """The gradient is the weight w; norm 5 gives (5 - 1)^2, and the derivative 2 (5 - 1) w / 5."""
     weight = torch.tensor([3.0, 4.0, 0.0, 0.0]).view(1, 2, 2).requires_grad_()
     penalty = gradient_penalty(
         linear(weight), interpolate(torch.rand(6, 1, 2, 2), torch.rand(6, 1, 2, 2), torch.rand(6))
@@ -118,8 +125,8 @@ def test_penalty_of_a_linear_critic() -> None:
     assert torch.allclose(weight.grad, 8 * weight.detach() / 5)  # type: ignore[arg-type]
 
 
-def test_penalty_is_taken_picture_by_picture() -> None:
-    """The critic |x|^2 / 2 has the gradient x: norms 0, 1, 3 give (1 + 0 + 4) / 3, whatever the mean picture's norm is."""
+def test_penalty_is_the_mean_over_single_images() -> None:
+    """The critic |x|^2 / 2 has the gradient x: the norms 0, 1, 3 give (1 + 0 + 4) / 3."""
     points = torch.zeros(3, 1, 2, 2)
     points[1, 0, 0, 0], points[2, 0, 1, 1] = 1.0, -3.0
     penalty = gradient_penalty(
@@ -128,7 +135,7 @@ def test_penalty_is_taken_picture_by_picture() -> None:
     assert penalty.item() == pytest.approx(5 / 3)
 
 
-def test_penalty_where_the_critic_is_flat_has_finite_gradients() -> None:
+def test_penalty_of_a_constant_critic_has_finite_gradients() -> None:
     weight = torch.zeros(1, 2, 2, requires_grad=True)
     penalty = gradient_penalty(linear(weight), torch.ones(2, 1, 2, 2, requires_grad=True))
     penalty.backward()
@@ -137,7 +144,7 @@ def test_penalty_where_the_critic_is_flat_has_finite_gradients() -> None:
     assert torch.isfinite(weight.grad).all()
 
 
-def test_interpolation_mixes_each_picture_by_itself() -> None:
+def test_interpolation_mixes_each_pair_with_its_own_factor() -> None:
     real, fake = (
         torch.ones(3, 1, 2, 2, requires_grad=True),
         torch.zeros(3, 1, 2, 2, requires_grad=True),
@@ -146,7 +153,7 @@ def test_interpolation_mixes_each_picture_by_itself() -> None:
     assert torch.equal(
         points.detach(), torch.tensor([0.0, 0.25, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2)
     )
-    assert not points.requires_grad  # neither net is to learn by way of the points
+    assert not points.requires_grad  # neither network may learn through the points
 
 
 def test_penalty_stays_in_float32_under_autocast() -> None:
@@ -169,8 +176,8 @@ def test_penalty_stays_in_float32_under_autocast() -> None:
     assert torch.equal(found, expected)
 
 
-def test_the_paper_s_line_between_two_clusters() -> None:
-    """A critic with slope 1 along the line from fake to real is what the penalty asks for: no penalty, distance as the loss."""
+def test_critic_of_slope_one_has_no_penalty_and_estimates_the_distance() -> None:
+    """A critic with slope 1 between fake and real is what the penalty asks for."""
     real, fake = torch.full((5, 1, 2, 2), 1.0), torch.full((5, 1, 2, 2), -1.0)
     weight = torch.full((1, 2, 2), 0.5)  # norm 1
     assert gradient_penalty(

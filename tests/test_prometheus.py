@@ -1,4 +1,7 @@
-"""What the metrics are told of a request: with recorders in place of Ray's instruments, whose way out tests/test_serve.py follows."""
+"""What is recorded of a request, with recorders in place of Ray's metrics.
+
+tests/test_serve/test_observability.py checks that Ray exports them.
+"""
 
 import asyncio
 import contextlib
@@ -7,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from serve.engine import Chunk
-from serve.errors import DeadlineExceeded, Rejected
+from serve.chunks import Chunk
+from serve.errors import DeadlineExceeded, RequestError
 from serve.prometheus import TextMetrics
 
 
 class Recorder:
+    """Stands in for a counter, a gauge or a histogram."""
+
     def __init__(self) -> None:
         self.recorded: list[tuple[float, dict[str, str] | None]] = []
 
@@ -36,20 +41,20 @@ def recorded_text() -> Any:
         "inter_token_latency",
         "filter_hits",
     ):
-        setattr(metrics, name, RunRecorder())
-    metrics.load = {name: RunRecorder() for name in metrics.load}
+        setattr(metrics, name, Recorder())
+    metrics.load = {name: Recorder() for name in metrics.load}
     return metrics
 
 
-async def chunks(*made: Chunk | Rejected, pause_s: float = 0.0) -> AsyncGenerator[Chunk, None]:
+async def chunks(*made: Chunk | RequestError, pause_s: float = 0.0) -> AsyncGenerator[Chunk, None]:
     for item in made:
         await asyncio.sleep(pause_s)
-        if isinstance(item, Rejected):
+        if isinstance(item, RequestError):
             raise item
         yield item
 
 
-def test_a_texts_tokens_and_times() -> None:
+def test_tokens_and_latencies_of_a_text() -> None:
     metrics = recorded_text()
     made = [Chunk("a", 7, 1), Chunk("bc", 7, 3), Chunk("d", 7, 4, "length")]
 
@@ -66,13 +71,13 @@ def test_a_texts_tokens_and_times() -> None:
         metrics.inter_token_latency.values,
     )
     assert first >= 0.019
-    assert second >= 0.0095, "two tokens came in one message: each took half"
+    assert second >= 0.0095, "two tokens in one message: half the time for each"
     assert third >= 0.019
     assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "length"})]
 
 
 @pytest.mark.parametrize(("stays", "outcome"), [(True, "stop"), (False, "cancelled")])
-def test_several_texts_are_one_request(stays: bool, outcome: str) -> None:
+def test_several_texts_count_as_one_request(stays: bool, outcome: str) -> None:
     metrics = recorded_text()
     made = [
         Chunk("a", 7, 1, choice=0),
@@ -89,12 +94,12 @@ def test_several_texts_are_one_request(stays: bool, outcome: str) -> None:
     assert metrics.prompt_tokens.values == [7]
     assert metrics.generation_tokens.values == ([1, 2, 4, 1] if stays else [1, 2, 4])
     assert len(metrics.inter_token_latency.values) == (2 if stays else 1), (
-        "each text has times of its own"
+        "latencies are recorded per text"
     )
     assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": outcome})]
 
 
-def test_a_client_that_goes_before_a_text_has_begun_is_a_cancel() -> None:
+def test_disconnect_before_a_text_starts_is_cancelled() -> None:
     metrics = recorded_text()
 
     async def go() -> None:
@@ -109,7 +114,7 @@ def test_a_client_that_goes_before_a_text_has_begun_is_a_cancel() -> None:
     assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "cancelled"})]
 
 
-def test_a_client_that_goes_is_a_cancel_and_ends_the_text() -> None:
+def test_disconnect_is_cancelled_and_ends_the_text() -> None:
     metrics, ended = recorded_text(), False
 
     async def endless() -> AsyncGenerator[Chunk, None]:
@@ -129,7 +134,7 @@ def test_a_client_that_goes_is_a_cancel_and_ends_the_text() -> None:
     assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "cancelled"})]
 
 
-def test_a_refusal_is_told_by_its_code() -> None:
+def test_error_is_recorded_by_its_code() -> None:
     metrics = recorded_text()
 
     async def go() -> None:
@@ -143,7 +148,7 @@ def test_a_refusal_is_told_by_its_code() -> None:
     assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "deadline_exceeded"})]
 
 
-def test_what_the_blocklist_ends_or_refuses_is_counted() -> None:
+def test_blocklist_hits_are_counted() -> None:
     metrics = recorded_text()
 
     async def go() -> None:
@@ -161,7 +166,7 @@ def test_what_the_blocklist_ends_or_refuses_is_counted() -> None:
     assert metrics.requests.recorded == [(1, {"model": "gpt/3", "outcome": "content_filter"})]
 
 
-def test_the_load_is_what_the_engine_says() -> None:
+def test_load_is_the_engines_status() -> None:
     metrics = recorded_text()
     metrics.set_load({"slots": 8, "running": 3, "waiting": 2, "generated": 999})
     assert {name: gauge.values for name, gauge in metrics.load.items()} == {

@@ -1,3 +1,5 @@
+"""The registry: publishing, references, aliases, and the command `python -m models`."""
+
 import json
 import multiprocessing
 import os
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from pyarrow import fs
 from cluster import storage
 from models import bundle, registry
 from models.__main__ import main as models_command
-from tests.test_bundle import MANIFEST
+from tests.support.manifests import MANIFEST
 
 
 def make(folder: Path, content: str = "graph") -> Path:
@@ -42,18 +45,16 @@ def root(tmp_path: Path) -> str:
 
 @pytest.fixture
 def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A store that cannot rename, as S3 can't: fsspec's, in memory."""
-    usual = storage.locate
+    """The URI of a store in memory that, like S3, cannot rename."""
+    original = storage.locate
     memory = fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("memory")))
-    monkeypatch.setattr(
-        storage,
-        "locate",
-        lambda uri: (
-            (memory, str(uri).removeprefix("memory:/"))
-            if str(uri).startswith("memory:")
-            else usual(uri)
-        ),
-    )
+
+    def locate(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
+        if str(uri).startswith("memory:"):
+            return memory, str(uri).removeprefix("memory:/")
+        return original(uri)
+
+    monkeypatch.setattr(storage, "locate", locate)
     yield "memory://bucket/models"
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
@@ -61,48 +62,52 @@ def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 # ---------------------------------------------------------------- publishing
 
 
-def test_versions_count_up_and_know_themselves(root: str, made: Path) -> None:
+def test_versions_count_up_and_are_named_in_their_manifests(root: str, made: Path) -> None:
     assert [registry.publish(root, "gpt", made) for _ in range(3)] == [1, 2, 3]
     assert registry.versions(root, "gpt") == [1, 2, 3]
     assert registry.names(root) == ["gpt"]
     manifest = bundle.verify(storage.join(root, "gpt", "2"))
     assert (manifest["name"], manifest["version"]) == ("gpt", 2)
-    assert bundle.read(made)["version"] is None, "the folder that was published stays as it was"
+    assert bundle.read(made)["version"] is None, "the published folder must not change"
 
 
-def test_who_may_read_the_model_may_read_its_versions(root: str, made: Path) -> None:
+def test_versions_have_the_mode_of_the_model_folder(root: str, made: Path) -> None:
     made.chmod(0o700)
     registry.publish(root, "gpt", made)
     assert Path(root, "gpt", "1").stat().st_mode == Path(root, "gpt").stat().st_mode
 
 
-def test_ten_follows_nine(root: str, made: Path) -> None:
+def test_versions_are_ordered_as_numbers(root: str, made: Path) -> None:
     for _ in range(10):
         registry.publish(root, "gpt", made)
     assert registry.publish(root, "gpt", made) == 11
     assert registry.resolve(root, "gpt")[1] == 11
 
 
-def test_a_damaged_bundle_is_not_published(root: str, made: Path) -> None:
+def test_damaged_bundle_is_not_published(root: str, made: Path) -> None:
     (made / "model.onnx").write_text("Graph")
-    with pytest.raises(ValueError, match=r"model\.onnx is not what its bundle promises"):
+    with pytest.raises(
+        ValueError, match=r"model\.onnx does not have the sha256 that its manifest lists"
+    ):
         registry.publish(root, "gpt", made)
     assert not Path(root).exists()
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "../gpt", "a/b", "gpt@x", "gpt 2", "-gpt"])
-def test_a_name_must_be_usable_as_a_folder(root: str, made: Path, name: str) -> None:
+def test_name_must_be_usable_as_a_folder(root: str, made: Path, name: str) -> None:
     with pytest.raises(ValueError, match="is not usable"):
         registry.publish(root, name, made)
 
 
-def _publish_some(root: str, folder: str, start: Any, numbers: Any) -> None:
+def _publish_some(
+    root: str, folder: str, start: Barrier, numbers: "multiprocessing.Queue[int]"
+) -> None:
     start.wait()
     for _ in range(10):
         numbers.put(registry.publish(root, "gpt", folder))
 
 
-def test_publishers_at_once_get_a_version_each(root: str, made: Path) -> None:
+def test_concurrent_publishers_get_a_version_each(root: str, made: Path) -> None:
     context = multiprocessing.get_context("spawn")
     start, numbers = context.Barrier(3), context.Queue()
     publishers = [
@@ -123,12 +128,19 @@ def test_publishers_at_once_get_a_version_each(root: str, made: Path) -> None:
 KILLED_WHILE_COPYING = """
 import shutil, sys, time
 from models import registry
-shutil.copytree = lambda source, target: (target.mkdir(parents=True), (target / "manifest.json").write_text("{"), print("copying", flush=True), time.sleep(60))
+
+def copy(source, target):
+    target.mkdir(parents=True)
+    (target / "manifest.json").write_text("{")
+    print("copying", flush=True)
+    time.sleep(60)
+
+shutil.copytree = copy
 registry.publish(sys.argv[1], "gpt", sys.argv[2])
 """
 
 
-def test_a_publisher_killed_half_way_leaves_no_version(root: str, made: Path) -> None:
+def test_killed_publisher_leaves_no_version(root: str, made: Path) -> None:
     command = [sys.executable, "-c", KILLED_WHILE_COPYING, root, str(made)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as publisher:
         assert publisher.stdout is not None
@@ -137,22 +149,22 @@ def test_a_publisher_killed_half_way_leaves_no_version(root: str, made: Path) ->
     (left,) = Path(root, "gpt").iterdir()
     assert registry.versions(root, "gpt") == []
     assert registry.publish(root, "gpt", made) == 1
-    assert left.exists(), "another publisher may still be copying"
+    assert left.exists(), "its publisher may still be copying"
     os.utime(left, times=(0, 0))
     assert registry.publish(root, "gpt", made) == 2
     assert not left.exists()
 
 
-def test_an_old_folder_does_not_look_abandoned_while_it_is_published(
+def test_copy_of_an_old_folder_is_not_deleted_as_abandoned(
     root: str, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.utime(made, times=(0, 0))
     write_manifest = bundle.write_manifest
-    others: list[str] = []
+    calls: list[str] = []
 
     def after_another_publisher(*arguments: Any) -> None:
-        if not others:
-            others.append("is here")
+        if not calls:
+            calls.append("first")
             assert registry.publish(root, "gpt", made) == 1
         write_manifest(*arguments)
 
@@ -161,9 +173,7 @@ def test_an_old_folder_does_not_look_abandoned_while_it_is_published(
     assert registry.versions(root, "gpt") == [1, 2]
 
 
-def test_a_half_written_version_is_not_listed_and_its_number_not_reused(
-    root: str, made: Path
-) -> None:
+def test_incomplete_version_is_not_listed_and_its_number_not_reused(root: str, made: Path) -> None:
     registry.publish(root, "gpt", made)
     shutil.copytree(made, storage.join(root, "gpt", "2"))
     os.unlink(storage.join(root, "gpt", "2", "manifest.json"))
@@ -174,32 +184,32 @@ def test_a_half_written_version_is_not_listed_and_its_number_not_reused(
     assert registry.publish(root, "gpt", made) == 3
 
 
-def test_a_damaged_newest_version_is_passed_over_but_not_in_silence(
+def test_damaged_newest_version_is_skipped_with_a_warning(
     root: str, made: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
         registry.publish(root, "gpt", made)
-    place = Path(root, "gpt", "2", "manifest.json")
-    place.write_text(place.read_text().replace('"opset": 24', '"opset": 25'))
+    manifest = Path(root, "gpt", "2", "manifest.json")
+    manifest.write_text(manifest.read_text().replace('"opset": 24', '"opset": 25'))
     assert registry.resolve(root, "gpt")[1] == 1
-    assert caplog.messages == ["gpt/2 is damaged: gpt/1 is the newest that is not"]
-    with pytest.raises(ValueError, match="is not as it was written"):
+    assert caplog.messages == ["gpt/2 is damaged: using gpt/1, the newest complete version"]
+    with pytest.raises(ValueError, match="does not match its own sha256"):
         registry.resolve(root, "gpt/2")
     models_command(["list", "--storage", str(Path(root).parent)])
-    assert "gpt/2 is damaged or not finished, and is not served" in capsys.readouterr().out
+    assert "gpt/2 is damaged or incomplete, and is not served" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- object stores
 
 
-def test_an_object_store_holds_versions_and_aliases(object_store: str, made: Path) -> None:
+def test_object_store_has_versions_and_aliases(object_store: str, made: Path) -> None:
     assert [registry.publish(object_store, "gpt", made) for _ in range(2)] == [1, 2]
     registry.alias(object_store, "gpt", "production", 1)
     assert registry.resolve(object_store, "gpt") == ("gpt", 1, f"{object_store}/gpt/1")
     assert bundle.verify(f"{object_store}/gpt/2")["version"] == 2
 
 
-def test_an_interrupted_upload_is_no_version(
+def test_interrupted_upload_is_not_a_version(
     object_store: str, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -215,7 +225,7 @@ def _raise_connection_error(*_: Any) -> None:
     raise ConnectionError("the network is gone")
 
 
-def test_publishers_at_once_on_an_object_store_never_share_a_version(
+def test_concurrent_publishers_on_an_object_store_get_a_version_each(
     object_store: str, tmp_path: Path
 ) -> None:
     folders = [make(tmp_path / f"bundle-{index}", f"graph {index}") for index in range(4)]
@@ -241,7 +251,7 @@ def test_publishers_at_once_on_an_object_store_never_share_a_version(
         )
 
 
-def test_aliases_set_at_once_on_an_object_store_all_stay(bucket: str, made: Path) -> None:
+def test_concurrent_aliases_on_an_object_store_are_all_kept(bucket: str, made: Path) -> None:
     registry.publish(bucket, "gpt", made)
     start = threading.Barrier(4)
 
@@ -268,7 +278,7 @@ def three(root: str, made: Path) -> str:
     return root
 
 
-def test_a_name_alone_is_production_or_else_the_newest(three: str) -> None:
+def test_name_alone_means_production_else_the_newest(three: str) -> None:
     assert registry.resolve(three, "gpt") == ("gpt", 3, f"{three}/gpt/3")
     registry.alias(three, "gpt", "staging", 2)
     assert registry.resolve(three, "gpt")[1] == 3
@@ -278,21 +288,22 @@ def test_a_name_alone_is_production_or_else_the_newest(three: str) -> None:
     assert registry.resolve(three, "gpt/3")[1] == 3
 
 
-def test_an_alias_moves_and_moves_back(three: str) -> None:
+def test_alias_can_be_moved(three: str) -> None:
     for version in (1, 3, 2):
         registry.alias(three, "gpt", "production", version)
         assert registry.aliases(three, "gpt") == {"production": version}
 
 
 @pytest.mark.parametrize(
-    ("reference", "sentence"),
+    ("reference", "message"),
     [
-        ("gtp", "model 'gtp' is not in .*: did you mean 'gpt'?"),
+        ("gtp", r"model 'gtp' is not in .*, did you mean gpt\?"),
         ("cats", "model 'cats' is not in .*: there is gpt"),
         ("gpt/9", "model 'gpt' has no version 9: it has 1, 2, 3"),
         (
             "gpt@production",
-            "model 'gpt' has no alias 'production': it has none; set one with `python -m models alias gpt production VERSION`",
+            "model 'gpt' has no alias 'production': it has none; set one with "
+            "`python -m models alias gpt production VERSION`",
         ),
         ("gpt/x", "is not understood"),
         ("gpt/0", "is not understood"),
@@ -301,34 +312,34 @@ def test_an_alias_moves_and_moves_back(three: str) -> None:
         ("", "is not understood"),
     ],
 )
-def test_an_unknown_reference_says_what_there_is(three: str, reference: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+def test_unknown_reference_names_what_exists(three: str, reference: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         registry.resolve(three, reference)
 
 
-def test_a_misspelt_alias_names_the_nearest(three: str) -> None:
+def test_misspelt_alias_names_the_nearest(three: str) -> None:
     registry.alias(three, "gpt", "production", 1)
-    with pytest.raises(ValueError, match=r"no alias 'prodution': did you mean 'production'\?"):
+    with pytest.raises(ValueError, match=r"no alias 'prodution', did you mean production\?"):
         registry.resolve(three, "gpt@prodution")
 
 
-def test_an_empty_registry_says_how_to_fill_it(root: str) -> None:
+def test_empty_registry_says_how_to_export(root: str) -> None:
     with pytest.raises(ValueError, match="python -m train export RUN"):
         registry.resolve(root, "gpt")
     assert registry.names(root) == []
     assert registry.versions(root, "gpt") == []
 
 
-def test_an_alias_needs_an_undamaged_version(three: str) -> None:
+def test_alias_requires_an_undamaged_version(three: str) -> None:
     registry.alias(three, "gpt", "production", 1)
     Path(three, "gpt", "2", "model.onnx").write_text("Graph")
-    for version, sentence in ((2, "model.onnx is not what"), (7, "no version 7")):
-        with pytest.raises(ValueError, match=sentence):
+    for version, message in ((2, "model.onnx does not have the sha256"), (7, "no version 7")):
+        with pytest.raises(ValueError, match=message):
             registry.alias(three, "gpt", "production", version)
     assert registry.aliases(three, "gpt") == {"production": 1}
 
 
-def test_an_alias_that_is_damaged_is_set_again(three: str) -> None:
+def test_damaged_alias_can_be_set_again(three: str) -> None:
     registry.alias(three, "gpt", "production", 1)
     Path(three, "gpt", "aliases", "production.json").write_text("{")
     with pytest.raises(ValueError, match=r"aliases/production\.json is not valid JSON"):
@@ -337,7 +348,7 @@ def test_an_alias_that_is_damaged_is_set_again(three: str) -> None:
     assert registry.resolve(three, "gpt")[1] == 2
 
 
-def test_a_damaged_alias_stops_nobody_who_does_not_ask_for_it(
+def test_damaged_alias_does_not_affect_other_references(
     three: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for alias, version in (("production", 1), ("staging", 2)):
@@ -347,7 +358,7 @@ def test_a_damaged_alias_stops_nobody_who_does_not_ask_for_it(
     assert registry.aliases(three, "gpt") == {"production": 1, "staging": None}
     with pytest.raises(ValueError, match=r"aliases/staging\.json is not valid JSON"):
         registry.resolve(three, "gpt@staging")
-    with pytest.raises(ValueError, match=r"no alias 'stagin': did you mean 'staging'\?"):
+    with pytest.raises(ValueError, match=r"no alias 'stagin', did you mean staging\?"):
         registry.resolve(three, "gpt@stagin")
     models_command(["list", "--storage", str(Path(three).parent)])
     listed = capsys.readouterr().out
@@ -362,7 +373,7 @@ def test_a_damaged_alias_stops_nobody_who_does_not_ask_for_it(
     )
 
 
-def test_an_alias_of_a_vanished_version_is_refused(three: str) -> None:
+def test_alias_of_a_deleted_version_is_an_error(three: str) -> None:
     registry.alias(three, "gpt", "production", 2)
     shutil.rmtree(storage.join(three, "gpt", "2"))
     with pytest.raises(ValueError, match="no version 2: it has 1, 3"):
@@ -372,20 +383,20 @@ def test_an_alias_of_a_vanished_version_is_refused(three: str) -> None:
 @pytest.mark.parametrize(
     "content", ['["production"]', '{"version": "2"}', '{"version": true}', "{}"]
 )
-def test_damaged_aliases_are_named(three: str, content: str) -> None:
+def test_damaged_alias_is_named(three: str, content: str) -> None:
     registry.alias(three, "gpt", "production", 1)
     Path(three, "gpt", "aliases", "production.json").write_text(content)
     with pytest.raises(ValueError, match=r"aliases/production\.json is damaged"):
         registry.resolve(three, "gpt")
 
 
-def _set_aliases(root: str, writer: int, start: Any) -> None:
+def _set_aliases(root: str, writer: int, start: Barrier) -> None:
     start.wait()
     for number in range(20):
         registry.alias(root, "gpt", f"writer-{writer}-{number}", 1 + number % 3)
 
 
-def test_aliases_set_at_once_all_stay_and_readers_never_see_half(three: str) -> None:
+def test_concurrent_aliases_are_all_kept_and_never_read_half_written(three: str) -> None:
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(4)
     writers = [
@@ -405,46 +416,68 @@ def test_aliases_set_at_once_all_stay_and_readers_never_see_half(three: str) -> 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_the_command_lists_shows_verifies_and_moves(
+def test_command_lists_shows_verifies_and_sets_aliases(
     root: str, made: Path, command: Command
 ) -> None:
-    place = str(Path(root).parent)
-    assert "no models in" in command("models", "list", "--storage", place).stdout
+    store = str(Path(root).parent)
+    assert "no models in" in command("models", "list", "--storage", store).stdout
     for _ in range(2):
         registry.publish(root, "gpt", made)
     assert (
-        command("models", "alias", "gpt", "production", "1", "--storage", place).stdout
+        command("models", "alias", "gpt", "production", "1", "--storage", store).stdout
         == "gpt@production is now gpt/1\n"
     )
-    listed = command("models", "list", KILN_STORAGE=place).stdout
+    listed = command("models", "list", KILN_STORAGE=store).stdout
     assert "gpt/1" in listed
     assert "gpt/2" in listed
     assert listed.count("production") == 1
     assert (
         "transformers/config.json"
-        in command("models", "show", "gpt@production", "--storage", place).stdout
+        in command("models", "show", "gpt@production", "--storage", store).stdout
     )
     assert (
-        command("models", "verify", "gpt/2", "--storage", place).stdout
+        command("models", "verify", "gpt/2", "--storage", store).stdout
         == "gpt/2: 2 files, 7 bytes, all as published\n"
     )
 
 
+def test_command_prints_json(root: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def result(*arguments: str) -> Any:
+        assert models_command([*arguments, "--json", "--storage", str(Path(root).parent)]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert result("list") == []
+    for _ in range(2):
+        registry.publish(root, "gpt", made)
+    registry.alias(root, "gpt", "production", 1)
+    (model,) = result("list")
+    assert (model["name"], model["incomplete"]) == ("gpt", [])
+    assert model["aliases"] == {"production": 1}
+    assert [(entry["version"], entry["aliases"]) for entry in model["versions"]] == [
+        (1, ["production"]),
+        (2, []),
+    ]
+    shown = result("show", "gpt@production")
+    assert (shown["name"], shown["version"], shown["aliases"]) == ("gpt", 1, ["production"])
+    assert shown["manifest"] == bundle.read(shown["uri"]) == model["versions"][0]["manifest"]
+    assert result("verify", "gpt/2") == {"name": "gpt", "version": 2, "files": 2, "bytes": 7}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["show", "gtp"], "error: model 'gtp' is not in"),
-        (["verify", "gpt/1"], "model.onnx is not what its bundle promises"),
+        (["verify", "gpt/1"], "model.onnx does not have the sha256 that its manifest lists"),
         (["alias", "gpt", "production", "5"], "error: model 'gpt' has no version 5: it has 1"),
     ],
 )
-def test_the_command_ends_with_a_sentence(
-    root: str, made: Path, command: Command, arguments: list[str], sentence: str
+def test_command_fails_with_an_error_of_one_line(
+    root: str, made: Path, command: Command, arguments: list[str], message: str
 ) -> None:
     registry.publish(root, "gpt", made)
     Path(root, "gpt", "1", "model.onnx").write_text("Graph")
     done = command("models", *arguments, "--storage", str(Path(root).parent))
     assert done.returncode == 2
-    assert sentence in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert json.loads(Path(root, "gpt", "1", "manifest.json").read_text())["version"] == 1

@@ -1,3 +1,5 @@
+"""Sampling and penalties against transformers and torch."""
+
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,8 @@ from serve.sampling import logprobs, penalize, sample
 LOGITS = np.random.default_rng(0).normal(0, 2, 50).astype(np.float32)
 
 
-def drawn(count: int = 4000, logits: np.ndarray = LOGITS, **parameters: Any) -> np.ndarray:
-    """How often each token was drawn, over `count` positions."""
+def frequencies(count: int = 4000, logits: np.ndarray = LOGITS, **parameters: Any) -> np.ndarray:
+    """Return how often each token is drawn over `count` positions, (V,)."""
     tokens = [sample(logits, position=position, **parameters) for position in range(count)]
     return np.bincount(tokens, minlength=len(logits)) / count
 
@@ -34,7 +36,7 @@ def drawn(count: int = 4000, logits: np.ndarray = LOGITS, **parameters: Any) -> 
         {"temperature": 1.5, "top_k": 1000},
     ],
 )
-def test_tokens_are_drawn_with_transformers_probabilities(parameters: dict[str, Any]) -> None:
+def test_frequencies_equal_transformers_probabilities(parameters: dict[str, Any]) -> None:
     scores = torch.from_numpy(LOGITS)[None]
     scores = TemperatureLogitsWarper(parameters.get("temperature", 1.0))(None, scores)
     if "top_k" in parameters:
@@ -42,50 +44,54 @@ def test_tokens_are_drawn_with_transformers_probabilities(parameters: dict[str, 
     if "top_p" in parameters:
         scores = TopPLogitsWarper(parameters["top_p"])(None, scores)
     expected = scores.softmax(-1)[0].numpy()
-    shares = drawn(**parameters)
-    assert set(np.flatnonzero(shares)) <= set(np.flatnonzero(expected))
-    np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.25 / 4000))
+    observed = frequencies(**parameters)
+    assert set(np.flatnonzero(observed)) <= set(np.flatnonzero(expected))
+    np.testing.assert_allclose(observed, expected, atol=4 * np.sqrt(0.25 / 4000))
 
 
-def test_temperature_zero_is_greedy() -> None:
+def test_zero_temperature_is_greedy() -> None:
     assert all(sample(LOGITS, temperature=0, seed=seed) == LOGITS.argmax() for seed in range(20))
 
 
 @pytest.mark.parametrize("parameters", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-30}])
-def test_the_narrowest_filters_are_greedy(parameters: dict[str, Any]) -> None:
+def test_narrowest_filters_are_greedy(parameters: dict[str, Any]) -> None:
     assert all(sample(LOGITS, seed=seed, **parameters) == LOGITS.argmax() for seed in range(20))
 
 
-def test_tokens_as_likely_as_the_kth_all_stay() -> None:
-    assert set(np.flatnonzero(drawn(200, np.array([1.0, 3.0, 3.0, 3.0]), top_k=2))) == {1, 2, 3}
+def test_top_k_keeps_ties() -> None:
+    assert set(np.flatnonzero(frequencies(200, np.array([1.0, 3.0, 3.0, 3.0]), top_k=2))) == {
+        1,
+        2,
+        3,
+    }
 
 
-def test_top_p_keeps_the_token_that_reaches_it_and_no_more() -> None:
+def test_top_p_keeps_tokens_until_the_sum_is_reached() -> None:
     logits = np.log([0.5, 0.25, 0.125, 0.125])
-    assert set(np.flatnonzero(drawn(500, logits, top_p=0.5))) == {0}
-    assert set(np.flatnonzero(drawn(500, logits, top_p=0.51))) == {0, 1}
+    assert set(np.flatnonzero(frequencies(500, logits, top_p=0.5))) == {0}
+    assert set(np.flatnonzero(frequencies(500, logits, top_p=0.51))) == {0, 1}
 
 
-def test_a_draw_is_a_function_of_seed_and_position() -> None:
+def test_draw_is_a_function_of_seed_and_position() -> None:
     tokens = [
         [sample(LOGITS, seed=seed, position=position) for position in range(30)]
         for seed in (0, 0, 1, 2**64 - 1, 2**64 - 2)
     ]
     assert tokens[0] == tokens[1]
     assert len({tuple(row) for row in tokens}) == 4
-    assert len(set(tokens[0])) > 5, "positions of one seed draw anew"
+    assert len(set(tokens[0])) > 5, "positions of one seed draw differently"
 
 
-def test_each_choice_of_a_seed_is_another_draw() -> None:
+def test_choices_of_a_seed_draw_differently() -> None:
     tokens = [
         [sample(LOGITS, seed=1, choice=choice, position=position) for position in range(300)]
         for choice in range(4)
     ]
     assert tokens[0] == [sample(LOGITS, seed=1, position=position) for position in range(300)], (
-        "the first is that of a single text"
+        "the first choice is that of a single text"
     )
-    shares = sum(one == other for one, other in zip(tokens[0], tokens[1], strict=True)) / 300
-    assert shares < 0.2, "no choice follows another"
+    equal = sum(one == other for one, other in zip(tokens[0], tokens[1], strict=True)) / 300
+    assert equal < 0.2, "choices are independent"
     assert len({tuple(row) for row in tokens}) == 4
 
 
@@ -95,7 +101,7 @@ def test_each_choice_of_a_seed_is_another_draw() -> None:
     prompt=st.lists(st.integers(0, 49), min_size=1, max_size=20),
     tokens=st.lists(st.integers(0, 49), max_size=20),
 )
-def test_the_repetition_penalty_is_transformers(
+def test_repetition_penalty_equals_transformers(
     penalty: float, prompt: list[int], tokens: list[int]
 ) -> None:
     expected = RepetitionPenaltyLogitsProcessor(penalty)(
@@ -106,7 +112,7 @@ def test_the_repetition_penalty_is_transformers(
     )
 
 
-def test_presence_and_frequency_penalties_are_openais() -> None:
+def test_presence_and_frequency_penalties_are_as_openai_defines_them() -> None:
     logits = np.array([2.0, 1.0, -1.0, 0.5], np.float32)
     penalized = penalize(logits, [3, 3], [0, 2, 0], presence=0.5, frequency=0.25)
     assert penalized.tolist() == [2 - 0.5 - 2 * 0.25, 1.0, -1 - 0.5 - 0.25, 0.5], (
@@ -120,7 +126,7 @@ def test_presence_and_frequency_penalties_are_openais() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_logprobs_are_torchs(count: int) -> None:
+def test_logprobs_equal_torch(count: int) -> None:
     expected = torch.from_numpy(LOGITS).double().log_softmax(-1)
     values, likeliest = expected.topk(count)
     token = int(expected.argmin())
@@ -131,7 +137,9 @@ def test_logprobs_are_torchs(count: int) -> None:
     )
     if count:
         best = int(likeliest[0])
-        assert list(logprobs(LOGITS, best, count)[1]) == likeliest.tolist(), "named once"
+        assert list(logprobs(LOGITS, best, count)[1]) == likeliest.tolist(), (
+            "each token is listed once"
+        )
 
 
 @settings(max_examples=100, deadline=None)
@@ -142,7 +150,7 @@ def test_logprobs_are_torchs(count: int) -> None:
     top_p=st.floats(0, 1, exclude_min=True),
     seed=st.integers(0, 2**64 - 1),
 )
-def test_any_parameters_give_a_token_that_may_be_drawn(
+def test_drawn_token_passes_the_filters(
     logits: list[float], temperature: float, top_k: int, top_p: float, seed: int
 ) -> None:
     values = np.array(logits, np.float32)
@@ -165,14 +173,14 @@ def test_any_parameters_give_a_token_that_may_be_drawn(
         {"seed": 2**64},
     ],
 )
-def test_a_parameter_out_of_range_is_named(parameters: dict[str, Any]) -> None:
+def test_parameter_out_of_range_is_named(parameters: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(parameters))} is "):
         sample(LOGITS, **parameters)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_logits_that_are_no_numbers_give_no_token(value: float, temperature: float) -> None:
+def test_nan_or_infinite_logits_are_an_error(value: float, temperature: float) -> None:
     logits = LOGITS.copy()
     logits[3] = value
     with pytest.raises(ValueError, match=f"the highest logit is {value}"):

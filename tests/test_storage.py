@@ -1,4 +1,4 @@
-"""Every place is a URI: the same on a folder and on an object store (a real S3 protocol, served on this machine)."""
+"""Storage: the same on a folder and on an object store (an S3 server on this machine)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,25 +24,25 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_files_are_written_read_listed_and_deleted(root: str, tmp_path: Path) -> None:
-    place = storage.join(root, "a", "b.json")
-    assert not storage.exists(place)
+    uri = storage.join(root, "a", "b.json")
+    assert not storage.exists(uri)
     assert storage.names(storage.join(root, "nowhere")) == []
-    storage.write_json(place, {"x": "é"})
-    storage.write_json(place, {"x": "ö"})
-    assert storage.read_json(place) == {"x": "ö"}
+    storage.write_json(uri, {"x": "é"})
+    storage.write_json(uri, {"x": "ö"})
+    assert storage.read_json(uri) == {"x": "ö"}
     assert storage.names(storage.join(root, "a")) == ["b.json"]
     assert list(storage.files(root)) == ["a/b.json"]
-    assert storage.is_file(place)
+    assert storage.is_file(uri)
     assert not storage.is_file(storage.join(root, "a"))
     storage.download(storage.join(root, "a"), tmp_path / "down")
     storage.upload(tmp_path / "down", storage.join(root, "up"))
     assert storage.read_json(storage.join(root, "up", "b.json")) == {"x": "ö"}
-    storage.delete(place)
-    storage.delete(place)
-    assert not storage.exists(place)
+    storage.delete(uri)
+    storage.delete(uri)
+    assert not storage.exists(uri)
 
 
-def test_what_has_not_changed_is_not_copied_again(root: str, tmp_path: Path) -> None:
+def test_upload_changed_copies_only_new_and_changed_files(root: str, tmp_path: Path) -> None:
     folder, there = tmp_path / "run", storage.join(root, "there")
     before: dict[str, tuple[int, int]] = {}
     for name in ("curves.jsonl", "samples/1.png", "samples/2.png"):
@@ -59,7 +59,7 @@ def test_what_has_not_changed_is_not_copied_again(root: str, tmp_path: Path) -> 
     assert storage.read_bytes(storage.join(there, "curves.jsonl")) == b"a line more"
 
 
-def test_checkpoints_live_there_too(root: str) -> None:
+def test_checkpoints_are_saved_and_loaded(root: str) -> None:
     checkpoints = Checkpointer(root, {}, keep_last=2)
     for step in (1, 2, 3):
         checkpoints.save(
@@ -75,7 +75,7 @@ def test_checkpoints_live_there_too(root: str) -> None:
     assert (step, state["model"]["w"].tolist()) == (3, [3.0, 3.0])
 
 
-def test_an_unknown_scheme_and_damaged_json_are_sentences(tmp_path: Path) -> None:
+def test_unknown_scheme_and_damaged_json_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"storage 'nowhere://x' cannot be opened"):
         storage.exists("nowhere://x")
     (tmp_path / "a.json").write_text('{"half": ')
@@ -83,17 +83,15 @@ def test_an_unknown_scheme_and_damaged_json_are_sentences(tmp_path: Path) -> Non
         storage.read_json(tmp_path / "a.json")
 
 
-def test_storage_that_cannot_be_opened_is_not_taken_for_damaged(
+def test_storage_that_cannot_be_opened_is_an_os_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def away(uri: str) -> None:
+    def unreachable(uri: str) -> None:
         raise OSError(f"no route to {uri}")
 
-    monkeypatch.setattr(storage.fs, "FileSystem", SimpleNamespace(from_uri=away))
-    with pytest.raises(
-        OSError,
-        match=r"storage 's3://bucket/x' cannot be opened: no route to s3://bucket/x\. Use a folder",
-    ):
+    monkeypatch.setattr(storage.fs, "FileSystem", SimpleNamespace(from_uri=unreachable))
+    message = r"storage 's3://bucket/x' cannot be opened: no route to s3://bucket/x\. Use a folder"
+    with pytest.raises(OSError, match=message):
         storage.read_json("s3://KEY:SECRET@bucket/x")
 
 
@@ -106,17 +104,17 @@ def test_storage_that_cannot_be_opened_is_not_taken_for_damaged(
         ("/home/me@work/kiln", "/home/me@work/kiln"),
     ],
 )
-def test_keys_in_a_uri_are_not_shown(uri: str, shown: str) -> None:
+def test_secrets_are_removed_from_a_uri(uri: str, shown: str) -> None:
     assert storage.without_secrets(uri) == shown
 
 
 @pytest.mark.slow
-def test_the_road_runs_on_an_object_store(
+def test_training_resume_and_export_on_an_object_store(
     bucket: str, tmp_path: Path, command: Callable[..., Any]
 ) -> None:
     (tmp_path / "corpus.txt").write_text("".join(f"{number}: {VERSE}" for number in range(120)))
     store = f"{bucket}/store"
-    # A private cluster: its workers inherit this store's address and keys.
+    # On a private cluster, whose workers inherit the address and the keys of the bucket.
     train = [
         "train",
         "gpt",
@@ -129,10 +127,10 @@ def test_the_road_runs_on_an_object_store(
         "--storage",
         store,
     ]
-    for steps, said in (("20", "run r: starts"), ("30", "run r: goes on from step 20")):
+    for steps, line in (("20", "run r: starts"), ("30", "run r: goes on from step 20")):
         done = command(*train, "--steps", steps, RAY_ADDRESS="")
         assert done.returncode == 0, done.stderr
-        assert said in done.stdout
+        assert line in done.stdout
     assert command("train", "export", "r", "--storage", store, RAY_ADDRESS="").returncode == 0
     verified = command("models", "verify", "gpt", "--storage", store)
     assert "all as published" in verified.stdout

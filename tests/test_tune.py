@@ -1,4 +1,4 @@
-"""A search: what is refused before it starts, what is stopped, what survives a killed driver, and its best config."""
+"""Searches: validation before the start, early stopping, resuming, and the best config."""
 
 import csv
 import json
@@ -14,11 +14,16 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.tune.search.sample import Domain
 
 from cluster import local
 from train.config import loader as configs
-from tune import launch, results, space
-from tune.launch import Plan
+from train.gpt.config import GptConfig
+from tune import __main__ as command_line
+from tune import launch, resources, results, space
+from tune.plan import Plan
+from tune.resources import Node
+from tune.results import Outcome, Summary
 from tune.table import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +32,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def private(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands start a cluster of their own, beside the session's: what a search must be able to live with."""
+    """Let commands start a cluster of their own, so that the machine has two."""
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
 
@@ -39,9 +44,8 @@ def write(folder: Path, text: str) -> str:
 
 
 def rungs(steps: int, tmp_path: Path) -> list[int]:
-    scheduler = launch._halving(
-        plan({"optim.lr": {"uniform": [0.1, 0.2]}}, tmp_path, base={"steps": steps})
-    )
+    searched = plan({"optim.lr": {"uniform": [0.1, 0.2]}}, tmp_path, base={"steps": steps})
+    scheduler = launch.scheduler(searched)
     return sorted(int(milestone) for milestone, _ in scheduler._brackets[0]._rungs)
 
 
@@ -55,14 +59,14 @@ def plan(
 
 
 @pytest.mark.parametrize("preset", sorted(file.stem for file in configs.PRESETS.glob("*.yaml")))
-def test_the_shipped_spaces_fit_every_shipped_preset(preset: str) -> None:
+def test_shipped_spaces_fit_every_shipped_preset(preset: str) -> None:
     kind = "gan" if preset.startswith("gan") else "gpt"
     base, _ = configs.read(kind, preset)
     assert Plan(kind, base, space.read(kind), 1, "search").steps >= 1
 
 
 @pytest.mark.parametrize(
-    ("entries", "sentence"),
+    ("entries", "message"),
     [
         (
             {"optim.lrr": {"uniform": [0.1, 0.2]}},
@@ -84,46 +88,49 @@ def test_the_shipped_spaces_fit_every_shipped_preset(preset: str) -> None:
         ({"optim.lr": {"choice": []}}, "choice takes a list of values, not []"),
         (
             {"optim.lr": {"uniform": [0.2, 0.1]}},
-            "the bounds 0.2 and 0.1 leave nothing between them",
+            "the bounds are 0.2 and 0.1: the first must be less than the second",
         ),
         ({"optim.lr": {"loguniform": [0, 0.1]}}, "loguniform's lower bound is 0"),
         (
             {"optim.lr": {"loguniform": ["1e-4", 0.1]}},
-            "'1e-4' is text to YAML: write numbers as 1.0e-4",
+            "'1e-4' is a string in YAML: write numbers with a decimal point, as in 1.0e-4",
         ),
-        ({"optim.warmup_steps": {"randint": [0.5, 2]}}, "randint takes whole numbers, not 0.5"),
+        ({"optim.warmup_steps": {"randint": [0.5, 2]}}, "randint takes integers, not 0.5"),
         (
             {"parallel.workers": {"choice": [1, 2]}},
             "give it as --parallel.workers, not in the space",
         ),
         ({"run.name": {"choice": ["a"]}}, "give it as --run.name"),
-        ({}, "names no keys to search"),
+        ({}, "has no keys to search"),
     ],
 )
-def test_a_space_that_cannot_be_searched_is_one_sentence(
-    entries: dict[str, Any], sentence: str, tmp_path: Path
+def test_invalid_space_is_refused_in_one_sentence(
+    entries: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"\w") as refused:
         plan(entries, tmp_path)
-    assert sentence in str(refused.value)
+    assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("key", ["quality.samples", "data.size"])
-def test_what_pictures_are_judged_by_is_not_searched(key: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError,
-        match=f"{key} changes what trials are judged by, so they could not be compared: give it as --{key}",
-    ):
+def test_keys_that_change_the_evaluation_are_not_searched(key: str, tmp_path: Path) -> None:
+    message = (
+        f"{key} changes how trials are evaluated, so they could not be compared: "
+        f"give it as --{key}, not in the space"
+    )
+    with pytest.raises(ValueError, match=message):
         plan({key: {"choice": [32, 64]}}, tmp_path, kind="gan")
 
 
-def test_a_space_that_is_nowhere_names_the_shipped_ones() -> None:
-    with pytest.raises(ValueError, match=r"neither a shipped space \(gan, gpt\) nor a file"):
+def test_unknown_space_names_the_shipped_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"--space gtp is neither a shipped space \(gan, gpt\) nor a file"
+    ):
         space.read("gtp")
 
 
-def test_grids_multiply_and_domains_stay_within_their_bounds(tmp_path: Path) -> None:
+def test_grids_multiply_and_draws_stay_within_bounds(tmp_path: Path) -> None:
     entries = {
         "optim.lr": {"grid": [0.1, 0.2, 0.3]},
         "optim.warmup_steps": {"randint": [3, 5]},
@@ -133,14 +140,16 @@ def test_grids_multiply_and_domains_stay_within_their_bounds(tmp_path: Path) -> 
     assert space.size(searched, 2) == 6
     domains = space.domains(searched)
     assert domains["optim.lr"] == {"grid_search": [0.1, 0.2, 0.3]}
-    assert {domains["optim.warmup_steps"].sample() for _ in range(50)} == {3, 4}
+    warmup_steps = domains["optim.warmup_steps"]
+    assert isinstance(warmup_steps, Domain)
+    assert {warmup_steps.sample() for _ in range(50)} == {3, 4}
     assert searched["optim.warmup_steps"].extremes() == (3, 4)
 
 
 # Plans
 
 
-def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, Any]:
+def node(cpus: float, gpus: float = 0, alive: bool = True) -> Node:
     return {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
 
 
@@ -150,82 +159,70 @@ def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, Any]:
         ({"workers": 2}, [node(4)], 2),
         ({"workers": 2}, [node(5)], 2),
         ({"workers": 3}, [node(2)], 0),
-        (
-            {"workers": 1, "cpus_per_worker": 2},
-            [node(3), node(3)],
-            2,
-        ),  # six CPUs, but a worker is never split
+        # Six CPUs, but a worker is never split over two nodes.
+        ({"workers": 1, "cpus_per_worker": 2}, [node(3), node(3)], 2),
         ({"workers": 1, "cpus_per_worker": 0.5}, [node(2)], 4),
         ({"workers": 2, "gpu": True}, [node(0), node(48, 4), node(48, 4)], 4),
         ({"workers": 1}, [node(4, alive=False)], 0),
     ],
 )
-def test_as_many_trials_as_whole_runs_fit(
-    parallel: dict[str, Any], nodes: list[dict[str, Any]], trials: int
+def test_nodes_hold_whole_runs_only(
+    parallel: dict[str, Any], nodes: list[Node], trials: int
 ) -> None:
     config = configs.load(
         "gpt", overrides={"batch.global_size": 12, "batch.micro_size": 1, "parallel": parallel}
     )
-    assert launch.fitting(config, nodes) == trials
+    assert resources.fitting_runs(config, nodes) == trials
 
 
 @pytest.mark.parametrize(
-    ("nodes", "private", "asked", "trials"),
+    ("nodes", "private", "max_concurrent", "trials"),
     [
         ([node(4)], True, None, 4),
         ([node(4)], True, 2, 2),
         ([node(4)], True, 9, 4),
         ([node(4)], False, None, 4),
         ([node(4)], False, 9, 9),  # the cluster may grow
-        (
-            [node(0)],
-            False,
-            None,
-            1,
-        ),  # as in the cloud: the head offers nothing, and workers come when asked for
+        # As in the cloud: the head has no CPUs, and worker nodes join on demand.
+        ([node(0)], False, None, 1),
         ([node(0)], False, 3, 3),
     ],
 )
-def test_a_search_asks_a_cluster_to_grow_and_a_machine_for_what_it_has(
-    nodes: list[dict[str, Any]],
+def test_only_a_private_cluster_limits_concurrent_trials(
+    nodes: list[Node],
     private: bool,
-    asked: int | None,
+    max_concurrent: int | None,
     trials: int,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    searched = replace(plan({"optim.lr": {"uniform": [0.1, 0.2]}}, tmp_path), max_concurrent=asked)
-    assert launch.at_once(searched, nodes, private) == trials
-    assert (
-        "the cluster has 0 CPUs and 0 GPUs: waiting for nodes to join" in capsys.readouterr().out
-    ) == (nodes == [node(0)])
+    base = plan({"optim.lr": {"uniform": [0.1, 0.2]}}, tmp_path)
+    searched = replace(base, max_concurrent=max_concurrent)
+    assert resources.concurrent_trials(searched, nodes, private) == trials
+    waits = "the cluster has 0 CPUs and 0 GPUs: waiting for nodes to join"
+    assert (waits in capsys.readouterr().out) == (nodes == [node(0)])
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("given", "message"),
     [
         ({"name": "a b"}, "run.name is 'a b-00000'"),
         ({"name": "../x"}, "run.name is '../x-00000'"),
-        (
-            {"max_concurrent": 0},
-            "--max-concurrent is 0: a search runs at least one trial at a time",
-        ),
+        ({"max_concurrent": 0}, "--max-concurrent is 0: use at least 1"),
     ],
 )
-def test_a_plan_that_no_run_could_follow_is_refused(
-    given: dict[str, Any], sentence: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+def test_invalid_plan_is_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         replace(plan({"optim.lr": {"uniform": [0.1, 0.2]}}, tmp_path), **given)
 
 
-def test_a_trial_is_a_named_run_judged_often_and_the_best_config_is_not(tmp_path: Path) -> None:
+def test_only_trial_config_has_run_name_and_rung(tmp_path: Path) -> None:
     searched = plan(
         {"optim.lr": {"uniform": [0.1, 0.2]}},
         tmp_path,
         base={"steps": 80, "log": {"eval_every": 80}},
     )
-    trial = searched.config({"optim.lr": 0.15}, run="search-00001")
+    trial = searched.trial_config("search-00001", {"optim.lr": 0.15})
     assert (trial.run.name, trial.log.eval_every, trial.optim.lr) == ("search-00001", 10, 0.15)
     best = searched.config({"optim.lr": 0.15})
     assert (best.run.name, best.log.eval_every, best.optim.lr) == (None, 80, 0.15)
@@ -235,31 +232,28 @@ def test_a_trial_is_a_named_run_judged_often_and_the_best_config_is_not(tmp_path
     ("steps", "expected"),
     [(2, [1]), (4, [1, 2]), (16, [2, 4, 8]), (20, [2, 4, 8, 16]), (800, [100, 200, 400])],
 )
-def test_halving_leaves_the_last_step_alone(
-    steps: int, expected: list[int], tmp_path: Path
-) -> None:
+def test_no_rung_is_at_the_last_step(steps: int, expected: list[int], tmp_path: Path) -> None:
     assert rungs(steps, tmp_path) == expected
 
 
-def test_a_search_of_one_step_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="steps is 1: a search takes at least two"):
+def test_search_of_one_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="steps is 1: a search needs at least 2"):
         plan({"optim.lr": {"uniform": [0.1, 0.2]}}, tmp_path, base={"steps": 1})
 
 
-def test_a_trial_that_can_never_fit_is_refused(
-    command: Command, private: None, tmp_path: Path
-) -> None:
+def test_trial_that_never_fits_is_refused(command: Command, private: None, tmp_path: Path) -> None:
     workers = 2 * (os.cpu_count() or 1)
     answer = command(
         "tune", "gpt", "--config", "gpt-tiny", "--storage", str(tmp_path),
-        "--parallel.workers", str(workers), "--batch.global_size", str(workers), "--batch.micro_size", "1",
+        "--parallel.workers", str(workers), "--batch.global_size", str(workers),
+        "--batch.micro_size", "1",
     )  # fmt: skip
     assert answer.returncode == 2
     assert f"one trial needs {workers} CPUs" in answer.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_cluster_without_a_dashboard_is_refused(
+def test_cluster_without_dashboard_is_refused(
     command: Command, ray_address: str, tmp_path: Path
 ) -> None:
     answer = command("tune", "gpt", "--config", "gpt-tiny", "--storage", str(tmp_path))
@@ -267,7 +261,10 @@ def test_a_cluster_without_a_dashboard_is_refused(
     assert "has no dashboard, which frees the workers of stopped trials" in answer.stderr
 
 
-def test_the_command_refuses_with_the_nearest_key(command: Command) -> None:
+# The command line
+
+
+def test_misspelt_key_names_the_nearest(command: Command) -> None:
     answer = command("tune", "gan", "--gan.critic_step", "3")
     assert answer.returncode == 2
     assert (
@@ -276,14 +273,80 @@ def test_the_command_refuses_with_the_nearest_key(command: Command) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gtp"], "unknown command gtp, did you mean gpt?"),
+        (["gpt", "--num-sample", "2"], "there is no option --num-sample"),
+        (["gpt", "--num-samples", "two"], "argument --num-samples: invalid int value: 'two'"),
+        (["gpt", "--steps"], "argument --steps: expected one argument"),
+        (["gpt", "--parallel.static_graph", "1"], "--parallel.static_graph is refused"),
+    ],
+)
+def test_invalid_command_line_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        command_line.main(words)
+
+
+def test_dry_run_prints_the_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--name", "s", "--num-samples", "3", "--steps", "20", "--optim.lr=1e-3"]
+    assert command_line.main(["gpt", *words, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "search": "s",
+        "trials": 3,
+        "steps": 20,
+        "metric": "heldout_bits_per_byte",
+        "space": {
+            "optim.lr": {"loguniform": [3e-4, 1e-2]},
+            "optim.warmup_steps": {"randint": [0, 100]},
+        },
+    }
+
+
+def test_json_prints_only_the_summary_on_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans: list[tuple[Plan, str]] = []
+
+    def search(searched: Plan, root: str) -> Summary:
+        plans.append((searched, root))
+        print("progress")
+        return Summary("s", f"{root}/searches/s", 1, 0, searched.metric, outcome("s-00000", 1.5))
+
+    monkeypatch.setattr(launch, "search", search)
+    words = ["--storage", "/kiln", "--name", "s", "--data.source", "a", "--data.source", "b"]
+    assert command_line.main(["gpt", *words, "--optim", '{"clip": 2}', "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {
+        "search": "s",
+        "uri": "/kiln/searches/s",
+        "trials": 1,
+        "failed": 0,
+        "metric": "heldout_bits_per_byte",
+        "best": {
+            "run": "s-00000",
+            "status": "finished",
+            "step": 4,
+            "score": 1.5,
+            "seconds": 1.0,
+            "values": {"optim.lr": 0.1},
+        },
+    }
+    assert printed.err == "progress\n"
+    [(searched, root)] = plans
+    config = searched.config()
+    assert isinstance(config, GptConfig)
+    assert (root, config.data.source, config.optim.clip) == ("/kiln", ["a", "b"], 2)
+
+
 # Results
 
 
-def outcome(run: str, score: float | None) -> results.Outcome:
-    return results.Outcome(run, "finished", 4, score, 1.0, {"optim.lr": 0.1})
+def outcome(run: str, score: float | None) -> Outcome:
+    return Outcome(run, "finished", 4, score, 1.0, {"optim.lr": 0.1})
 
 
-def test_the_best_is_the_smallest_number_that_is_one() -> None:
+def test_best_trial_has_the_smallest_finite_score() -> None:
     trials = [outcome("a", float("nan")), outcome("b", None), outcome("c", 2.0), outcome("d", 1.0)]
     found = results.best(trials)
     assert found is not None
@@ -291,15 +354,15 @@ def test_the_best_is_the_smallest_number_that_is_one() -> None:
     assert results.best(trials[:2]) is None
 
 
-def test_a_trial_s_folder_names_its_run() -> None:
-    assert results.run_of("/kiln/searches/s/s-00001") == "s-00001"
-    assert results.run_of("/kiln/searches/s/s-00001_6697") == "s-00001"
+def test_trial_folder_names_its_run() -> None:
+    assert results.run_name("/kiln/searches/s/s-00001") == "s-00001"
+    assert results.run_name("/kiln/searches/s/s-00001_6697") == "s-00001"
 
 
 # The terminal
 
 
-def test_an_interrupted_search_gives_the_cursor_back(
+def test_stop_shows_the_cursor_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -307,10 +370,10 @@ def test_an_interrupted_search_gives_the_cursor_back(
     Progress("heldout_bits_per_byte", ["optim.lr"], 20).on_step_end(0, [])
     Progress.stop()
     Progress.stop()
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     hidden, shown = "\x1b[?25l", "\x1b[?25h"
-    assert said.count(hidden) == said.count(shown) == 1
-    assert said.index(hidden) < said.index(shown)
+    assert printed.count(hidden) == printed.count(shown) == 1
+    assert printed.index(hidden) < printed.index(shown)
 
 
 # Searches
@@ -320,11 +383,18 @@ def rows(search: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((search / "trials.csv").open()))
 
 
+def scores(lines: str) -> list[tuple[int, float]]:
+    """Return step and metric of each JSON line that has the metric."""
+    parsed = [json.loads(line) for line in lines.splitlines()]
+    metric = "heldout_bits_per_byte"
+    return [(row["step"], row[metric]) for row in parsed if metric in row]
+
+
 @pytest.fixture
 def one_cpu(
     command: Command, private: None, ray_address: str, tmp_path: Path
 ) -> Iterator[dict[str, str]]:
-    """The environment of a cluster with one logical CPU, beside the session's: two that Ray can see."""
+    """The environment of a cluster with one logical CPU; the session's is a second one."""
     storage = str(tmp_path / "cluster")
     assert command("cluster", "up", "--storage", storage, "--num-cpus", "1").returncode == 0
     head = local.find(storage)
@@ -333,72 +403,48 @@ def one_cpu(
     assert command("cluster", "down", "--storage", storage).returncode == 0
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 240
-    while not happened() and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         assert process.poll() is None, "the search ended by itself"
         time.sleep(0.2)
-    assert happened()
+    assert condition()
 
 
-def test_a_trial_that_is_complete_already_is_compared_by_each_of_its_judgements(
+def test_completed_trial_reports_each_of_its_evaluations(
     command: Command, one_cpu: dict[str, str], tmp_path: Path
 ) -> None:
     shared = [
-        "gpt",
-        "--config",
-        "gpt-tiny",
-        "--data.source",
-        "docs/design.md",
-        "--steps",
-        "4",
-        "--storage",
-        str(tmp_path),
-    ]
+        "gpt", "--config", "gpt-tiny", "--data.source", "docs/guides/training.md", "--steps", "4",
+        "--storage", str(tmp_path),
+    ]  # fmt: skip
     trained = command("train", *shared, "--run.name", "r-00000", "--log.eval_every", "1", **one_cpu)
     assert trained.returncode == 0, trained.stderr[-3000:]
     written = (tmp_path / "runs" / "r-00000" / "metrics.jsonl").read_text()
 
     answer = command(
-        "tune",
-        *shared,
-        "--space",
-        write(tmp_path, "optim.lr: {grid: [5.0e-3]}"),
-        "--name",
-        "r",
-        "--num-samples",
-        "1",
-        **one_cpu,
-    )
+        "tune", *shared, "--space", write(tmp_path, "optim.lr: {grid: [5.0e-3]}"),
+        "--name", "r", "--num-samples", "1", **one_cpu,
+    )  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-3000:]
-    told = [
-        json.loads(line)
-        for line in (tmp_path / "searches" / "r" / "r-00000" / "result.json")
-        .read_text()
-        .splitlines()
-    ]
-    judged = [
-        row for row in map(json.loads, written.splitlines()) if "heldout_bits_per_byte" in row
-    ]
-    assert [
-        (row["step"], row["heldout_bits_per_byte"])
-        for row in told
-        if "heldout_bits_per_byte" in row
-    ] == [(row["step"], row["heldout_bits_per_byte"]) for row in judged]
-    assert len(judged) == 4
+    reported = (tmp_path / "searches" / "r" / "r-00000" / "result.json").read_text()
+    evaluations = scores(written)
+    assert scores(reported) == evaluations
+    assert len(evaluations) == 4
     assert (tmp_path / "runs" / "r-00000" / "metrics.jsonl").read_text() == written, (
         "the run was trained again"
     )
 
 
-def test_a_killed_search_goes_on_and_stopped_trials_free_their_workers(
+def test_killed_search_resumes_and_stopped_trials_free_their_workers(
     command: Command, one_cpu: dict[str, str], tmp_path: Path
 ) -> None:
-    # One trial at a time takes the only CPU: had a stopped one kept its worker, the next would wait for ever.
+    # One trial at a time uses the only CPU: if a stopped one kept its worker, the next would hang.
     grid = write(tmp_path, "optim.lr: {grid: [5.0e-3, 4.0e-3, 1.0e-9, 6.0e-3]}")
     arguments = [
-        "gpt", "--config", "gpt-tiny", "--data.source", "docs/design.md", "--steps", "4", "--optim.warmup_steps", "0",
-        "--space", grid, "--num-samples", "1", "--name", "s", "--storage", str(tmp_path),
+        "gpt", "--config", "gpt-tiny", "--data.source", "docs/guides/training.md", "--steps", "4",
+        "--optim.warmup_steps", "0", "--space", grid, "--num-samples", "1", "--name", "s",
+        "--storage", str(tmp_path),
     ]  # fmt: skip
     first = subprocess.Popen(
         [sys.executable, "-m", "tune", *arguments],
@@ -409,7 +455,8 @@ def test_a_killed_search_goes_on_and_stopped_trials_free_their_workers(
     )
     try:
         wait_for(lambda: (tmp_path / "runs" / "s-00001" / "run.yaml").exists(), first)
-        # What Tune has not written down it would run again, and its judgements would then count for the halving.
+        # Tune runs a trial again unless its end is in the stored state; the scheduler would then
+        # count its evaluations.
         wait_for(
             lambda: any(
                 "TERMINATED" in state.read_text()
@@ -427,8 +474,8 @@ def test_a_killed_search_goes_on_and_stopped_trials_free_their_workers(
 
     answer = command("tune", *arguments, "--max-concurrent", "2", **one_cpu)
     assert answer.returncode == 0, answer.stderr[-3000:]
-    assert "search s goes on" in answer.stdout
-    assert "--max-concurrent counts only where a search begins" in answer.stdout
+    assert "search s resumes in" in answer.stdout
+    assert "--max-concurrent applies only to a new search" in answer.stdout
     trials = {row["run"]: row["status"] for row in rows(tmp_path / "searches" / "s")}
     assert trials == {
         "s-00000": "finished",
@@ -442,26 +489,16 @@ def test_a_killed_search_goes_on_and_stopped_trials_free_their_workers(
 
     refused = command("tune", *arguments, "--optim.clip", "2", **one_cpu)
     assert refused.returncode == 2
-    assert "search s was begun with another config" in refused.stderr
+    assert "search s was started with another config" in refused.stderr
 
 
-def test_a_gan_search_ends_in_a_config_that_trains_and_curves_that_compare(
+def test_gan_search_writes_a_trainable_config_and_tensorboard_curves(
     command: Command, private: None, tmp_path: Path
 ) -> None:
     answer = command(
-        "tune",
-        "gan",
-        "--config",
-        "gan-tiny",
-        "--num-samples",
-        "2",
-        "--name",
-        "g",
-        "--storage",
-        str(tmp_path),
-        "--steps",
-        "2",
-    )
+        "tune", "gan", "--config", "gan-tiny", "--num-samples", "2", "--name", "g",
+        "--storage", str(tmp_path), "--steps", "2",
+    )  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-3000:]
     search = tmp_path / "searches" / "g"
     trials = rows(search)

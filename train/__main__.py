@@ -28,10 +28,10 @@ def main(argv: list[str]) -> int:
         if argv[:1] == [kind.name]:
             keys = loader.KeyOptions(parser, kind.name)
             keys.check(argv[1:])
-            parser.set_defaults(kind=kind.name, keys=keys)
+            parser.set_defaults(kind=kind.name, key_options=keys)
     parser = program.command(
         "verify-resume",
-        lambda arguments: verify_resume.run(arguments, arguments.rest),
+        lambda arguments: verify_resume.run(arguments, arguments.keys),
         "prove on your own config that kill -9 and resume change nothing; the config's keys may "
         "follow",
         prints_json=True,
@@ -74,7 +74,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    config = loader.load(arguments.kind, arguments.config, arguments.keys.values(arguments))
+    config = loader.load(arguments.kind, arguments.config, arguments.key_options.values(arguments))
     if arguments.dry_run:
         if arguments.json:
             cli.print_json({"kind": config.kind, **config.model_dump()})
@@ -156,7 +156,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _extractor(arguments: argparse.Namespace) -> int:
     """Train or find the extractor of a GAN config's data."""
-    overrides = loader.parse("gan", arguments.rest)
+    overrides = loader.parse("gan", arguments.keys)
     config = loader.load("gan", arguments.config, overrides)
 
     from cluster.connect import connect

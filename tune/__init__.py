@@ -1,1 +1,1 @@
-"""How hyper-parameters are searched: Ray Tune over Ray Train runs."""
+"""Hyper-parameter search: Ray Tune over Ray Train runs."""

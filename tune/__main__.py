@@ -1,86 +1,149 @@
-"""python -m tune gpt|gan: searches hyper-parameters over training runs and writes the best config."""
+"""python -m tune gpt | gan: search hyper-parameters over training runs, write the best config."""
 
 import argparse
+import contextlib
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster import cli
-from train.config import loader as configs
+from train.config import loader
 from train.kinds import KINDS
 
-USAGE = """usage: python -m tune gpt|gan [--config NAME|FILE] [--space NAME|FILE] [--num-samples N] [--max-concurrent N]
-                      [--name NAME] [--storage URI] [--dry-run] [--debug] [--KEY VALUE ...]
-
---KEY VALUE: the same for all trials, e.g. --steps 200; `python -m train gpt --help` lists the keys.
-A search that was interrupted goes on when it is started again with its --name."""
+if TYPE_CHECKING:
+    from tune.plan import Plan
+    from tune.results import Summary
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in {"-h", "--help"}:
-        print(USAGE)
-        return 0 if argv else 2
-    kind, *rest = argv
-    if kind not in KINDS:
-        raise ValueError(
-            f"there is no kind of run {kind!r}{configs.nearest(kind, list(KINDS))}: use gpt or gan"
-        )
-    given, keys = _parser(kind).parse_known_args(rest)
-
-    from tune import launch, space
-
-    base, _ = configs.read(kind, given.config)
-    base = configs.merge(base, configs.parse(kind, keys))
-    stem = Path(given.config).stem if given.config else kind
-    name = given.name or f"{stem}-search-{time.strftime('%Y%m%d-%H%M%S')}"
-    plan = launch.Plan(
-        kind, base, space.read(given.space), given.num_samples, name, given.max_concurrent
+    program = cli.Program(
+        "tune",
+        "Search hyper-parameters over training runs and write the best config.",
+        epilog="To resume an interrupted search, start it again with its --name.",
     )
-    if given.dry_run:
-        print(
-            f"search {name}: {space.size(plan.space, plan.num_samples)} trials of at most {plan.steps} steps for the least {plan.metric}"
-        )
-        for key, distribution in plan.space.items():
-            print(f"  {key}: {distribution.name} {list(distribution.values)}")
+    for kind in KINDS:
+        parser = _add_command(program, kind)
+        if argv[:1] == [kind]:
+            keys = loader.KeyOptions(parser, kind)
+            keys.check(argv[1:])
+            parser.set_defaults(kind=kind, key_options=keys)
+    return program.main(argv)
+
+
+def _add_command(program: cli.Program, kind: str) -> cli.Parser:
+    parser = program.command(
+        kind,
+        _search,
+        f"search the hyper-parameters of a {kind.upper()}",
+        storage="where data, runs and searches lie",
+        prints_json=True,
+    )
+    parser.add_argument(
+        "--config", metavar="NAME|FILE", help="a preset or YAML file that all trials start from"
+    )
+    parser.add_argument(
+        "--space",
+        metavar="NAME|FILE",
+        default=kind,
+        help=f"a shipped search space or a YAML file (default: {kind})",
+    )
+    parser.add_argument(
+        "--num-samples",
+        metavar="N",
+        type=int,
+        default=8,
+        help="draws from the space, for each combination of its grids (default: 8)",
+    )
+    parser.add_argument(
+        "--max-concurrent",
+        metavar="N",
+        type=int,
+        help="trials at once (default: as many as the cluster's nodes hold)",
+    )
+    parser.add_argument(
+        "--name", help="of the search (default: made from the config's name and the time)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and print the plan, start nothing"
+    )
+    return parser
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    plan = _plan(arguments)
+    if arguments.dry_run:
+        _print_plan(plan, arguments.json)
         return 0
+
+    from tune import launch
+
+    # With --json, stdout holds nothing but the result.
+    stdout = sys.stderr if arguments.json else sys.stdout
     try:
-        _report(launch.search(plan, given.storage), kind)
+        with contextlib.redirect_stdout(stdout):
+            summary = launch.search(plan, cli.storage_of(arguments))
     except launch.SearchFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nsearch {name} goes on when it is started again with --name {name}")
+        print(f"\nto resume search {plan.name}, start it again with --name {plan.name}")
         raise
+    if arguments.json:
+        cli.print_json(asdict(summary))
+    else:
+        _print_summary(summary, plan.kind)
     return 0
 
 
-def _parser(kind: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m tune {kind}", add_help=False, allow_abbrev=False
+def _plan(arguments: argparse.Namespace) -> "Plan":
+    from tune import space
+    from tune.plan import Plan
+
+    kind = arguments.kind
+    base, _ = loader.read(kind, arguments.config)
+    stem = Path(arguments.config).stem if arguments.config else kind
+    return Plan(
+        kind,
+        loader.merge(base, arguments.key_options.values(arguments)),
+        space.read(arguments.space),
+        arguments.num_samples,
+        arguments.name or f"{stem}-search-{time.strftime('%Y%m%d-%H%M%S')}",
+        arguments.max_concurrent,
     )
-    parser.add_argument("--config")
-    parser.add_argument("--space", default=kind)
-    parser.add_argument("--num-samples", type=int, default=8)
-    parser.add_argument("--max-concurrent", type=int)
-    parser.add_argument("--name")
-    parser.add_argument("--storage", default=cli.storage_default())
-    parser.add_argument("--dry-run", action="store_true")
-    return parser
 
 
-def _report(summary: dict[str, Any], kind: str) -> None:
-    best, metric = summary["best"], summary["metric"]
+def _print_plan(plan: "Plan", as_json: bool) -> None:
+    if as_json:
+        cli.print_json(
+            {
+                "search": plan.name,
+                "trials": plan.num_trials,
+                "steps": plan.steps,
+                "metric": plan.metric,
+                "space": plan.record()["space"],
+            }
+        )
+        return
     print(
-        f"search {summary['search']} is complete: {summary['trials']} trials, {summary['failed']} failed"
+        f"search {plan.name}: {plan.num_trials} trials of at most {plan.steps} steps, "
+        f"minimizing {plan.metric}"
     )
+    for key, distribution in plan.space.items():
+        print(f"  {key}: {distribution.name} {list(distribution.values)}")
+
+
+def _print_summary(summary: "Summary", kind: str) -> None:
+    best = summary.best
+    print(f"search {summary.search} is complete: {summary.trials} trials, {summary.failed} failed")
     values = "  ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in best["values"].items()
+        for key, value in best.values.items()
     )
-    print(f"best: run {best['run']}, {metric} {best['score']:.4f} at step {best['step']}  {values}")
-    print(f"curves: tensorboard --logdir {summary['uri']}")
-    print(f"train it: python -m train {kind} --config {summary['uri']}/best.yaml")
+    print(f"best: run {best.run}, {summary.metric} {best.score:.4f} at step {best.step}  {values}")
+    print(f"curves: tensorboard --logdir {summary.uri}")
+    print(f"train it: python -m train {kind} --config {summary.uri}/best.yaml")
 
 
 if __name__ == "__main__":

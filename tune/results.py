@@ -1,4 +1,4 @@
-"""What a search's trials came to: trials.csv, and which of them was best."""
+"""The results of a search: how each trial ended, trials.csv, and the best trial."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ray.tune import ResultGrid
+from ray.tune import Result, ResultGrid
 
 from cluster import storage
 
@@ -19,10 +19,11 @@ class Outcome:
 
     Attributes:
         run: the name of its run.
-        status: finished (it ran all its steps), stopped (early, as one of the worse half) or failed.
+        status: finished (it ran all its steps), stopped (early, by the scheduler) or failed.
         step: of its last result; 0 without one.
-        score: the metric then, the smaller the better; None without a result.
-        values: what was drawn for it, {dotted key: value}.
+        score: the metric at that step, smaller is better; None without a result.
+        seconds: how long the trial ran.
+        values: drawn from the space, by dotted key.
     """
 
     run: str
@@ -33,83 +34,82 @@ class Outcome:
     values: dict[str, Any]
 
 
-def outcomes(grid: ResultGrid, metric: str, root: str) -> list[Outcome]:
-    """One per trial that began, by its run's name.
+@dataclass(frozen=True)
+class Summary:
+    """The result of a search.
 
-    A finished run's own summary counts, not what Tune heard last: a run that ends quickly can be gone before its last
-    results have come through.
+    Attributes:
+        search: its name.
+        uri: its folder.
+        trials: their number.
+        failed: how many of them failed.
+        metric: that trials were compared by.
+        best: the best trial.
     """
-    found = []
-    for number in range(len(grid)):
-        result = grid[number]
-        run = run_of(result.path)
-        heard, seconds = (
-            result.metrics or {},
-            round((result.metrics or {}).get("time_total_s", 0.0), 1),
-        )
-        complete = summary(root, run)
-        if complete and not result.error:
-            found.append(
-                Outcome(
-                    run,
-                    "finished",
-                    complete["steps"],
-                    complete["metrics"].get(metric),
-                    seconds,
-                    result.config or {},
-                )
-            )
-        else:
-            status: Literal["failed", "stopped"] = "failed" if result.error else "stopped"
-            found.append(
-                Outcome(
-                    run,
-                    status,
-                    int(heard.get("step", 0)),
-                    heard.get(metric),
-                    seconds,
-                    result.config or {},
-                )
-            )
+
+    search: str
+    uri: str
+    trials: int
+    failed: int
+    metric: str
+    best: Outcome
+
+
+def outcomes(result_grid: ResultGrid, metric: str, root: str) -> list[Outcome]:
+    """Return the outcome of each trial that was started, sorted by the name of its run."""
+    found = [_outcome(result_grid[index], metric, root) for index in range(len(result_grid))]
     return sorted(found, key=lambda outcome: outcome.run)
 
 
-def run_of(trial_folder: str) -> str:
-    """The run behind a trial's folder; Tune adds a suffix where a killed search has left one of that name."""
+def _outcome(result: Result, metric: str, root: str) -> Outcome:
+    """Return the outcome of a trial.
+
+    A finished run's own summary takes precedence over Tune's last result: a short run can end
+    before its last results have reached Tune.
+    """
+    run = run_name(result.path)
+    reported = result.metrics or {}
+    seconds = round(reported.get("time_total_s", 0.0), 1)
+    values = result.config or {}
+    summary = run_summary(root, run)
+    if summary and not result.error:
+        score = summary["metrics"].get(metric)
+        return Outcome(run, "finished", summary["steps"], score, seconds, values)
+    step, score = int(reported.get("step", 0)), reported.get(metric)
+    return Outcome(run, "failed" if result.error else "stopped", step, score, seconds, values)
+
+
+def run_name(trial_folder: str) -> str:
+    """Return the name of the run behind a trial's folder.
+
+    Tune appends a suffix where a killed search has left a folder of the same name.
+    """
     return re.sub(r"(-\d{5})_\w+$", r"\1", Path(trial_folder).name)
 
 
-def summary(root: str, run: str) -> dict[str, Any] | None:
-    """What a run that came to its end wrote about itself, None for one that did not."""
+def run_summary(root: str, run: str) -> dict[str, Any] | None:
+    """Return the summary that a complete run wrote, or None for an incomplete run."""
     uri = storage.join(root, "runs", run, "summary.json")
     return dict(storage.read_json(uri)) if storage.exists(uri) else None
 
 
 def best(trials: list[Outcome]) -> Outcome | None:
-    """The one with the smallest finite score, None where there is none (a diverged run's is NaN)."""
-    judged = [
-        (trial.score, number)
-        for number, trial in enumerate(trials)
+    """Return the trial with the smallest finite score, or None. A diverged run's score is NaN."""
+    scores = [
+        (trial.score, index)
+        for index, trial in enumerate(trials)
         if trial.score is not None and math.isfinite(trial.score)
     ]
-    return trials[min(judged)[1]] if judged else None
+    return trials[min(scores)[1]] if scores else None
 
 
 def to_csv(trials: list[Outcome], metric: str, keys: list[str]) -> str:
-    """A header and one line per trial."""
+    """Return a CSV table: a header and one line per trial."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["run", "status", "step", metric, "seconds", *keys])
     for trial in trials:
         score = "" if trial.score is None else trial.score
-        table.writerow(
-            [
-                trial.run,
-                trial.status,
-                trial.step,
-                score,
-                trial.seconds,
-                *(trial.values.get(key, "") for key in keys),
-            ]
-        )
+        values = [trial.values.get(key, "") for key in keys]
+        table.writerow([trial.run, trial.status, trial.step, score, trial.seconds, *values])
     return text.getvalue()

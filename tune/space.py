@@ -4,8 +4,9 @@
     optim.warmup_steps: {randint: [0, 200]}
     gan.critic_steps: {choice: [2, 5]}
 
-loguniform and uniform draw floats between two bounds, randint whole numbers (the upper bound excluded, as in NumPy),
-choice one of a list; grid tries every entry of its list. All of it is checked against the config before anything starts.
+loguniform and uniform draw floats between two bounds, randint integers (without the upper bound,
+as in NumPy), choice an entry of a list; grid tries every entry of a list. The whole space is
+checked against the config before a search starts.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,16 @@ from typing import Any
 
 import ray.tune
 import yaml
+from ray.tune.search.sample import Domain
 
+from cluster import cli
 from train.config import loader as configs
 from train.kinds import KINDS
 
 SPACES = Path(__file__).parent / "spaces"
-DISTRIBUTIONS: dict[str, Callable[..., Any]] = {
+
+TuneDomain = Domain | dict[str, Any]  # {"grid_search": [...]} for a grid
+DISTRIBUTIONS: dict[str, Callable[..., TuneDomain]] = {
     "loguniform": ray.tune.loguniform,
     "uniform": ray.tune.uniform,
     "randint": ray.tune.randint,
@@ -28,28 +33,32 @@ DISTRIBUTIONS: dict[str, Callable[..., Any]] = {
     "grid": ray.tune.grid_search,
 }
 LISTS = {"choice", "grid"}
-# What the search itself decides: names and rungs of trials, and how many fit beside each other.
+# The search decides these itself, or needs them to be the same for all trials.
 RESERVED = ("run.name", "run.resume", "steps", "parallel.", "log.eval_every")
-JUDGED_BY = {
-    "gpt": (),
-    "gan": ("data.", "quality."),
-}  # a GAN's figures are of one data set, its extractor and a number of pictures
+# Per kind, the keys that change the evaluation. Metrics of a GAN depend on the data set, its
+# feature extractor and the number of images.
+EVALUATION_KEYS: dict[str, tuple[str, ...]] = {"gpt": (), "gan": ("data.", "quality.")}
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """What one key's values are drawn from: `name` with two bounds, or with a list's entries."""
+    """The distribution of one key's values.
+
+    Attributes:
+        name: one of `DISTRIBUTIONS`.
+        values: two bounds, or the entries of a list (choice, grid).
+    """
 
     name: str
     values: tuple[Any, ...]
 
-    def domain(self) -> Any:
-        """As Ray Tune takes it."""
+    def domain(self) -> TuneDomain:
+        """Return the distribution as Ray Tune's object."""
         function = DISTRIBUTIONS[self.name]
         return function(list(self.values)) if self.name in LISTS else function(*self.values)
 
     def extremes(self) -> tuple[Any, ...]:
-        """Values that are valid only if every value that can be drawn is."""
+        """Return values whose validity implies that every value that can be drawn is valid."""
         return (self.values[0], self.values[1] - 1) if self.name == "randint" else self.values
 
 
@@ -57,100 +66,104 @@ Space = dict[str, Distribution]
 
 
 def read(name: str) -> Space:
-    """The space of a shipped name (`gpt`, `gan`) or a YAML file.
+    """Return the space of a shipped name (`gpt`, `gan`) or a YAML file.
 
     Raises:
-        ValueError: no such space, or an entry that is no distribution.
+        ValueError: there is no such space, or an entry is not a distribution.
     """
     path = SPACES / f"{name}.yaml"
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
         shipped = ", ".join(sorted(file.stem for file in SPACES.glob("*.yaml")))
-        raise ValueError(f"--space {name}: neither a shipped space ({shipped}) nor a file")
+        raise ValueError(f"--space {name} is neither a shipped space ({shipped}) nor a file")
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(entries, dict) or not entries:
         raise ValueError(
-            f"{path} names no keys to search: write lines like `optim.lr: {{loguniform: [1.0e-4, 1.0e-2]}}`"
+            f"{path} has no keys to search: write lines such as "
+            "`optim.lr: {loguniform: [1.0e-4, 1.0e-2]}`"
         )
     return {key: _distribution(entry, f"{path}: {key}") for key, entry in entries.items()}
 
 
 def check(space: Space, kind: str, base: dict[str, Any]) -> None:
-    """Refuses a space that could draw a value which the config does not take.
+    """Check that every value the space can draw gives a valid config.
 
     Args:
+        space: the search space.
         kind: gpt or gan.
-        base: the nested values that the drawn ones are put into.
+        base: the nested config values that drawn ones are merged into.
 
     Raises:
-        ValueError: an unknown key (with the nearest valid one), a key that the search decides, or a value out of range.
+        ValueError: a key is unknown (names the nearest), must be the same for all trials, or a
+            value is out of range.
     """
     model = KINDS[kind].config
     valid = configs.keys(model)
     for key, distribution in space.items():
         if key not in valid:
-            raise ValueError(f"search space: there is no key {key}{configs.nearest(key, valid)}")
+            raise ValueError(f"search space: there is no key {key}{cli.nearest(key, valid)}")
         if key.startswith(RESERVED):
             raise ValueError(
-                f"search space: {key} says how trials run and is the same for all: give it as --{key}, not in the space"
+                f"search space: {key} must be the same for all trials: give it as --{key}, not in "
+                "the space"
             )
-        if key.startswith(JUDGED_BY[kind]):
+        if key.startswith(EVALUATION_KEYS[kind]):
             raise ValueError(
-                f"search space: {key} changes what trials are judged by, so they could not be compared: give it as --{key}"
+                f"search space: {key} changes how trials are evaluated, so they could not be "
+                f"compared: give it as --{key}, not in the space"
             )
         for value in distribution.extremes():
-            configs.build(
-                model, configs.merge(base, configs.nested({key: value})), f"search space, {key}"
-            )
+            values = configs.merge(base, configs.nested({key: value}))
+            configs.build(model, values, f"search space, {key}")
 
 
-def domains(space: Space) -> dict[str, Any]:
-    """The space as Ray Tune's `param_space`."""
+def domains(space: Space) -> dict[str, TuneDomain]:
+    """Return the space as Ray Tune's `param_space`."""
     return {key: distribution.domain() for key, distribution in space.items()}
 
 
 def size(space: Space, num_samples: int) -> int:
-    """The number of trials: every combination of the grids, `num_samples` times."""
+    """Return the number of trials: every combination of the grids, `num_samples` times."""
     trials = num_samples
     for distribution in space.values():
         trials *= len(distribution.values) if distribution.name == "grid" else 1
     return trials
 
 
-def _distribution(entry: Any, where: str) -> Distribution:
+def _distribution(entry: object, where: str) -> Distribution:
+    """Return the distribution that an entry of a space's file describes."""
     if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in DISTRIBUTIONS:
         raise ValueError(
-            f"{where} is {entry!r}: write one of {', '.join(DISTRIBUTIONS)} with its values, as in {{uniform: [0, 1]}}"
+            f"{where} is {entry!r}: write one of {', '.join(DISTRIBUTIONS)} with its values, "
+            "as in {uniform: [0, 1]}"
         )
     [(name, values)] = entry.items()
     if not isinstance(values, list) or not values or (name not in LISTS and len(values) != 2):
-        raise ValueError(
-            f"{where}: {name} takes {'a list of values' if name in LISTS else 'two bounds'}, not {values!r}"
-        )
+        expected = "a list of values" if name in LISTS else "two bounds"
+        raise ValueError(f"{where}: {name} takes {expected}, not {values!r}")
     if name not in LISTS:
         _check_bounds(name, values, where)
     return Distribution(name, tuple(values))
 
 
 def _check_bounds(name: str, bounds: list[Any], where: str) -> None:
-    kinds = int if name == "randint" else (int, float)
+    types, expected = (int, "integers") if name == "randint" else ((int, float), "numbers")
     for bound in bounds:
         if isinstance(bound, str):
             raise ValueError(
-                f"{where}: {bound!r} is text to YAML: write numbers as 1.0e-4, with a point"
+                f"{where}: {bound!r} is a string in YAML: write numbers with a decimal point, "
+                "as in 1.0e-4"
             )
-        if not isinstance(bound, kinds) or isinstance(bound, bool):
-            raise ValueError(
-                f"{where}: {name} takes {'whole ' if name == 'randint' else ''}numbers, not {bound!r}"
-            )
+        if not isinstance(bound, types) or isinstance(bound, bool):
+            raise ValueError(f"{where}: {name} takes {expected}, not {bound!r}")
     low, high = bounds
     if not low < high:
         raise ValueError(
-            f"{where}: the bounds {low} and {high} leave nothing between them: the lower one comes first"
+            f"{where}: the bounds are {low} and {high}: the first must be less than the second"
         )
     if name == "loguniform" and low <= 0:
         raise ValueError(f"{where}: loguniform's lower bound is {low}: it must be above 0")

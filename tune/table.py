@@ -1,4 +1,4 @@
-"""A search as it runs: on a terminal one live table, elsewhere a line for each result."""
+"""The progress of a search: a live table on a terminal, elsewhere a line per result."""
 
 import sys
 from typing import Any, ClassVar
@@ -10,15 +10,15 @@ from rich.table import Table
 
 
 class Progress(Callback):
-    """Shows every trial with its values, how far it is, and the metric that decides.
+    """A Tune callback that shows every trial with its values, its step and the metric.
 
     Args:
-        metric: the result that is searched for, the smaller the better.
+        metric: that trials are compared by; smaller is better.
         keys: the config keys that differ between trials.
-        steps: how many a trial runs unless it is stopped early.
+        steps: of a trial that is not stopped early.
     """
 
-    # Of the class: Tune makes its callbacks anew from what it stored with a search, and there is one terminal.
+    # On the class: Tune creates callbacks again from its stored state, and there is one terminal.
     _live: ClassVar[Live | None] = None
 
     def __init__(self, metric: str, keys: list[str], steps: int) -> None:
@@ -30,7 +30,8 @@ class Progress(Callback):
         if not sys.stdout.isatty():
             values = "  ".join(f"{key} {_short(trial.config[key])}" for key in self._keys)
             print(
-                f"{trial}: step {result['step']:.0f}/{self._steps}  {self._metric} {result[self._metric]:.4f}  {values}",
+                f"{trial}: step {result['step']:.0f}/{self._steps}  "
+                f"{self._metric} {result[self._metric]:.4f}  {values}",
                 flush=True,
             )
 
@@ -54,22 +55,15 @@ class Progress(Callback):
 
     @classmethod
     def stop(cls) -> None:
-        """Gives the terminal back, cursor and all; after Ctrl-C Tune tells its callbacks nothing more."""
+        """Stop the live table and show the cursor again; Tune calls no callback after Ctrl-C."""
         if cls._live is not None:
             cls._live.stop()
             cls._live = None
 
     def table(self, trials: list[Trial]) -> Table:
-        """All trials that have begun, the best so far marked."""
-        table = Table(
-            "trial",
-            "status",
-            *self._keys,
-            "step",
-            self._metric,
-            title="Search",
-            title_justify="left",
-        )
+        """Return a table of all trials that were started, the best one in bold."""
+        columns = ["trial", "status", *self._keys, "step", self._metric]
+        table = Table(*columns, title="Search", title_justify="left")
         scores = {
             trial: trial.last_result[self._metric]
             for trial in trials
@@ -79,11 +73,10 @@ class Progress(Callback):
         for trial in sorted(trials, key=str):
             step = (trial.last_result or {}).get("step", 0)
             score = f"{scores[trial]:.4f}" if trial in scores else ""
-            values = [_short(trial.config[key]) for key in self._keys]
             table.add_row(
                 str(trial),
                 self._status(trial, step),
-                *values,
+                *(_short(trial.config[key]) for key in self._keys),
                 f"{step:.0f}/{self._steps}",
                 score,
                 style="bold" if trial is best else None,
@@ -96,5 +89,5 @@ class Progress(Callback):
         return str(trial.status.lower())
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

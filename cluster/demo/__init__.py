@@ -1,1 +1,1 @@
-"""The whole road on this machine, and what only the demo needs."""
+"""The demo (`python -m cluster demo`) and what only it needs."""

@@ -1,1 +1,1 @@
-"""The networks and their losses: the only torch in `models`."""
+"""Networks and losses: the only modules of `models` that import torch."""

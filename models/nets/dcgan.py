@@ -1,8 +1,9 @@
-"""DCGAN for WGAN-GP: a generator and a critic for pictures of 28 to 128 pixels, with or without a class condition.
+"""DCGAN for WGAN-GP: a generator and a critic for images of 28 to 128 pixels per side.
 
-Radford et al. 2015 (https://arxiv.org/abs/1511.06434) for the shape, Gulrajani et al. 2017
-(https://arxiv.org/abs/1704.00028) for what changes with a gradient penalty: the critic ends in a plain number,
-without a sigmoid, and none of its layers looks across the batch, since the penalty is a statement about each picture alone.
+The architecture is that of Radford et al. 2015 (https://arxiv.org/abs/1511.06434), with the changes
+that a gradient penalty needs (Gulrajani et al. 2017, https://arxiv.org/abs/1704.00028): the critic
+ends without a sigmoid, and none of its layers mixes images of a batch, since the penalty is defined
+for each image alone. Both networks are optionally conditional on a class.
 """
 
 from dataclasses import dataclass
@@ -13,36 +14,39 @@ from torch import Tensor, nn
 
 from models.nets.norm import GlobalBatchNorm
 
-BASE_SIZES = {28: 7, 32: 4, 64: 4, 128: 4}  # picture size -> size of the smallest feature map
+BASE_SIZES = {28: 7, 32: 4, 64: 4, 128: 4}  # image size -> size of the smallest feature map
 
 
 @dataclass(frozen=True)
 class DcganConfig:
-    """The shape of both nets; `Generator(DcganConfig(**arguments))` rebuilds one from `dataclasses.asdict`."""
+    """The sizes and norms of both networks."""
 
-    image_size: int = 32  # pixels a side
-    channels: int = 1  # 1: grey, 3: colour
+    image_size: int = 32  # pixels per side
+    channels: int = 1  # 1: grey, 3: color
     latent_dim: int = 128
-    width: int = 32  # feature maps at half the picture's size; doubled with every further halving
-    num_classes: int = 0  # 0: no class condition
-    norm: str = "group"  # the generator's: group or batch
+    width: int = 32  # feature maps at half the image size; doubled with every further halving
+    num_classes: int = 0  # 0: unconditional
+    norm: str = "group"  # of the generator: group or batch
     critic_norm: str = "none"  # none or layer
 
     def __post_init__(self) -> None:
         if self.image_size not in BASE_SIZES:
             raise ValueError(
-                f"image_size {self.image_size} is not supported: use one of {', '.join(map(str, BASE_SIZES))}"
+                f"image_size {self.image_size} is not supported: use one of "
+                f"{', '.join(map(str, BASE_SIZES))}"
             )
         if self.channels not in (1, 3):
             raise ValueError(
-                f"channels {self.channels} is not supported: use 1 (grey) or 3 (colour)"
+                f"channels {self.channels} is not supported: use 1 (grey) or 3 (color)"
             )
         if min(self.latent_dim, self.width) < 1 or self.num_classes < 0:
             raise ValueError(
-                f"latent_dim and width must be positive and num_classes at least 0, not {self}"
+                f"latent_dim and width must be positive and num_classes at least 0: got {self}"
             )
         if self.norm not in ("group", "batch") or self.critic_norm not in ("none", "layer"):
-            raise ValueError(f"norm is group or batch and critic_norm none or layer, not {self}")
+            raise ValueError(
+                f"norm must be group or batch and critic_norm none or layer: got {self}"
+            )
 
     @property
     def base_size(self) -> int:
@@ -50,17 +54,20 @@ class DcganConfig:
 
     @property
     def widths(self) -> list[int]:
-        """Feature maps of each scale from half the picture's size down to `base_size`."""
+        """Feature maps at each scale, from half the image size down to `base_size`."""
         halvings = (self.image_size // self.base_size).bit_length() - 1
         return [self.width * 2**i for i in range(halvings)]
 
 
 class Generator(nn.Module):
-    """Pictures from noise: transposed convolutions that double the size, from `base_size` to `image_size`.
+    """Images from latents: transposed convolutions that double the size up to `image_size`.
 
-    norm group: GroupNorm with one group stands where the paper has BatchNorm. It normalises each picture by itself: a
-    picture does not depend on its company, neither in training nor in serving. norm batch: the paper's, over the global batch.
-    The class condition is an embedding beside the latent (Mirza & Osindero 2014, https://arxiv.org/abs/1411.1784).
+    With norm "group", GroupNorm with one group replaces the paper's BatchNorm. It normalizes each
+    image alone, so that an image does not depend on the other images of its batch, in training or
+    in serving. With norm "batch", BatchNorm is over the global batch.
+
+    A conditional generator appends an embedding of the class to the latent (Mirza & Osindero 2014,
+    https://arxiv.org/abs/1411.1784).
     """
 
     def __init__(self, config: DcganConfig) -> None:
@@ -91,27 +98,29 @@ class Generator(nn.Module):
         self.stages = nn.Sequential(*stages)
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Pictures in [-1, 1].
+        """Generate images.
 
         Args:
             latents: (B, latent_dim), standard normal.
-            labels: (B) int64 in [0, num_classes) of a conditional generator; None of an unconditional one.
+            labels: (B) int64 in [0, num_classes); None for an unconditional generator.
 
         Returns:
-            (B, channels, image_size, image_size).
+            (B, channels, image_size, image_size) in [-1, 1].
         """
         if self.embed is not None:
             latents = torch.cat([latents, self.embed(labels)], dim=1)  # (B, 2 * latent_dim)
-        return self.stages(latents)
+        images: Tensor = self.stages(latents)
+        return images
 
 
 class Critic(nn.Module):
-    """One number a picture: how real it looks, on a scale without ends. Strided convolutions, the first of them without a norm.
+    """An unbounded score per image of how real it looks: strided convolutions.
 
-    critic_norm layer: LayerNorm over each picture's features, as the paper of the penalty has it where one is wanted.
+    With critic_norm "layer", each convolution but the first is followed by LayerNorm over the
+    image's features, which Gulrajani et al. recommend in place of BatchNorm.
 
-    The class condition is a projection: the class embedding's inner product with the features is added to the number
-    (Miyato & Koyama 2018, https://arxiv.org/abs/1802.05637).
+    A conditional critic adds the inner product of the class embedding and the features to the
+    score (projection; Miyato & Koyama 2018, https://arxiv.org/abs/1802.05637).
     """
 
     def __init__(self, config: DcganConfig) -> None:
@@ -133,17 +142,17 @@ class Critic(nn.Module):
             nn.init.normal_(self.embed.weight, std=num_features**-0.5)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Scores.
+        """Score images.
 
         Args:
             images: (B, channels, image_size, image_size) in [-1, 1].
-            labels: (B) int64 in [0, num_classes) of a conditional critic; None of an unconditional one.
+            labels: (B) int64 in [0, num_classes); None for an unconditional critic.
 
         Returns:
             (B).
         """
         features = self.features(images)  # (B, widest * base_size**2)
-        scores = self.score(features).squeeze(1)
+        scores: Tensor = self.score(features).squeeze(1)
         if self.embed is not None:
             scores = scores + (self.embed(labels) * features).sum(dim=1)
         return scores

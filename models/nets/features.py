@@ -1,7 +1,7 @@
-"""A small picture classifier whose features stand for what a picture shows: what generated pictures are judged by.
+"""A small image classifier whose features are used to evaluate generated images.
 
-Five convolutions and global pooling. Frechet distance, KID and the rest compare its features of real and of generated
-pictures (train/gan/quality.py); it is trained once for a data set (train/gan/extractor.py), on the real ones alone.
+Five convolutions and global pooling. Frechet distance, KID and the other metrics compare its
+features of real and of generated images. It is trained once per data set, on real images only.
 """
 
 from dataclasses import dataclass
@@ -11,33 +11,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SIZES = (32, 64)
-SURE = 0.9  # the probability from which on a picture counts as of its likeliest class
+MIN_CONFIDENCE = 0.9  # the probability from which on an image counts as of its likeliest class
 
 
 @dataclass(frozen=True)
 class ExtractorConfig:
-    """The shape of the net; `Extractor(ExtractorConfig(**arguments))` rebuilds one from `dataclasses.asdict`."""
+    """The sizes of the network."""
 
-    size: int = (
-        32  # pixels a side that the convolutions see, whatever the pictures have; one of SIZES
-    )
-    channels: int = 1  # 1: grey, 3: colour
-    num_classes: int = 10  # what it is trained to tell apart
-    num_modes: int = 0  # clusters of real features that stand for the modes; 0: the classes do
+    size: int = 32  # pixels per side to which images are resized; one of SIZES
+    channels: int = 1  # 1: grey, 3: color
+    num_classes: int = 10  # that it is trained to classify
+    num_modes: int = 0  # clusters of real features, used as modes; 0: the classes are the modes
     width: int = 32  # feature maps of the first convolution
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ValueError(
-                f"an extractor's size is one of {', '.join(map(str, SIZES))}, not {self.size}"
+                f"an extractor's size must be one of {', '.join(map(str, SIZES))}: got {self.size}"
             )
         if self.channels not in (1, 3):
             raise ValueError(
-                f"an extractor's channels are 1 (grey) or 3 (colour), not {self.channels}"
+                f"an extractor's channels must be 1 (grey) or 3 (color): got {self.channels}"
             )
         if min(self.num_classes, self.width) < 1 or self.num_modes < 0:
             raise ValueError(
-                f"an extractor needs at least one class and one feature map, and no negative number of modes, not {self}"
+                "an extractor's num_classes and width must be positive and num_modes at least 0: "
+                f"got {self}"
             )
 
     @property
@@ -46,9 +45,11 @@ class ExtractorConfig:
 
 
 class Extractor(nn.Module):
-    """Features and classes of pictures of any size; judge with it in `eval` mode, in which each picture stands alone.
+    """Features and classes of images of any size.
 
-    BatchNorm after each convolution (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167).
+    Evaluate with it in eval mode: there an image does not depend on the other images of its batch.
+    Each convolution is followed by BatchNorm (Ioffe & Szegedy 2015,
+    https://arxiv.org/abs/1502.03167).
     """
 
     centroids: Tensor  # (num_modes, D)
@@ -58,7 +59,7 @@ class Extractor(nn.Module):
         self.config = config
         width = config.width
         self.stages = nn.Sequential(
-            # Every size comes out as 32 pixels: twice as many are looked at by one wider step.
+            # The result has 32 pixels per side: 64 are reduced by a wider kernel with stride 2.
             _convolution(config.channels, width, *((3, 1) if config.size == 32 else (5, 2))),
             nn.MaxPool2d(2),
             _convolution(width, 2 * width),
@@ -72,7 +73,7 @@ class Extractor(nn.Module):
         self.register_buffer("centroids", torch.zeros(config.num_modes, config.num_features))
 
     def features(self, images: Tensor) -> Tensor:
-        """What the pictures show: the last feature maps' means.
+        """Return the means of the last feature maps.
 
         Args:
             images: (B, channels, H, W) in [-1, 1].
@@ -80,25 +81,34 @@ class Extractor(nn.Module):
         Returns:
             (B, num_features) float32.
         """
-        return self.stages(self._resized(images.float())).mean(dim=(2, 3))
+        maps: Tensor = self.stages(self._resized(images.float()))
+        return maps.mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of pictures (B, channels, H, W) in [-1, 1]."""
-        return self.head(self.features(images))
+        """Return logits (B, num_classes) of images (B, channels, H, W) in [-1, 1]."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
 
     def modes(self, features: Tensor) -> Tensor:
-        """The mode that each picture belongs to, (B) int64, from its features (B, num_features).
+        """Return the mode of each image.
 
-        With clusters: the nearest. Without: the class, or -1 where the classifier is not sure. Its errors are mostly
-        unsure ones, and would else make pictures of one class look like several.
+        It is the nearest cluster or, without clusters, the likeliest class. Most errors of the
+        classifier have a low probability; without `MIN_CONFIDENCE` they would make images of one
+        class count as several modes.
+
+        Args:
+            features: (B, num_features).
+
+        Returns:
+            (B) int64; -1 where no class reaches `MIN_CONFIDENCE`.
         """
         if self.config.num_modes:
             return torch.cdist(features, self.centroids).argmin(dim=1)
         probability, found = self.head(features).softmax(dim=1).max(dim=1)
-        return torch.where(probability >= SURE, found, -1)
+        return torch.where(probability >= MIN_CONFIDENCE, found, -1)
 
     def _resized(self, images: Tensor) -> Tensor:
-        """As Pillow resizes, so that a picture prepared at another size keeps its features."""
+        """Resize as Pillow does, so that an image prepared at another size keeps its features."""
         size = (self.config.size, self.config.size)
         if images.shape[-2:] == size:
             return images

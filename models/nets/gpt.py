@@ -1,4 +1,6 @@
-"""The GPT-2 family on transformers (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+"""GPT-2 on transformers, its loss and sampling.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 model = build(vocab_size=2048, context=128, width=128, layers=4, heads=4)
 loss = NextTokenLoss(model)(ids[:, :-1], ids[:, 1:])
@@ -13,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
-IGNORED = -100  # a target that is not judged
-LOGITS_AT_ONCE = 2**23  # 32 MiB in fp32; on CPU smaller and larger pieces are slower
+IGNORED = -100  # a target that does not count
+MAX_LOGITS = 2**23  # computed at a time; 32 MiB in fp32. On CPU, fewer and more are slower.
 
 
 def build(
@@ -26,7 +28,7 @@ def build(
     dropout: float = 0.0,
     eos_token_id: int | None = None,
 ) -> GPT2LMHeadModel:
-    """A GPT-2 with fresh weights: initialised as in the paper, from torch's current seed."""
+    """Return a GPT-2 whose weights are initialized as in the paper, from torch's current seed."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocab_size,
@@ -45,26 +47,27 @@ def build(
 
 
 def read_config(folder: str) -> GPT2Config:
-    """The sizes in a transformers checkpoint folder.
+    """Return the config of a transformers checkpoint folder.
 
     Raises:
-        ValueError: there is no GPT-2 in it.
+        ValueError: the folder contains no GPT-2.
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(
-            f"model.pretrained: {folder} has no config.json: expected a folder written by save_pretrained"
+            f"model.pretrained: {folder} has no config.json: use a folder that save_pretrained "
+            "wrote"
         )
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not isinstance(config, GPT2Config):
-        raise ValueError(f"model.pretrained: {folder} holds a {config.model_type}, not a GPT-2")
+        raise ValueError(f"model.pretrained: {folder} contains a {config.model_type}, not a GPT-2")
     return config
 
 
 def load(folder: str, dropout: float = 0.0) -> GPT2LMHeadModel:
-    """A GPT-2 from a transformers checkpoint folder (config.json, model.safetensors), in fp32.
+    """Load a GPT-2 in fp32 from a transformers checkpoint folder (config.json, model.safetensors).
 
     Raises:
-        ValueError: the folder holds no GPT-2, or a damaged one.
+        ValueError: the folder contains no GPT-2, or it is damaged.
     """
     config = read_config(folder)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
@@ -74,17 +77,19 @@ def load(folder: str, dropout: float = 0.0) -> GPT2LMHeadModel:
             folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
     except Exception as error:  # transformers raises many unrelated types for a damaged folder
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"model.pretrained: {folder} can't be loaded as a GPT-2: {str(error).splitlines()[0]}"
+            f"model.pretrained: {folder} cannot be loaded as a GPT-2: {reason}"
         ) from error
 
 
 class NextTokenLoss(nn.Module):
-    """A GPT-2 and its training objective: the cross-entropy of the next token, in nats.
+    """A GPT-2 with its training loss: the cross-entropy of the next token, in nats.
 
-    This is what DDP, DeepSpeed or torch.compile wraps: everything between token ids and loss happens in its
-    forward. A batch whose logits (B x T x V) exceed LOGITS_AT_ONCE is judged in pieces, so that the logits of the
-    whole batch never exist. transformers' own loss shifts and upcasts a copy of all of them.
+    DDP, DeepSpeed or torch.compile wraps this module: its forward contains everything from token
+    ids to loss. Where the logits of a batch (B x T x V) exceed `MAX_LOGITS`, the loss is computed
+    in chunks, so that they never exist together in memory. transformers' own loss shifts and
+    upcasts a copy of all of them.
     """
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
@@ -97,45 +102,52 @@ class NextTokenLoss(nn.Module):
         targets: torch.Tensor,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> torch.Tensor:
-        """The loss, a scalar of at least fp32.
+        """Return the loss, a scalar in fp32 or fp64.
 
         Args:
             inputs: token ids (B, T).
-            targets: the ids that follow them (B, T); -100 is not judged.
-            reduction: "mean" over the judged tokens, or "sum".
+            targets: the ids that follow them (B, T); `IGNORED` does not count.
+            reduction: "mean" over the targets that count, or "sum".
         """
-        hidden = self.model.transformer(input_ids=inputs).last_hidden_state.flatten(
-            0, 1
-        )  # (B T, D)
+        hidden = self.model.transformer(input_ids=inputs).last_hidden_state.flatten(0, 1)  # (BT, D)
         targets = targets.flatten()
-        rows = max(LOGITS_AT_ONCE // self.model.config.vocab_size, 1)
+        rows = max(MAX_LOGITS // self.model.config.vocab_size, 1)
+        nats: torch.Tensor
         if len(targets) > rows and torch.is_grad_enabled():
             nats = _ChunkedCrossEntropy.apply(hidden, self.model.lm_head.weight, targets, rows)
         else:
-            pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
-            nats = torch.stack([self._judge(*piece) for piece in pieces]).sum()
+            chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+            nats = torch.stack([self._summed_loss(*chunk) for chunk in chunks]).sum()
         return nats if reduction == "sum" else nats / (targets != IGNORED).sum()
 
-    def _judge(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self.model.lm_head(hidden)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORED, reduction="sum")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T`, its gradients computed with it, piece by piece.
+    """The summed cross-entropy of `hidden @ weight.T`; forward also computes the gradients.
 
-    The gradient of a piece's logits is softmax - one-hot, so it needs nothing that comes later but the scale of
-    the loss (Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training").
-    torch.nn.functional.linear_cross_entropy does the same, but knows no autocast, and given bf16 it returns the
-    loss and adds up the weight's gradient in bf16.
+    The gradient of a chunk's logits is softmax - one-hot: only the scale of the loss is unknown
+    until backward (Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training").
+    torch.nn.functional.linear_cross_entropy does the same, but ignores autocast, and given bf16 it
+    returns the loss and accumulates the weight's gradient in bf16.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int
     ) -> torch.Tensor:
-        """hidden (N, D), weight (V, D), targets (N) -> a scalar; `rows` of the N at a time."""
+        """Return the loss, a scalar in fp32 or fp64.
+
+        Args:
+            ctx: autograd's context.
+            hidden: (N, D).
+            weight: (V, D).
+            targets: (N).
+            rows: how many of the N to compute at a time.
+        """
         device = hidden.device.type
         dtype = (
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -147,21 +159,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             head = weight.to(dtype)
             for start in range(0, len(targets), rows):
-                piece = slice(start, start + rows)
-                states, classes = hidden[piece].to(dtype), targets[piece].unsqueeze(1)
+                chunk = slice(start, start + rows)
+                states, classes = hidden[chunk].to(dtype), targets[chunk].unsqueeze(1)
                 ignored = classes == IGNORED
                 log_p = F.log_softmax(states @ head.T, dim=-1, dtype=wide)  # (rows, V)
-                nats += F.nll_loss(log_p, targets[piece], ignore_index=IGNORED, reduction="sum")
+                nats += F.nll_loss(log_p, targets[chunk], ignore_index=IGNORED, reduction="sum")
                 logits_grad = log_p.exp_()
                 logits_grad.scatter_add_(
                     1, classes.masked_fill(ignored, 0), torch.full_like(classes, -1, dtype=wide)
                 )
                 lowered = logits_grad.masked_fill_(ignored, 0).to(dtype)
-                hidden_grad[piece] = lowered @ head
+                hidden_grad[chunk] = lowered @ head
                 if dtype == wide:
-                    weight_grad.addmm_(
-                        lowered.T, states
-                    )  # without a product of the weight's size beside it
+                    weight_grad.addmm_(lowered.T, states)  # needs no temporary of the weight's size
                 else:
                     weight_grad += lowered.T @ states
         ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
@@ -175,7 +185,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, vectors (biases, norms) without."""
+    """Return the optimizer's groups: matrices with weight decay, biases and norms without."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {
@@ -190,7 +200,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def restore(model: GPT2LMHeadModel, state: dict[str, torch.Tensor]) -> None:
-    """Loads a model's parameters by transformers' names, the output matrix left out: it is the token embedding."""
+    """Load parameters, named as in transformers.
+
+    `state` does not contain the output matrix, which is the token embedding.
+    """
     model.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
 
 
@@ -204,13 +217,23 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[int]:
-    """`num_tokens` tokens after `ids`; temperature 0 takes the likeliest each time.
+    """Generate tokens after a prompt. When the context is full, the window slides.
 
-    The window slides when the context is full.
+    Args:
+        model: is put into eval mode meanwhile.
+        ids: of the prompt; at least one.
+        num_tokens: how many to generate.
+        temperature: of the softmax; 0 takes the likeliest token each time.
+        top_k: sample from the k likeliest tokens; 0: from all.
+        top_p: sample from the likeliest tokens whose probabilities add up to p.
+        seed: of the samples.
+
+    Returns:
+        The generated ids, without the prompt.
     """
     generator = torch.Generator().manual_seed(seed)
     training = model.training
-    model.eval()
+    model.train(False)
     device = next(model.parameters()).device
     tokens = list(ids)
     cache = None
@@ -218,7 +241,8 @@ def sample(
         if cache is None:
             window = tokens[-model.config.n_positions :]
         elif cache.get_seq_length() == model.config.n_positions:
-            # Positions are absolute, so a slid window needs a new cache: half full, to slide once in T / 2 tokens.
+            # Positions are absolute, so a window that slides needs a new cache. It starts half
+            # full, so that this happens once in T / 2 tokens.
             cache, window = None, tokens[-(model.config.n_positions // 2) :]
         else:
             window = tokens[-1:]
@@ -226,15 +250,17 @@ def sample(
             input_ids=torch.tensor([window], device=device), past_key_values=cache, use_cache=True
         )
         cache = out.past_key_values
-        tokens.append(_draw(out.logits[0, -1].float().cpu(), temperature, top_k, top_p, generator))
+        tokens.append(
+            _sample_one(out.logits[0, -1].float().cpu(), temperature, top_k, top_p, generator)
+        )
     model.train(training)
     return tokens[len(ids) :]
 
 
-def _draw(
+def _sample_one(
     logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
 ) -> int:
-    """One token from logits (V): top-k, then nucleus (Holtzman et al. 2020), then a draw."""
+    """Sample a token from logits (V): top-k, then top-p (nucleus; Holtzman et al. 2020)."""
     if temperature == 0:
         return int(logits.argmax())
     if top_k:
@@ -244,7 +270,6 @@ def _draw(
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
-        probabilities[order[ordered.cumsum(-1) - ordered >= top_p]] = (
-            0  # the first token to reach top_p stays
-        )
+        # The token with which the sum reaches top_p stays.
+        probabilities[order[ordered.cumsum(-1) - ordered >= top_p]] = 0
     return int(torch.multinomial(probabilities / probabilities.sum(), 1, generator=generator))

@@ -1,4 +1,4 @@
-"""Batch normalisation whose batch is the global one, at any number of workers."""
+"""Batch normalization over the global batch of all workers."""
 
 from typing import Any
 
@@ -8,10 +8,14 @@ from torch import Tensor, nn
 
 
 class GlobalBatchNorm(nn.Module):
-    """BatchNorm over (B, C, H, W) with the statistics of all workers' batches together (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167).
+    """BatchNorm over (B, C, H, W) with the statistics of all workers' batches together.
 
-    torch's SyncBatchNorm does the same on GPUs only. In eval mode, as served, it uses the running averages: a picture
-    then does not depend on its company. Every worker must take part in a forward in training mode, with as many pictures.
+    Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167. torch's SyncBatchNorm does the same, but
+    on GPUs only.
+
+    In training mode every worker must call forward, with equally many images. In eval mode, which
+    serving uses, the running averages are used and an image does not depend on the other images of
+    its batch.
     """
 
     running_mean: Tensor
@@ -26,31 +30,29 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, C, H, W), normalised, scaled and shifted by channel."""
+        """Normalize, scale and shift inputs (B, C, H, W) by channel."""
         if not self.training:
-            return self._scaled(inputs, self.running_mean, self.running_var)
-        with torch.autocast(inputs.device.type, enabled=False):  # sums over thousands of pixels
+            return self._normalize(inputs, self.running_mean, self.running_var)
+        # Without autocast: the sums are over thousands of pixels.
+        with torch.autocast(inputs.device.type, enabled=False):
             wide = inputs.to(self.weight.dtype)
             mean = _mean_over_workers(wide.mean(dim=(0, 2, 3)))
             var = _mean_over_workers((wide - mean.view(-1, 1, 1)).square().mean(dim=(0, 2, 3)))
         with torch.no_grad():
-            count = (
-                inputs.numel()
-                / inputs.shape[1]
-                * (dist.get_world_size() if dist.is_initialized() else 1)
-            )
+            world_size = dist.get_world_size() if dist.is_initialized() else 1
+            count = inputs.numel() / inputs.shape[1] * world_size
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)  # unbiased, as torch's
-        return self._scaled(inputs, mean, var)
+        return self._normalize(inputs, mean, var)
 
-    def _scaled(self, inputs: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    def _normalize(self, inputs: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return (inputs * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(inputs.dtype)
 
 
 class _MeanOverWorkers(torch.autograd.Function):
-    """The mean of each worker's values, on every worker; its gradient is the mean of each worker's gradients."""
+    """The mean of the workers' values; its gradient is the mean of the workers' gradients."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -68,8 +70,7 @@ def _mean(values: Tensor) -> Tensor:
 
 
 def _mean_over_workers(values: Tensor) -> Tensor:
-    return (
-        _MeanOverWorkers.apply(values)
-        if dist.is_initialized() and dist.get_world_size() > 1
-        else values
-    )
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    mean: Tensor = _MeanOverWorkers.apply(values)
+    return mean

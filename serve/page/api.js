@@ -1,25 +1,34 @@
-// The API that /docs describes, as these pages call it.
+// The client of the HTTP API that /docs describes.
 
-/** A response that is fine; else an Error with the server's sentence and its `status`. */
-export async function answer(response) {
+/**
+ * Returns the response if it is successful.
+ * @throws {Error} with the server's error message and a `status` property.
+ */
+export async function checkResponse(response) {
   if (response.ok) return response;
   const body = await response.json().catch(() => null);
-  const error = new Error(body?.error?.message ?? `the server answered ${response.status}`);
-  throw Object.assign(error, { status: response.status });
+  const message = body?.error?.message ?? `the server responded with status ${response.status}`;
+  throw Object.assign(new Error(message), { status: response.status });
+}
+
+export async function getJson(path) {
+  const response = await checkResponse(await fetch(path));
+  return response.json();
 }
 
 export async function post(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
-  return answer(await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal }));
+  const options = { method: "POST", headers, body: JSON.stringify(body), signal };
+  return checkResponse(await fetch(path, options));
 }
 
-/** The messages of a server-sent event stream, parsed; its [DONE] ends them. */
-export async function* messages(response) {
+/** Yields the parsed messages of a server-sent event stream until its `[DONE]`. */
+export async function* readEvents(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) throw new Error("the stream broke off");
+    if (done) throw new Error("the stream ended before its [DONE] message");
     buffer += value;
     const events = buffer.split("\n\n");
     buffer = events.pop();

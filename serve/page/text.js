@@ -1,125 +1,171 @@
-// The text panel: a prompt, its text as it is written, and a button that stops it.
+// The text panel: a prompt, the completion as it streams, and its metrics.
 
-import { messages, post } from "./api.js";
-import { $, complain, remember, seedOf } from "./page.js";
+import { post, readEvents } from "./api.js";
+import { byId, clearError, readSeed, showError } from "./dom.js";
+import { saveToQuery } from "./query.js";
 
-let writing = null; // the AbortController of the text under way
+const SLIDERS = ["temperature", "max_tokens", "top_p", "repetition_penalty"];
+const MIN_RATE_WINDOW_MS = 50;
+const FOLLOW_DISTANCE_PX = 40;
 
-export async function write(event) {
+let currentAbort = null; // the AbortController of the request in progress
+
+export function configure({ context }) {
+  byId("max_tokens").max = Math.max(1, context - 1);
+}
+
+/** Sends the form's request and shows the completion; aborts the request in progress, if any. */
+export async function generate(event) {
   event?.preventDefault();
-  if (!$("text-form").reportValidity()) return;
-  writing?.abort();
-  const mine = (writing = new AbortController());
-  const request = {
-    prompt: $("prompt").value,
-    temperature: $("temperature").valueAsNumber,
-    max_tokens: Math.min($("max_tokens").valueAsNumber, room($("prompt").value)),
-    top_k: $("top_k").valueAsNumber,
-    top_p: unless(1, $("top_p").valueAsNumber),
-    repetition_penalty: unless(1, $("repetition_penalty").valueAsNumber),
-    stop: unless("", $("stop-at").value.replaceAll("\\n", "\n")),
-    seed: seedOf($("text-seed")),
-  };
-  remember({ ...request, stop: $("stop-at").value, seed: undefined, text_seed: request.seed });
-  startSheet(request);
-  let ended = "stop button";
+  if (!byId("text-form").reportValidity()) return;
+  currentAbort?.abort();
+  const abort = new AbortController();
+  currentAbort = abort;
+  const request = readRequest();
+  const stop = byId("stop-string").value; // as typed, with \\n for a newline
+  saveToQuery({ ...request, stop, seed: undefined, text_seed: request.seed });
+  startOutput(request);
+  let finishReason = "stop button";
   try {
-    ended = await stream(request, mine.signal);
+    finishReason = await streamCompletion(request, abort.signal);
   } catch (error) {
     if (error.name !== "AbortError") {
-      ended = "error";
-      complain(error);
+      finishReason = "error";
+      showError(error);
     }
   }
-  if (writing === mine) endSheet(ended);
+  if (currentAbort === abort) finishOutput(finishReason);
 }
 
-/** A control's value; nothing where it is what the server takes by itself. */
-const unless = (usual, value) => (value === usual ? undefined : value);
+function readRequest() {
+  const prompt = byId("prompt").value;
+  return {
+    prompt,
+    temperature: byId("temperature").valueAsNumber,
+    max_tokens: Math.min(byId("max_tokens").valueAsNumber, estimateTokenBudget(prompt)),
+    top_k: byId("top_k").valueAsNumber,
+    top_p: omitDefault(byId("top_p").valueAsNumber, 1),
+    repetition_penalty: omitDefault(byId("repetition_penalty").valueAsNumber, 1),
+    stop: omitDefault(byId("stop-string").value.replaceAll("\\n", "\n"), ""),
+    seed: readSeed(byId("text-seed")),
+  };
+}
 
-/** Shows a completion as it comes; returns why it ended. */
-async function stream(request, signal) {
-  const started = performance.now();
-  const options = { stream: true, stream_options: { continuous_usage_stats: true } };
-  const send = (max_tokens) => post("v1/completions", { ...request, max_tokens, ...options }, signal);
-  const sure = surelyFits(request.prompt);
-  const response = await send(request.max_tokens).catch((error) => {
-    if (error.status !== 413 || request.max_tokens <= sure) throw error;
-    return send(sure);
-  });
-  const rate = (tokens, milliseconds) => ($("rate").textContent = Math.round((tokens / milliseconds) * 1000));
-  let [first, tokensOfFirst, reason] = [null, 0, null];
-  for await (const { choices, usage } of messages(response)) {
+const omitDefault = (value, defaultValue) => (value === defaultValue ? undefined : value);
+
+/** Shows a completion as it streams. Returns why it ended. */
+async function streamCompletion(request, signal) {
+  const startTime = performance.now();
+  const response = await postCompletion(request, signal);
+  let firstTime = null;
+  let firstTokens = 0;
+  let finishReason = null;
+  for await (const { choices, usage } of readEvents(response)) {
     const now = performance.now();
-    if (first === null) {
-      [first, tokensOfFirst] = [now, usage.completion_tokens];
-      $("first").textContent = `${Math.round(now - started)} ms`;
+    const tokens = usage.completion_tokens;
+    if (firstTime === null) {
+      firstTime = now;
+      firstTokens = tokens;
+      byId("time-to-first-token").textContent = `${Math.round(now - startTime)} ms`;
     }
-    show(choices[0].text);
-    $("tokens").textContent = usage.completion_tokens;
-    reason = choices[0].finish_reason;
-    if (now - first > 50) rate(usage.completion_tokens - tokensOfFirst, now - first);
-    else if (reason) rate(usage.completion_tokens, now - started); // too short to leave the wait for the first token out
+    appendText(choices[0].text);
+    byId("tokens").textContent = tokens;
+    finishReason = choices[0].finish_reason;
+    if (now - firstTime > MIN_RATE_WINDOW_MS) {
+      showTokensPerSecond(tokens - firstTokens, now - firstTime);
+    } else if (finishReason) {
+      // The completion is too short to exclude the time to first token.
+      showTokensPerSecond(tokens, now - startTime);
+    }
   }
-  return { stop: request.stop ? "stop string or end of text" : "end of text", length: "token limit", content_filter: "blocked words" }[reason];
+  const descriptions = {
+    stop: request.stop ? "stop string or end of text" : "end of text",
+    length: "token limit",
+    content_filter: "blocked words",
+  };
+  return descriptions[finishReason];
 }
 
-// Only the server can count a prompt's tokens: they are no more than its bytes, and in long English prompts less than half.
-const bytesOf = (text) => new TextEncoder().encode(text).length;
-const context = () => Number($("max_tokens").max) + 1;
-
-/** The tokens to ask for at most after a prompt, which as a rule fit. */
-function room(prompt) {
-  const bytes = bytesOf(prompt);
-  return bytes < context() / 4 ? surelyFits(prompt) : Math.max(1, context() - Math.ceil(bytes / 2));
+/** Requests a completion. If it exceeds the context, retries with a `max_tokens` that fits. */
+async function postCompletion(request, signal) {
+  const options = { stream: true, stream_options: { continuous_usage_stats: true } };
+  try {
+    return await post("v1/completions", { ...request, ...options }, signal);
+  } catch (error) {
+    const max_tokens = minimumTokenBudget(request.prompt);
+    if (error.status !== 413 || request.max_tokens <= max_tokens) throw error;
+    return post("v1/completions", { ...request, ...options, max_tokens }, signal);
+  }
 }
 
-/** The tokens that there is room for after a prompt in any language. */
-function surelyFits(prompt) {
-  return Math.max(1, context() - (bytesOf(prompt) || 1));
+function showTokensPerSecond(tokens, milliseconds) {
+  byId("tokens-per-second").textContent = Math.round((tokens / milliseconds) * 1000);
 }
 
-function show(text) {
-  const sheet = $("written");
-  const atEnd = sheet.scrollHeight - sheet.scrollTop - sheet.clientHeight < 40;
-  $("generated").append(text);
-  if (atEnd) sheet.scrollTop = sheet.scrollHeight; // follow the text, unless the reader has scrolled up
+// Only the server can count a prompt's tokens. A prompt has at most one token per byte, and long
+// English prompts have less than half a token per byte.
+
+const countBytes = (text) => new TextEncoder().encode(text).length;
+const contextLength = () => Number(byId("max_tokens").max) + 1;
+
+/** Returns a number of tokens that usually fits into the context after the prompt. */
+function estimateTokenBudget(prompt) {
+  const bytes = countBytes(prompt);
+  if (bytes < contextLength() / 4) return minimumTokenBudget(prompt);
+  return Math.max(1, contextLength() - Math.ceil(bytes / 2));
 }
 
-function startSheet({ prompt, seed }) {
-  complain(null);
-  $("given").textContent = prompt;
-  $("generated").textContent = "";
-  $("written").ariaBusy = "true";
-  $("figures").hidden = false;
-  for (const id of ["rate", "first", "reason"]) $(id).textContent = "–";
-  $("tokens").textContent = 0;
-  $("used-seed").textContent = seed;
-  $("stop").disabled = false;
-  $("text-status").textContent = "Writing";
+/** Returns a number of tokens that fits into the context after the prompt in any language. */
+function minimumTokenBudget(prompt) {
+  return Math.max(1, contextLength() - (countBytes(prompt) || 1));
 }
 
-function endSheet(reason) {
-  writing = null;
-  $("written").ariaBusy = "false";
-  if (document.activeElement === $("stop")) $("write").focus(); // a disabled button loses the focus to nowhere
-  $("stop").disabled = true;
-  $("reason").textContent = reason;
-  $("text-status").textContent = `Ended by ${reason}, ${$("tokens").textContent} tokens.`;
+/** Appends to the completion, and scrolls along unless the user has scrolled up. */
+function appendText(text) {
+  const output = byId("text-output");
+  const distanceToEnd = output.scrollHeight - output.scrollTop - output.clientHeight;
+  byId("completion").append(text);
+  if (distanceToEnd < FOLLOW_DISTANCE_PX) output.scrollTop = output.scrollHeight;
 }
 
-export function listen() {
-  $("text-form").addEventListener("submit", write);
-  $("stop").addEventListener("click", () => writing?.abort());
-  for (const id of ["temperature", "max_tokens", "top_p", "repetition_penalty"]) $(id).addEventListener("input", () => ($(`${id}-value`).textContent = $(id).value));
-  $("text-form").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) write(event);
+function startOutput({ prompt, seed }) {
+  clearError();
+  byId("output-prompt").textContent = prompt;
+  byId("completion").textContent = "";
+  byId("text-output").ariaBusy = "true";
+  byId("text-metrics").hidden = false;
+  for (const id of ["tokens-per-second", "time-to-first-token", "finish-reason"]) {
+    byId(id).textContent = "–";
+  }
+  byId("tokens").textContent = 0;
+  byId("used-seed").textContent = seed;
+  byId("stop").disabled = false;
+  byId("text-status").textContent = "Generating text";
+}
+
+function finishOutput(finishReason) {
+  currentAbort = null;
+  byId("text-output").ariaBusy = "false";
+  // A disabled button loses the keyboard focus: move it first.
+  if (document.activeElement === byId("stop")) byId("generate-text").focus();
+  byId("stop").disabled = true;
+  byId("finish-reason").textContent = finishReason;
+  const tokens = byId("tokens").textContent;
+  byId("text-status").textContent = `Generated ${tokens} tokens. Ended by: ${finishReason}.`;
+}
+
+export function addListeners() {
+  byId("text-form").addEventListener("submit", generate);
+  byId("stop").addEventListener("click", () => currentAbort?.abort());
+  for (const id of SLIDERS) {
+    byId(id).addEventListener("input", () => {
+      byId(`${id}-value`).textContent = byId(id).value;
+    });
+  }
+  byId("text-form").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate(event);
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") writing?.abort();
+    if (event.key === "Escape") currentAbort?.abort();
   });
-}
-
-export function offer({ context }) {
-  $("max_tokens").max = Math.max(1, context - 1);
 }

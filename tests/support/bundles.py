@@ -1,4 +1,4 @@
-"""Small real bundles, exported by the real export: made once, then copied (they take seconds).
+"""Small bundles, made by the real export once per process and then copied.
 
 tiny_gpt_bundle(tmp_path / "gpt")
 registry.publish(root, "gpt", tmp_path / "gpt")
@@ -8,12 +8,12 @@ import functools
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
+from transformers import GPT2LMHeadModel
 
 from models import bundle
 from models.nets import gpt
@@ -22,9 +22,12 @@ from train.gan.export import export_gan
 from train.gpt.export import export_gpt
 
 TEXT = """\
-Now is the winter of our discontent made glorious summer by this sun of York; and all the clouds that lour'd
-upon our house in the deep bosom of the ocean buried. Now are our brows bound with victorious wreaths; our bruised
-arms hung up for monuments; our stern alarums changed to merry meetings, our dreadful marches to delightful measures.
+Now is the winter of our discontent made glorious summer by this sun of York; and all the clouds \
+that lour'd
+upon our house in the deep bosom of the ocean buried. Now are our brows bound with victorious \
+wreaths; our bruised
+arms hung up for monuments; our stern alarums changed to merry meetings, our dreadful marches to \
+delightful measures.
 Même l'été s'achève — “naïve façade”, 日本語, ελληνικά, 🙂.
 """
 LINEAGE = {
@@ -37,7 +40,7 @@ LINEAGE = {
 
 
 def tiny_tokenizer(path: Path) -> Tokenizer:
-    """A byte-level BPE of 320 entries trained on `TEXT`, <|endoftext|> first, saved at `path`."""
+    """Train a byte-level BPE of 320 entries on `TEXT`, <|endoftext|> first, and save it."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,16 +55,18 @@ def tiny_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def tiny_gpt(seed: int = 0, vocab_size: int = 320, context: int = 64) -> Any:
-    """A GPT-2 of two layers with random weights."""
+def tiny_gpt(seed: int = 0, vocab_size: int = 320, context: int = 64) -> GPT2LMHeadModel:
+    """Return a GPT-2 of two layers with random weights, in eval mode."""
     torch.manual_seed(seed)
-    return gpt.build(
+    model = gpt.build(
         vocab_size=vocab_size, context=context, width=32, layers=2, heads=2, eos_token_id=0
-    ).eval()
+    )
+    model.train(False)
+    return model
 
 
-def learn(model: Any, ids: np.ndarray, steps: int = 60) -> None:
-    """Teaches `model` the text by heart, so that what it says is text and its likeliest tokens are far from ties."""
+def learn(model: GPT2LMHeadModel, ids: np.ndarray, steps: int = 60) -> None:
+    """Train `model` until it knows a text by heart: then its likeliest tokens are far from ties."""
     windows = torch.from_numpy(ids).unfold(0, 33, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
@@ -78,19 +83,19 @@ def tiny_generator(num_classes: int = 0, seed: int = 0) -> Generator:
 
 
 def tiny_gpt_bundle(folder: Path, seed: int = 0, weights: str = "fp32") -> Path:
-    """A GPT bundle at `folder` that has learnt `TEXT`: 320 tokens, context 64; another seed is another model."""
+    """Write a GPT that has learnt `TEXT`: 320 tokens, context 64; each seed is another model."""
     return Path(shutil.copytree(_gpt_bundle(seed, weights), folder, dirs_exist_ok=True))
 
 
 def tiny_gan_bundle(folder: Path, num_classes: int = 0, seed: int = 0) -> Path:
-    """A GAN bundle at `folder`: 28 x 28 grey, latents of 16; conditional where `num_classes` is given."""
+    """Write a GAN bundle: 28 x 28 grey, latents of 16, conditional if `num_classes` is given."""
     return Path(shutil.copytree(_gan_bundle(num_classes, seed), folder, dirs_exist_ok=True))
 
 
 @functools.cache
-def learnt_gpt(seed: int = 0) -> tuple[Any, Path, np.ndarray]:
-    """A GPT that has learnt `TEXT`, its tokenizer's file, and the text's ids."""
-    torch.set_num_threads(1)  # more only wait for each other on so small a model
+def learnt_gpt(seed: int = 0) -> tuple[GPT2LMHeadModel, Path, np.ndarray]:
+    """Return a GPT that has learnt `TEXT`, the file of its tokenizer, and the ids of the text."""
+    torch.set_num_threads(1)  # more threads are slower for so small a model
     file = _scratch() / "tokenizer.json"
     ids = np.array(tiny_tokenizer(file).encode(TEXT).ids)
     model = tiny_gpt(seed)

@@ -1,17 +1,17 @@
-"""What tests put behind the ingress in place of Serve's deployments."""
+"""Models behind the routes in place of Ray Serve's deployments."""
 
 import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from serve.engine import Chunk
-from serve.errors import kept
-from serve.ingress import Drawing
-from serve.schemas import CompletionRequest, ImagesRequest, InterpolationsRequest, Model
+from serve.chunks import Chunk
+from serve.errors import unwrap
+from serve.protocols import GeneratedImages
+from serve.schemas import CompletionRequest, GenerationsRequest, InterpolationsRequest, Model
 
 
-class Here:
-    """The two deployments' classes as the ingress sees them, without Ray in between."""
+class LocalModel:
+    """A replica in this process, as the routes see it (`serve.protocols`)."""
 
     def __init__(self, replica: Any) -> None:
         self.replica = replica
@@ -26,24 +26,24 @@ class Here:
         return await self.replica.registry()
 
     async def complete(self, request: CompletionRequest, client: str) -> tuple[str, list[Chunk]]:
-        return kept(await self.replica.complete(request, client))
+        return unwrap(await self.replica.complete(request, client))
 
     async def stream(
         self, request: CompletionRequest, client: str
     ) -> AsyncGenerator[tuple[str, Chunk], None]:
-        async with contextlib.aclosing(self.replica.stream(request, client)) as answers:
-            async for answer in answers:
-                yield kept(answer)
+        async with contextlib.aclosing(self.replica.stream(request, client)) as results:
+            async for result in results:
+                yield unwrap(result)
 
-    async def draw(self, request: ImagesRequest) -> tuple[str, Drawing]:
-        return kept(await self.replica.draw(request))
+    async def generate(self, request: GenerationsRequest) -> tuple[str, GeneratedImages]:
+        return unwrap(await self.replica.generate(request))
 
-    async def interpolate(self, request: InterpolationsRequest) -> tuple[str, Drawing]:
-        return kept(await self.replica.interpolate(request))
+    async def interpolate(self, request: InterpolationsRequest) -> tuple[str, GeneratedImages]:
+        return unwrap(await self.replica.interpolate(request))
 
 
-class Failing:
-    """A text model that gives one chunk where it streams, and then fails."""
+class FailingModel:
+    """A text model that raises `error`; when streaming, after one chunk."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error

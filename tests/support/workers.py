@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from cluster import storage
-from tests.conftest import free_port
+from cluster.machine import free_port
 from train.config.sections import Config
 from train.data.dataset import Dataset
 from train.kinds import KINDS

@@ -135,6 +135,8 @@ class Config(Section):
 
     kind: ClassVar[str]
     """The kind's name in `train.kinds.KINDS`."""
+    changeable: ClassVar[tuple[str, ...]] = ()
+    """The kind's own keys that may differ when a run resumes; "sample." is a whole section."""
 
     run: Run = Run()
     batch: Batch = Batch()

@@ -74,6 +74,11 @@ class GanConfig(Config):
     """A GAN's run."""
 
     kind: ClassVar[str] = "gan"
+    changeable: ClassVar[tuple[str, ...]] = (
+        "quality.inception",
+        "gan.critic_steps",
+        "gan.on_collapse",
+    )
 
     data: ImageData = ImageData()
     model: GanModel = GanModel()

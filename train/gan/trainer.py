@@ -101,7 +101,7 @@ class GanTrainer:
         Returns:
             The means of its loss, of its scores and of the penalty.
         """
-        self.critic.core.requires_grad_(True)
+        self.critic.model.requires_grad_(True)
         found = []
         for number, batch in enumerate(batches):
             with self.critic.accumulating(number, len(batches)):
@@ -118,7 +118,7 @@ class GanTrainer:
 
     def update_generator(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Update the generator once from this worker's micro-batches; return its mean loss."""
-        self.critic.core.requires_grad_(False)
+        self.critic.model.requires_grad_(False)
         losses = []
         for number, batch in enumerate(batches):
             with self.generator.accumulating(number, len(batches)):
@@ -138,10 +138,10 @@ class GanTrainer:
         buffers = [
             (buffer, buffer.clone())
             for learner in (self.generator, self.critic)
-            for buffer in learner.core.buffers()
+            for buffer in learner.model.buffers()
         ]
         self.critic.warm_up(lambda: self._critic_loss(batch)[0])
-        self.critic.core.requires_grad_(False)
+        self.critic.model.requires_grad_(False)
         self.generator.warm_up(lambda: self._generator_loss(batch))
         for buffer, value in buffers:
             buffer.copy_(value)
@@ -154,7 +154,7 @@ class GanTrainer:
         # Three forwards and one backward: DDP exchanges the gradients once, after all three.
         with self.strategy.autocast():
             with torch.no_grad():
-                fake = self.generator.core(batch.latents, batch.labels).to(dtype)
+                fake = self.generator.model(batch.latents, batch.labels).to(dtype)
             real_scores = self.critic(batch.real, batch.labels).to(dtype)
             fake_scores = self.critic(fake, batch.labels).to(dtype)
         loss = self.objective.critic_loss(real_scores, fake_scores)
@@ -164,7 +164,7 @@ class GanTrainer:
         if self.config.gan.penalty_weight:
             # Not through the wrapper: DeepSpeed's hooks would take the inner differentiation for
             # the backward.
-            critic = partial(self.critic.core, labels=batch.labels)
+            critic = partial(self.critic.model, labels=batch.labels)
             penalty = self.objective.penalty(critic, batch.real, fake, batch.mix)
             metrics["gradient_penalty"] = penalty
             loss = loss + self.config.gan.penalty_weight * penalty
@@ -173,7 +173,7 @@ class GanTrainer:
     def _generator_loss(self, batch: Batch) -> Tensor:
         with self.strategy.autocast():
             fake = self.generator(batch.latents, batch.labels)
-            scores = self.critic.core(fake, batch.labels)
+            scores = self.critic.model(fake, batch.labels)
         return self.objective.generator_loss(scores.to(batch.latents.dtype))
 
     # ---- batches, by position
@@ -225,9 +225,9 @@ class GanTrainer:
     def generate(self, batch: Batch) -> Tensor:
         """Return the averaged generator's images (B, C, H, W) of a batch's latents and labels."""
         with self.average.applied():
-            self.generator.core.eval()
-            images: Tensor = self.generator.core(batch.latents, batch.labels)
-            self.generator.core.train()
+            self.generator.model.eval()
+            images: Tensor = self.generator.model(batch.latents, batch.labels)
+            self.generator.model.train()
         return images
 
     def generate_like(self, images: Images, indices: np.ndarray) -> Tensor:

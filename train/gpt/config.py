@@ -67,6 +67,7 @@ class GptConfig(Config):
     """A GPT's run."""
 
     kind: ClassVar[str] = "gpt"
+    changeable: ClassVar[tuple[str, ...]] = ("sample.",)
 
     data: TextData = TextData()
     model: GptModel = GptModel()

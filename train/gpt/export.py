@@ -1,9 +1,11 @@
-"""A GPT-2 of transformers as an ONNX graph over a slot cache, checked against transformers itself.
+"""Export a GPT-2 of transformers as an ONNX graph over a slot cache, and compare it with
+transformers.
 
-The graph (docs/design.md, "A bundle") is transformers' own model with another attention function: new keys and values are
-scattered into caches that the caller owns, at each row's own position, so that rows of any length share one step and a
-prompt may come in chunks. Only standard operators: TensorScatter and Attention of opset 24. With 8-bit weights (train/gpt/quantize.py)
-its products with matrices become ONNX Runtime's own MatMulNBits.
+The graph (docs/reference/storage.md, "A bundle") is transformers' model with another attention function: new
+keys and values are scattered into caches that the caller owns, at each row's own position, so that
+rows of any length share one step and a prompt may come in chunks. It uses standard operators only,
+TensorScatter and Attention of opset 24. With 8-bit weights (train/gpt/quantize.py) its matrix
+products become ONNX Runtime's MatMulNBits.
 """
 
 import tempfile
@@ -38,14 +40,16 @@ from train.parity import VERSIONS, check_parity
 
 OPSET = 24
 ATTENTION = "raykiln_slot_cache"
-# Of the largest logit, so that it fits any model. float32 keeps 7 digits, of which sums over width and layers take two. 8 bits keep
-# two: the demo's logits are 1 % off; how much text that costs is what decides (train/gpt/quantize.py).
+# Relative to the largest logit, so that it fits any model. float32 has 7 digits, of which sums over
+# width and layers cost two. 8 bits have two digits: the logits of the demo differ by 1 %; whether
+# that is acceptable is decided on held-out text (train/gpt/quantize.py).
 RELATIVE_TOLERANCE = {"fp32": 1e-5, "int8": 0.05}
 PROMPT_TOKENS, GOLDEN_TOKENS, SAMPLE_TOKENS = 8, 32, 300
 # Enough to measure the cost of 8-bit weights to four digits: both graphs get the same tokens.
 HELDOUT_TOKENS = 8192
 
-# What parity is measured on: for each row of a batch, the sizes of the chunks in which its tokens come.
+# What parity is measured on: for each row of a batch, the sizes of the chunks that its tokens come
+# in.
 CASES: dict[str, list[list[int]]] = {
     **{
         f"batch {batch}, cache {cache}": [[cache, 1] if cache else [4]] * batch
@@ -85,27 +89,29 @@ def export_gpt(
     folder: Path,
     weights: str = "fp32",
 ) -> dict[str, Any]:
-    """Writes a GPT bundle's files (all but the manifest) into `folder`.
+    """Write a GPT bundle's files, all but the manifest, into `folder`.
 
     Args:
-        model: float32, on the CPU; it is put into eval mode, and its config to using a cache.
+        model: float32, on the CPU; it is put into eval mode, and its config is set to use a cache.
         tokenizer_file: Hugging Face `tokenizers` JSON.
-        heldout: token ids (N) of text that the model was not trained on, in windows of the model's context: what parity, the golden
-            answer and the cost of 8 bits are measured on.
+        heldout: token ids (N) of text that the model was not trained on, in windows of the model's
+            context. Parity, the golden answer and the cost of 8-bit weights are measured on it.
         folder: exists and is empty.
-        weights: of the graph, "fp32" or "int8"; the folder `transformers` has the model's own.
+        weights: of the graph, "fp32" or "int8"; those in the folder `transformers` are float32.
 
     Returns:
-        The manifest's `kind`, `inputs`, `outputs`, `opset`, `parity`, `quantization` (None: float32) and `model`.
+        The manifest's `kind`, `inputs`, `outputs`, `opset`, `parity`, `quantization` (None with
+        float32) and `model`.
 
     Raises:
-        ValueError: the graph's logits or greedy tokens are not transformers' own, or 8 bits cost too much text.
+        ValueError: the graph's logits or greedy tokens differ from transformers', or 8-bit weights
+            cost too much.
     """
     model.eval()
     config, eos = model.config, model.config.eos_token_id
     if not isinstance(eos, int):
         raise ValueError(
-            f"the model's config has eos_token_id {eos!r}: expected the one token that ends a text"
+            f"the model's config has eos_token_id {eos!r}: set it to the one token that ends a text"
         )
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -118,13 +124,13 @@ def export_gpt(
     parity = measure_parity(model, graph, heldout, weights)
     golden = golden_answer(model, graph, tokenizer, heldout, eos, weights)
     storage.write_json(folder / "golden.json", golden)
-    text = tokenizer.decode(gpt.sample(model, golden["ids"], SAMPLE_TOKENS))
-    (folder / "sample.txt").write_text(golden["prompt"] + text + "\n", encoding="utf-8")
+    sample = tokenizer.decode(gpt.sample(model, golden["ids"], SAMPLE_TOKENS))
+    (folder / "sample.txt").write_text(golden["prompt"] + sample + "\n", encoding="utf-8")
     _save_for_transformers(
         model, tokenizer_file, tokenizer.id_to_token(eos), folder / "transformers"
     )
     inputs, outputs = signature(graph.session)
-    shape = {
+    sizes = {
         "vocab_size": config.vocab_size,
         "context": config.n_positions,
         "layers": config.n_layer,
@@ -132,21 +138,25 @@ def export_gpt(
         "head_dim": config.n_embd // config.n_head,
         "eos_token_id": eos,
     }
-    measured = {"parity": parity, "quantization": quantization}
     return {
         "kind": "gpt",
         "inputs": inputs,
         "outputs": outputs,
         "opset": OPSET,
-        **measured,
-        "model": shape,
+        "parity": parity,
+        "quantization": quantization,
+        "model": sizes,
     }
 
 
 def _write_int8_graph(
     model: GPT2LMHeadModel, tokenizer: Tokenizer, heldout: np.ndarray, path: Path
 ) -> dict[str, Any]:
-    """The graph at `path` with 8-bit weights, made from one in float32 that has passed its parity; returns the cost."""
+    """Write the graph with 8-bit weights, made from a float32 graph whose parity was checked.
+
+    Returns:
+        The manifest's `quantization`.
+    """
     context = model.config.n_positions
     with tempfile.TemporaryDirectory(prefix="raykiln-fp32-") as scratch:
         exact = Path(scratch) / "model.onnx"
@@ -156,17 +166,17 @@ def _write_int8_graph(
         return quantize.measure(exact, path, context, heldout, tokenizer)
 
 
-# ---------------------------------------------------------------- the graph
+# ---- the graph
 
 
 @dataclass
 class SlotCache:
     """What the attention layers of one traced call share."""
 
-    past: tuple[Tensor, ...]  # key, value of each layer: (B, H, T, D)
-    write: Tensor  # (B)
-    allowed: Tensor  # (B, 1, S, T)
-    present: list[Tensor] = field(default_factory=list)
+    past: tuple[Tensor, ...]  # keys and values of each layer in turn, each (B, H, T, D)
+    write: Tensor  # (B): the position at which a row's new keys and values are written
+    allowed: Tensor  # (B, 1, S, T), bool: which cached positions a new token attends to
+    present: list[Tensor] = field(default_factory=list)  # as `past`, updated
 
 
 def slot_attention(
@@ -180,13 +190,21 @@ def slot_attention(
     slot_cache: SlotCache,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface in ONNX operators: query, key, value (B, H, S, D) to (B, S, H, D)."""
+    """Compute attention with ONNX operators, through transformers' attention interface.
+
+    Args:
+        query, key, value: (B, H, S, D).
+
+    Returns:
+        The output, (B, S, H, D), and None for the attention weights.
+    """
 
     def scatter(past: Tensor, new: Tensor) -> Tensor:
         return _operator("TensorScatter", (past, new, slot_cache.write), {"axis": 2}, past)
 
-    place = 2 * int(module.layer_idx)  # type: ignore[arg-type]
-    keys, values = scatter(slot_cache.past[place], key), scatter(slot_cache.past[place + 1], value)
+    index = 2 * int(module.layer_idx)  # type: ignore[arg-type]
+    keys = scatter(slot_cache.past[index], key)
+    values = scatter(slot_cache.past[index + 1], value)
     slot_cache.present += [keys, values]
     output = _operator(
         "Attention", (query, keys, values, slot_cache.allowed), {"scale": float(scaling)}, query
@@ -195,8 +213,9 @@ def slot_attention(
 
 
 def _operator(
-    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], like: Tensor
+    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, int | float], like: Tensor
 ) -> Tensor:
+    """Return the output of an ONNX operator, of the dtype and shape of `like`."""
     (output,) = torch.onnx.ops.symbolic_multi_out(
         name, inputs, attributes, dtypes=[like.dtype], shapes=[like.shape], version=OPSET
     )
@@ -204,7 +223,8 @@ def _operator(
 
 
 class SlotCacheModel(nn.Module):
-    """A GPT-2 with its caches as inputs and outputs, and the logits of each row's last real token only."""
+    """A GPT-2 whose KV caches are inputs and outputs; it returns the logits of each row's last
+    token only."""
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
         super().__init__()
@@ -213,6 +233,17 @@ class SlotCacheModel(nn.Module):
     def forward(
         self, ids: Tensor, positions: Tensor, last: Tensor, write: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
+        """Run one step.
+
+        Args:
+            ids, positions: (B, S); a row with fewer tokens is padded.
+            last: (B), the index of each row's last token that is no padding.
+            write: (B), the position at which each row's new keys and values are written.
+            past: keys and values of each layer in turn, each (B, H, T, D).
+
+        Returns:
+            The logits, (B, V), and the updated caches.
+        """
         allowed = torch.arange(past[0].shape[2])[None, None, None, :] <= positions[:, None, :, None]
         cache = SlotCache(past, write, allowed)
         hidden = self.model.transformer(
@@ -223,13 +254,13 @@ class SlotCacheModel(nn.Module):
 
 
 def write_graph(model: GPT2LMHeadModel, path: Path) -> None:
-    """Exports `model` over a slot cache; one file below 2 GB, with `model.onnx.data` beside it above."""
+    """Export `model` over a slot cache to `path`; above 2 GB with model.onnx.data beside it."""
     config = model.config
     AttentionInterface.register(ATTENTION, slot_attention)
     AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
     batch, tokens, cached = (torch.export.Dim(name) for name in "BST")
     row, cache = {0: batch}, {0: batch, 2: cached}
-    # Each input a tensor of its own: torch.export takes one tensor given twice for one input.
+    # A tensor per input: torch.export would merge two inputs that are one tensor.
     ids, positions = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)
     last, write = torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
     caches = [
@@ -237,11 +268,11 @@ def write_graph(model: GPT2LMHeadModel, path: Path) -> None:
         for _ in range(2 * config.n_layer)
     ]
     names = [f"{part}_{layer}" for layer in range(config.n_layer) for part in ("key", "value")]
-    usual = config._attn_implementation
+    attention_before = config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
         with warnings.catch_warnings():
-            # The three sizes are named once for each input on purpose: they are the same everywhere.
+            # Each input names the three sizes again on purpose: they are the same.
             warnings.filterwarnings(
                 "ignore", message=r"# The axis name: [BST] will not be used", category=UserWarning
             )
@@ -268,21 +299,25 @@ def write_graph(model: GPT2LMHeadModel, path: Path) -> None:
                 ),
             )
     finally:
-        model.set_attn_implementation(usual)
+        model.set_attn_implementation(attention_before)
     assert program is not None
     program.save(path)
 
 
-# ---------------------------------------------------------------- parity and the golden answer
+# ---- parity and the golden answer
 
 
 def measure_parity(
     model: GPT2LMHeadModel, graph: TextGraph, heldout: np.ndarray, weights: str = "fp32"
 ) -> dict[str, Any]:
-    """The largest difference between the graph's logits and transformers' with its own cache, over `CASES` of held-out text.
+    """Compare the graph's logits with those of transformers and its own cache, in all `CASES`.
+
+    Returns:
+        The manifest's `parity`.
 
     Raises:
-        ValueError: it is above `RELATIVE_TOLERANCE[weights]` of the largest logit.
+        ValueError: the largest difference is above `RELATIVE_TOLERANCE[weights]` of the largest
+            logit.
     """
     rows = np.resize(heldout, (3, 8)).tolist()
     graph.reserve(graph.context)
@@ -291,35 +326,34 @@ def measure_parity(
         expected = [
             _reference_logits(model, row, sizes) for row, sizes in zip(rows, chunks, strict=False)
         ]
-        answered = _graph_logits(graph, rows, chunks)
+        actual = _graph_logits(graph, rows, chunks)
         differences[name] = max(
-            float(np.abs(mine - theirs).max())
-            for mine, theirs in zip(answered, expected, strict=True)
+            float(np.abs(one - other).max()) for one, other in zip(actual, expected, strict=True)
         )
         peak = max(peak, *(float(np.abs(logits).max()) for logits in expected))
-    way_out = VERSIONS if weights == "fp32" else "export with --weights fp32"
-    return check_parity(differences, RELATIVE_TOLERANCE[weights] * peak, "logits", way_out)
+    hint = VERSIONS if weights == "fp32" else "export with --weights fp32"
+    return check_parity(differences, RELATIVE_TOLERANCE[weights] * peak, "logits", hint)
 
 
 @torch.no_grad()
 def _reference_logits(model: GPT2LMHeadModel, ids: list[int], sizes: list[int]) -> np.ndarray:
-    """transformers' logits after each chunk of one row: (chunks, V)."""
+    """Return transformers' logits after each chunk of one row: (chunks, V)."""
     logits, cache, start = [], None, 0
     for size in sizes:
-        answer = model(
+        output = model(
             input_ids=torch.tensor([ids[start : start + size]]),
             past_key_values=cache,
             use_cache=True,
         )
-        logits.append(answer.logits[0, -1].numpy())
-        cache, start = answer.past_key_values, start + size
+        logits.append(output.logits[0, -1].numpy())
+        cache, start = output.past_key_values, start + size
     return np.stack(logits)
 
 
 def _graph_logits(
     graph: TextGraph, ids: list[list[int]], chunks: list[list[int]]
 ) -> list[np.ndarray]:
-    """The graph's logits after each chunk, rows side by side in one batch: (chunks, V) for each row."""
+    """Return the graph's logits after each chunk, all rows in one batch: (chunks, V) per row."""
     sizes = np.array(chunks)  # (B, chunks)
     starts = np.cumsum(sizes, axis=1) - sizes
     logits = []
@@ -344,14 +378,15 @@ def golden_answer(
     eos: int,
     weights: str = "fp32",
 ) -> dict[str, Any]:
-    """What the graph answers greedily to the first words of the held-out text.
+    """Return the graph's greedy continuation of the first words of the held-out text.
 
     Raises:
-        ValueError: transformers' greedy tokens are others, in float32; 8 bits may turn a close choice.
+        ValueError: transformers' greedy tokens differ. Compared with fp32 weights only: 8 bits may
+            flip a close choice.
     """
     context = model.config.n_positions
     words = [int(token) for token in heldout[: 4 * PROMPT_TOKENS] if token != eos]
-    # A cut character decodes to U+FFFD, which encodes to other ids.
+    # A truncated character decodes to U+FFFD, which encodes to other ids.
     prompt = tokenizer.decode(words[: min(PROMPT_TOKENS, context // 2)]).strip("\ufffd") or "\n"
     ids = tokenizer.encode(prompt).ids
     max_tokens = min(GOLDEN_TOKENS, context - len(ids))
@@ -360,7 +395,8 @@ def golden_answer(
         expected = _reference_tokens(model, ids, max_tokens, eos)
         if tokens != expected:
             raise ValueError(
-                f"the exported graph continues {prompt!r} with the tokens {tokens} and transformers with {expected}: nothing is published"
+                f"the exported graph continues {prompt!r} with the tokens {tokens} and "
+                f"transformers with {expected}: nothing is published; {VERSIONS}"
             )
     return {
         "prompt": prompt,
@@ -374,8 +410,8 @@ def golden_answer(
 def _reference_tokens(
     model: GPT2LMHeadModel, ids: list[int], max_tokens: int, eos: int
 ) -> list[int]:
-    """transformers' greedy continuation of `ids`, up to and without the end of text."""
-    plain = GenerationConfig(
+    """Return transformers' greedy continuation of `ids`, without the end-of-text token."""
+    greedy = GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=False,
         eos_token_id=eos,
@@ -383,24 +419,24 @@ def _reference_tokens(
         use_cache=True,
     )
     prompt = torch.tensor([ids])
-    answer = model.generate(  # type: ignore[misc]  # its own annotation does not fit its own models
-        prompt, attention_mask=torch.ones_like(prompt), generation_config=plain
+    output = model.generate(  # type: ignore[misc]  # its annotation does not fit its own models
+        prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy
     )
-    return [token for token in answer[0, len(ids) :].tolist() if token != eos]
+    return [token for token in output[0, len(ids) :].tolist() if token != eos]
 
 
 def _save_for_transformers(
     model: GPT2LMHeadModel, tokenizer_file: Path, eos_token: str | None, folder: Path
 ) -> None:
-    model.config.use_cache = model.generation_config.use_cache = (
-        True  # training switches it off; whoever loads the folder wants to generate
-    )
+    """Save model and tokenizer as transformers' `from_pretrained` loads them."""
+    # Training switches the cache off; those who load the folder generate with it.
+    model.config.use_cache = model.generation_config.use_cache = True
     showed_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)
     if showed_bars:
         transformers_logging.enable_progress_bar()
-    # Not GPT2TokenizerFast: of a tokenizer.json it silently makes an empty vocabulary.
+    # GPT2TokenizerFast would silently make an empty vocabulary of a tokenizer.json.
     PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_file), bos_token=eos_token, eos_token=eos_token
     ).save_pretrained(folder)

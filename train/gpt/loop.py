@@ -57,7 +57,7 @@ def train(worker: Worker[GptConfig], resumed: tuple[int, State] | None) -> dict[
     loss_module = build_loss(config, model, strategy)
     optimizer = build_optimizer(config, model)
     learner = strategy.learner(
-        "model", loss_module, optimizer, config.optim.clip, saved, core=model
+        "model", loss_module, optimizer, config.optim.clip, saved, model=model
     )
     average = Average(learner, config.optim.ema_decay, saved) if config.optim.ema_decay else None
     averaged_weights = average.applied if average else nullcontext

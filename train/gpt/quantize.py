@@ -1,8 +1,10 @@
-"""8-bit weights for an exported GPT: its matrices take a quarter of the room. What that costs is measured on held-out text.
+"""8-bit weights for an exported GPT, at a quarter of the size; the cost is measured on held-out
+text.
 
-Every matrix is cut into blocks of 32 weights down a column, each with a scale of its own (ONNX Runtime's MatMulNBits). Activations are
-rounded to 8 bits block by block too, within their own row: a row's logits do not depend on the other rows of its batch, as they
-do under dynamic quantisation with one scale a tensor. Embeddings, norms and biases stay in float32.
+Every matrix is divided into blocks of 32 weights along a column, each with its own scale (ONNX
+Runtime's MatMulNBits). Activations are rounded to 8 bits in blocks too, within their row: a row's
+logits do not depend on the other rows of its batch, as they do under dynamic quantization with one
+scale per tensor. Embeddings, norms and biases stay in float32.
 """
 
 import logging
@@ -17,19 +19,19 @@ from models.runtime import TextGraph
 
 BLOCK_SIZE = 32
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
-SLOTS = 8  # windows judged side by side
-MAX_LOSS = 0.01  # more bits a byte than in float32, as a share
+SLOTS = 8  # windows evaluated side by side
+MAX_LOSS = 0.01  # how many more bits per byte than in float32, as a fraction
 
 
 def quantize(source: Path, target: Path) -> None:
-    """Writes the graph at `source` to `target` with 8-bit matrices."""
-    # The module configures the root logger when it is imported; a root logger that has a handler it leaves alone.
-    keep_out = logging.NullHandler()
-    logging.getLogger().addHandler(keep_out)
+    """Write the graph at `source` to `target` with 8-bit matrices."""
+    # On import the module configures the root logger, unless that has a handler.
+    placeholder = logging.NullHandler()
+    logging.getLogger().addHandler(placeholder)
     try:
         from onnxruntime.quantization import matmul_nbits_quantizer
     finally:
-        logging.getLogger().removeHandler(keep_out)
+        logging.getLogger().removeHandler(placeholder)
     matmul_nbits_quantizer.logger.setLevel(logging.WARNING)
     quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
         str(source),
@@ -38,7 +40,7 @@ def quantize(source: Path, target: Path) -> None:
         is_symmetric=True,
         accuracy_level=INT8_ACTIVATIONS,
     )
-    quantizer.model.replace_gemm_with_matmul()  # the quantizer passes Gemm over
+    quantizer.model.replace_gemm_with_matmul()  # the quantizer ignores Gemm
     quantizer.process()
     in_two_files = source.with_name(f"{source.name}.data").exists()
     quantizer.model.save_model_to_file(str(target), use_external_data_format=in_two_files)
@@ -47,14 +49,20 @@ def quantize(source: Path, target: Path) -> None:
 def measure(
     reference: Path, quantized: Path, context: int, heldout: np.ndarray, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """What 8 bits cost: a manifest's `quantization`.
+    """Measure what 8-bit weights cost.
 
     Args:
-        reference, quantized: the graphs, both run as serving runs them.
-        heldout: token ids (N) of text that the model was not trained on, judged in windows of `context`.
+        reference: the float32 graph; both graphs are run as serving runs them.
+        quantized: the graph with 8-bit weights.
+        context: tokens per window.
+        heldout: token ids (N) of text that the model was not trained on.
+        tokenizer: the model's.
+
+    Returns:
+        The manifest's `quantization`.
 
     Raises:
-        ValueError: the text costs more than `MAX_LOSS` more bits, or no number of them.
+        ValueError: bits per byte grow by more than `MAX_LOSS`, or are not finite.
     """
     tokens = heldout.tolist()
     windows = [tokens[start : start + context] for start in range(0, len(tokens), context)]
@@ -64,21 +72,22 @@ def measure(
     )
     if not after <= before * (1 + MAX_LOSS):
         raise ValueError(
-            f"with 8-bit weights the held-out text takes {after:.4g} bits a byte where it took {before:.4g} with float32: more than {MAX_LOSS:.0%} "
-            "is lost and nothing is published; export with --weights fp32"
+            f"with 8-bit weights the held-out text takes {after:.4g} bits per byte and with "
+            f"float32 {before:.4g}, and {MAX_LOSS:.0%} more is allowed: nothing is published; "
+            "export with --weights fp32"
         )
-    judged = sum(len(window) - 1 for window in windows)
     return {
         "weights": "int8",
         "block_size": BLOCK_SIZE,
-        "judged_tokens": judged,
+        "evaluated_tokens": sum(len(window) - 1 for window in windows),
         "bits_per_byte": after,
         "bits_per_byte_fp32": before,
     }
 
 
 def bits_per_byte(graph: TextGraph, windows: list[list[int]], tokenizer: Tokenizer) -> float:
-    """The cross-entropy of each window's tokens after its first, in bits a byte of UTF-8 text; none where there are none."""
+    """Return the cross-entropy of each window's tokens after its first one, in bits per byte of
+    UTF-8 text; 0 where there are no such tokens."""
     nats = sum(
         _nats(graph, windows[first : first + graph.slots])
         for first in range(0, len(windows), graph.slots)
@@ -90,7 +99,7 @@ def bits_per_byte(graph: TextGraph, windows: list[list[int]], tokenizer: Tokeniz
 
 
 def _nats(graph: TextGraph, windows: list[list[int]]) -> float:
-    """The windows side by side, a slot each, token by token."""
+    """Return the sum of the cross-entropy over windows, which run side by side, a slot each."""
     nats = 0.0
     for length in range(max(map(len, windows)) - 1):
         slots = [slot for slot, window in enumerate(windows) if len(window) > length + 1]

@@ -10,9 +10,16 @@ from train.parallel.strategy import Learner
 
 
 class Average:
-    """The moving average of a learner's weights, spread like them, and of its running statistics (BatchNorm's), which belong to them.
+    """The moving average of a learner's weights, sharded like them, and of its running statistics
+    (BatchNorm's).
 
-    It forgets faster at first (TensorFlow's `num_updates` rule), so that it is not held back by the initial weights.
+    The decay is smaller at first (TensorFlow's `num_updates` rule), so that the average soon
+    leaves the initial weights behind.
+
+    Args:
+        learner: whose weights are averaged.
+        decay: of the average, 0 to 1.
+        saved: the state of the checkpoint to resume from.
     """
 
     def __init__(self, learner: Learner, decay: float, saved: State | None = None) -> None:
@@ -20,7 +27,7 @@ class Average:
         self.values = {name: value.clone() for name, value in learner.local().items()}
         self.buffers = {
             name: value.clone()
-            for name, value in learner.core.named_buffers()
+            for name, value in learner.model.named_buffers()
             if value.is_floating_point()
         }
         if saved is not None:
@@ -28,14 +35,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After step `step` (from 0)."""
+        """Move the average towards the weights after step `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for value, average in self._pairs():
             average.lerp_(value, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the module has the averaged weights."""
+        """Give the module the averaged weights inside the context."""
         self._exchange()
         try:
             yield
@@ -50,16 +57,18 @@ class Average:
             average.copy_(kept)
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each of the learner's tensors and its average."""
+        """Yield each of the learner's tensors with its average."""
         for name, value in self.learner.local().items():
             yield value, self.values[name]
         for name, average in self.buffers.items():
-            yield self.learner.core.get_buffer(name), average
+            yield self.learner.model.get_buffer(name), average
 
     def state(self) -> State:
+        """Return the average's part of a checkpoint."""
         return {self.part: self.learner.as_shards(self.values) | self.buffers}
 
     def restore(self, saved: State) -> None:
+        """Load what `state` returned."""
         for name, value in self.values.items():
             value.copy_(self.learner.local_part(name, saved[self.part][name]))
         for name, value in self.buffers.items():

@@ -1,4 +1,4 @@
-"""The backend that a config names."""
+"""The choice of a backend."""
 
 import torch
 
@@ -7,7 +7,7 @@ from train.parallel.strategy import Ddp, Strategy
 
 
 def build(config: Config, device: torch.device | None = None) -> Strategy:
-    """The strategy that a config names."""
+    """Return the strategy that parallel.strategy names."""
     parallel = config.parallel
     if parallel.strategy == "ddp":
         return Ddp(parallel.precision, device)

@@ -1,13 +1,16 @@
-"""DeepSpeed's ZeRO behind the verbs of train/parallel/strategy.py (Rajbhandari et al. 2020, "ZeRO: Memory Optimizations").
+"""DeepSpeed's ZeRO behind the methods of train/parallel/strategy.py.
 
-Stage 0 replicates everything, 1 spreads the optimizer's state over the workers, 2 the gradients too, 3 the
-parameters too. Checkpoints are not DeepSpeed's: each worker writes its shares under the parameters' names, so that any
-number of workers, any stage, and DDP can go on from them, and nothing is pickled.
+Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models".
+
+Stage 0 replicates everything; stage 1 partitions the optimizer state over the workers, stage 2
+the gradients too, stage 3 the parameters too. Checkpoints are not DeepSpeed's: each worker writes
+its shards under the parameters' names, so that any number of workers, any stage, and DDP can
+resume from them, and nothing is pickled.
 """
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +21,21 @@ from torch import nn
 from train.parallel.state import MOMENTS, Shard, adam_state
 from train.parallel.strategy import Learner, Strategy
 
-BUCKET_ELEMENTS = 50_000_000  # exchanged at once; DeepSpeed's default of 5e8 costs 2 GB of buffers
+# Exchanged at once; DeepSpeed's default of 5e8 needs buffers of 2 GB.
+BUCKET_ELEMENTS = 50_000_000
 
 
 class DeepSpeed(Strategy):
-    """One DeepSpeed engine a learner. Needs a process group, also for one worker."""
+    """One DeepSpeed engine per learner. Needs a process group, also for one worker.
+
+    Args:
+        precision: "fp32" or "bf16".
+        device: this worker's; the CPU by default.
+        stage: of ZeRO, 0 to 3.
+        offload: keep the optimizer state in CPU memory.
+        micro_size: samples that a worker processes at once.
+        accumulation: micro-batches per step.
+    """
 
     name = "deepspeed"
 
@@ -36,21 +49,16 @@ class DeepSpeed(Strategy):
         accumulation: int = 1,
     ) -> None:
         super().__init__(precision, device)
-        self.stage, self.offload, self.micro_size, self.accumulation = (
-            stage,
-            offload,
-            micro_size,
-            accumulation,
-        )
+        self.stage, self.offload = stage, offload
+        self.micro_size, self.accumulation = micro_size, accumulation
         self.deepspeed = _import(self.device)
 
-    def _kind(self) -> "type[Learner]":
-        return [_Replicated, _PartitionedOptimizer, _PartitionedOptimizer, _PartitionedParameters][
-            self.stage
-        ]
+    def _learner_class(self) -> "type[Learner]":
+        partitioned = _PartitionedOptimizer
+        return [_Replicated, partitioned, partitioned, _PartitionedParameters][self.stage]
 
     def settings(self, clip: float | None) -> dict[str, Any]:
-        """DeepSpeed's config."""
+        """Return DeepSpeed's config."""
         zero: dict[str, Any] = {
             "stage": self.stage,
             "reduce_bucket_size": BUCKET_ELEMENTS,
@@ -58,22 +66,23 @@ class DeepSpeed(Strategy):
             "overlap_comm": self.device.type == "cuda",
         }
         if self.stage == 3:
-            # Small parameters would stay gathered, out of reach of what writes into the shares.
+            # Small parameters would stay gathered, and writes to their shards would be lost.
             zero["stage3_param_persistence_threshold"] = 0
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_size,
             "gradient_accumulation_steps": self.accumulation,
-            # DeepSpeed would clip to 1.0 where nothing is said; stage 0 is clipped by us, which tells the norm.
+            # DeepSpeed's default is 1.0. In stage 0 `_Replicated` clips, which returns the norm.
             "gradient_clipping": float(clip or 0) if self.stage else 0.0,
             "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own are compiled on first use
+            # torch's AdamW: DeepSpeed's own optimizers are compiled on first use.
+            "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
         if self.precision == "bf16":
-            # No module's gradients are exchanged in bfloat16: they are summed in fp32, as under DDP.
+            # Without "safe" modules all gradients are summed in fp32, as under DDP.
             settings["torch_autocast"] = {
                 "enabled": True,
                 "dtype": "bfloat16",
@@ -83,14 +92,14 @@ class DeepSpeed(Strategy):
 
 
 def _import(device: torch.device) -> Any:
-    """DeepSpeed, kept from compiling anything."""
+    """Import DeepSpeed and keep it from compiling anything."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import deepspeed
     import deepspeed.ops
 
-    # Its shared-memory collectives would be compiled at the first initialize(); gloo does as well.
+    # initialize() would compile its shared-memory collectives; gloo replaces them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings(
         "ignore",
@@ -114,18 +123,19 @@ class _Engine(Learner):
 
     @property
     def zero(self) -> Any:
-        """DeepSpeed's own optimizer around torch's."""
+        """DeepSpeed's optimizer, which wraps torch's."""
         return self.module.optimizer
 
     @contextmanager
-    def accumulating(self, number: int, parts: int) -> Iterator[None]:
-        assert parts == self.strategy.accumulation, (parts, self.strategy.accumulation)
-        self._parts = parts
-        self.module.set_gradient_accumulation_boundary(number == parts - 1)
+    def accumulating(self, number: int, micro_batches: int) -> Iterator[None]:
+        expected = self.strategy.accumulation
+        assert micro_batches == expected, (micro_batches, expected)
+        self._micro_batches = micro_batches
+        self.module.set_gradient_accumulation_boundary(number == micro_batches - 1)
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.module.backward(loss / self._parts, scale_wrt_gas=False)
+        self.module.backward(loss / self._micro_batches, scale_wrt_gas=False)
 
     def step(self) -> torch.Tensor | None:
         self.module.step()
@@ -133,7 +143,7 @@ class _Engine(Learner):
 
 
 class _Replicated(_Engine):
-    """Stage 0: the optimizer is torch's own over whole parameters."""
+    """Stage 0: torch's own optimizer over whole parameters."""
 
     def step(self) -> torch.Tensor | None:
         norm = self._clip()
@@ -142,90 +152,98 @@ class _Replicated(_Engine):
 
 
 class _PartitionedOptimizer(_Engine):
-    """Stages 1 and 2: a group's parameters are laid end to end, and each worker owns an equal run of that line."""
+    """Stages 1 and 2: each worker owns a contiguous partition of every parameter group, which is
+    flattened."""
 
     def _moments(self) -> dict[str, torch.Tensor | Shard]:
-        found: dict[str, torch.Tensor | Shard] = {}
+        moments: dict[str, torch.Tensor | Shard] = {}
         if not self._updates():
-            return found
-        for name, parameter, flat, place in self._owned():
-            here, whole = place.hp_fragment_address, place.lp_fragment_address
+            return moments
+        for name, parameter, partition, mapping in self._owned():
+            local, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
             for key in MOMENTS:
-                values = self.optimizer.state[flat][key].narrow(0, here.start, here.numel)
-                found[f"{key}/{name}"] = Shard(values, whole.start, tuple(parameter.shape))
-        return found
+                values = self.optimizer.state[partition][key].narrow(0, local.start, local.numel)
+                moments[f"{key}/{name}"] = Shard(values, whole.start, tuple(parameter.shape))
+        return moments
 
-    def _set_moments(self, saved: Any, updates: int) -> None:
-        for flat in self.zero.single_partition_of_fp32_groups:
-            self.optimizer.state[flat] = adam_state(flat, updates)
-        for name, _, flat, place in self._owned():
-            here, whole = place.hp_fragment_address, place.lp_fragment_address
+    def _set_moments(self, saved: Mapping[str, torch.Tensor], updates: int) -> None:
+        for partition in self.zero.single_partition_of_fp32_groups:
+            self.optimizer.state[partition] = adam_state(partition, updates)
+        for name, _, partition, mapping in self._owned():
+            local, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
             for key in MOMENTS:
                 values = saved[f"{key}/{name}"].flatten().narrow(0, whole.start, whole.numel)
-                self.optimizer.state[flat][key].narrow(0, here.start, here.numel).copy_(values)
+                moments = self.optimizer.state[partition][key]
+                moments.narrow(0, local.start, local.numel).copy_(values)
 
     def _owned(self) -> Iterator[tuple[str, nn.Parameter, torch.Tensor, Any]]:
-        """The parameters of which this worker owns a part: name, parameter, the owned run, and where the part lies in both."""
-        for name, parameter in self.core.named_parameters():
-            place = parameter._hp_mapping  # type: ignore[attr-defined]  # deepspeed.utils.tensor_fragment
-            if place is not None:
-                yield (
-                    name,
-                    parameter,
-                    self.zero.single_partition_of_fp32_groups[place.param_group_index],
-                    place,
-                )
+        """Yield the parameters of which this worker owns a part.
+
+        Yields:
+            The name, the parameter, the flat partition that holds its part, and DeepSpeed's
+            mapping: the part's address in the partition (hp) and in the parameter (lp).
+        """
+        partitions = self.zero.single_partition_of_fp32_groups
+        for name, parameter in self.model.named_parameters():
+            # Set by deepspeed.utils.tensor_fragment.
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                yield name, parameter, partitions[mapping.param_group_index], mapping
 
 
 class _PartitionedParameters(_Engine):
-    """Stage 3: each worker owns an equal part of every parameter, the last one padded."""
+    """Stage 3: each worker owns an equal part of every parameter; the last part is padded."""
 
     def local(self) -> dict[str, torch.Tensor]:
-        self.zero._partition_all_parameters()  # what a forward has gathered is a copy that a write to the shares would not reach
+        # A parameter that a forward pass has gathered is a copy: writes to the parts would not
+        # reach it.
+        self.zero._partition_all_parameters()
         return {
-            name: self._owned(parameter, parameter.ds_tensor.data)  # type: ignore[attr-defined]
-            for name, parameter in self.core.named_parameters()
+            name: self._unpadded(parameter, parameter.ds_tensor.data)  # type: ignore[attr-defined]
+            for name, parameter in self.model.named_parameters()
         }
 
     def as_shards(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Shard]:
         return {
-            name: self._shard(self.core.get_parameter(name), value)
+            name: self._shard(self.model.get_parameter(name), value)
             for name, value in values.items()
             if value.numel()
         }
 
     def local_part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        parameter = self.core.get_parameter(name)
+        parameter: Any = self.model.get_parameter(name)
         start = self._start(parameter)
-        return whole.flatten()[start : start + parameter.ds_tensor.numel()]  # type: ignore[attr-defined]
+        part: torch.Tensor = whole.flatten()[start : start + parameter.ds_tensor.numel()]
+        return part
 
     def _moments(self) -> dict[str, torch.Tensor | Shard]:
-        found: dict[str, torch.Tensor | Shard] = {}
-        for name, parameter in self.core.named_parameters():
+        read = self.strategy.deepspeed.utils.safe_get_local_optimizer_state
+        moments: dict[str, torch.Tensor | Shard] = {}
+        for name, parameter in self.model.named_parameters():
             for key in MOMENTS:
-                values = self._owned(
-                    parameter,
-                    self.strategy.deepspeed.utils.safe_get_local_optimizer_state(parameter, key),
-                )
+                values = self._unpadded(parameter, read(parameter, key))
                 if values.numel():
-                    found[f"{key}/{name}"] = self._shard(parameter, values)
-        return found
+                    moments[f"{key}/{name}"] = self._shard(parameter, values)
+        return moments
 
-    def _set_moments(self, saved: Any, updates: int) -> None:
-        for flat in self.zero.fp32_partitioned_groups_flat:
-            self.optimizer.state[flat] = adam_state(flat, updates)
-        for name, parameter in self.core.named_parameters():
+    def _set_moments(self, saved: Mapping[str, torch.Tensor], updates: int) -> None:
+        write = self.strategy.deepspeed.utils.safe_set_local_optimizer_state
+        for partition in self.zero.fp32_partitioned_groups_flat:
+            self.optimizer.state[partition] = adam_state(partition, updates)
+        parameter: Any  # with DeepSpeed's attributes
+        for name, parameter in self.model.named_parameters():
             for key in MOMENTS:
-                padded = torch.zeros_like(parameter.ds_tensor.data, dtype=torch.float32)  # type: ignore[attr-defined]
+                padded = torch.zeros_like(parameter.ds_tensor.data, dtype=torch.float32)
                 values = self.local_part(name, saved[f"{key}/{name}"])
                 padded[: values.numel()].copy_(values)
-                self.strategy.deepspeed.utils.safe_set_local_optimizer_state(parameter, padded, key)
+                write(parameter, padded, key)
 
     def _start(self, parameter: Any) -> int:
-        return self.strategy.rank * parameter.ds_tensor.numel()
+        """Return where this worker's part begins in the flattened parameter."""
+        return self.strategy.rank * int(parameter.ds_tensor.numel())
 
-    def _owned(self, parameter: Any, padded: torch.Tensor) -> torch.Tensor:
-        """A worker's share without the padding at the end of the last one's."""
+    def _unpadded(self, parameter: Any, padded: torch.Tensor) -> torch.Tensor:
+        """Return this worker's part without the padding at the end of the last one."""
         return padded.flatten()[: max(parameter.ds_numel - self._start(parameter), 0)]
 
     def _shard(self, parameter: Any, values: torch.Tensor) -> Shard:

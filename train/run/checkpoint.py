@@ -1,9 +1,10 @@
-"""Checkpoints: complete or not existing, written in the background, read at any number of workers by any strategy.
+"""Checkpoints: complete or absent, written in the background, readable at any number of workers.
 
-A checkpoint is a folder `checkpoints/step_000200/`. A part that is whole is one file, `model.safetensors`; a part that is
-spread is one a worker, `model_optimizer-00001-of-00004.safetensors`, each tensor a run of the flattened whole whose place
-is in the file's header. `manifest.json` comes last and names every file with its size and sha256. What has no valid
-manifest is skipped aloud.
+A checkpoint is a folder `checkpoints/step_000200/`. A part that is not sharded is one file,
+`model.safetensors`; a sharded part is one file per worker,
+`model_optimizer-00001-of-00004.safetensors`, whose header holds the position of each tensor in the
+flattened whole. `manifest.json` is written last and names every file with its size and sha256. A
+folder without a valid manifest is skipped with a warning.
 """
 
 import json
@@ -17,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,30 +29,33 @@ from cluster import storage
 from train.parallel.state import Halt, Shard, State
 from train.run.hooks import Hooks
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 3  # raise it when a checkpoint's layout changes
 RETRY_S = 1.0
 UPLOAD_LIMIT = timedelta(hours=12)  # how long the workers wait for the slowest one's files
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete checkpoint says of itself."""
+    """The content of a complete checkpoint's manifest.json."""
 
     format: int
     step: int
     world_size: int
     strategy: str
-    score: (
-        float | None
-    )  # on held-out data at this very step, the smaller the better; None: not judged
+    score: float | None
+    """On held-out data at this step, smaller is better; None: not evaluated."""
     files: dict[str, dict[str, Any]]
+    """By name: "bytes", "sha256" and "part"."""
     config: dict[str, Any]
 
     @property
     def folder(self) -> str:
+        """The name of the checkpoint's folder."""
         return _folder(self.step)
 
 
@@ -63,31 +67,31 @@ def _step(folder: str) -> int:
     return int(folder.removeprefix("step_"))
 
 
-def _folders(above: str) -> list[str]:
-    """The names of the checkpoints' folders, finished or not."""
-    return [name for name in storage.names(above) if re.fullmatch(r"step_\d+", name)]
+def _folders(parent: str) -> list[str]:
+    """Return the names of the checkpoints' folders, complete or not."""
+    return [name for name in storage.names(parent) if re.fullmatch(r"step_\d+", name)]
 
 
-# ---------------------------------------------------------------- which there are
+# ---- find
 
 
 def complete(run_uri: str) -> list[Manifest]:
-    """The run's complete checkpoints, newest first; each one that is not is named in a warning.
+    """Return the run's complete checkpoints, newest first; log a warning for each incomplete one.
 
     Raises:
-        ValueError: there are finished checkpoints, and every one is damaged: to start over would lose the run.
+        ValueError: all finished checkpoints are damaged; to start over would lose the run.
     """
-    above = storage.join(run_uri, "checkpoints")
+    parent = storage.join(run_uri, "checkpoints")
     found, damaged = [], []
-    for name in _folders(above):
+    for name in _folders(parent):
         try:
-            found.append(_manifest(storage.join(above, name)))
+            found.append(_manifest(storage.join(parent, name)))
         except FileNotFoundError:
-            log.warning(
+            logger.warning(
                 "checkpoint %s is skipped: it has no manifest.json, so it was never finished", name
             )
         except ValueError as problem:
-            log.warning("checkpoint %s is skipped: %s", name, problem)
+            logger.warning("checkpoint %s is skipped: %s", name, problem)
             damaged.append(f"{name}: {problem}")
     if damaged and not found:
         raise ValueError(_all_damaged(run_uri, damaged))
@@ -102,81 +106,97 @@ def _all_damaged(run_uri: str, problems: list[str]) -> str:
 
 
 def _manifest(uri: str) -> Manifest:
-    present = storage.files(uri)
-    if MANIFEST not in present:
+    """Read a checkpoint's manifest and check the sizes of its files.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        ValueError: the checkpoint is damaged.
+    """
+    sizes = storage.files(uri)
+    if MANIFEST not in sizes:
         raise FileNotFoundError(uri)
     values = storage.read_json(storage.join(uri, MANIFEST))
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(
-            f"its manifest.json is of another format than {FORMAT}, which this version of raykiln reads"
+            f"its manifest.json does not have format {FORMAT}, the one that this version of "
+            "raykiln reads"
         )
     try:
         manifest = Manifest(**values)
     except TypeError as error:
         raise ValueError(f"its manifest.json is damaged ({error})") from None
-    for file, facts in manifest.files.items():
-        if present.get(file) != facts["bytes"]:
+    for file, entry in manifest.files.items():
+        if sizes.get(file) != entry["bytes"]:
             raise ValueError(
-                f"{file} should have {facts['bytes']} bytes and has {present.get(file, 'none')}"
+                f"{file} should have {entry['bytes']} bytes and has {sizes.get(file, 'none')}"
             )
     return manifest
 
 
 def newest(run_uri: str) -> Manifest | None:
-    """The newest complete checkpoint of a run, None where none was ever finished."""
+    """Return the newest complete checkpoint, or None."""
     return next(iter(complete(run_uri)), None)
 
 
 def best(manifests: list[Manifest]) -> list[Manifest]:
-    """Those that were judged, the best first; of equals the later one."""
-    return sorted(
-        (one for one in manifests if one.score is not None), key=lambda one: (one.score, -one.step)
-    )
+    """Return the evaluated checkpoints, the best first; of two with equal scores the later one."""
+    scored = [(one.score, -one.step, one) for one in manifests if one.score is not None]
+    return [one for *_, one in sorted(scored, key=lambda entry: entry[:2])]
 
 
-# ---------------------------------------------------------------- reading
+# ---- read
 
 
 class Part(Mapping[str, torch.Tensor]):
-    """A part's tensors by name, on the CPU, each read (and put together from its shards) when it is asked for."""
+    """A part's tensors by name, on the CPU. Each access reads the tensor from its files and joins
+    its shards.
 
-    def __init__(self, files: list[Path], owner: Any = None) -> None:
-        self._owner = owner  # keeps a downloaded copy alive
-        self._places: dict[str, list[tuple[Any, dict[str, Any] | None]]] = {}
-        for file in files:
-            handle = safe_open(file, framework="pt")
-            shards = json.loads((handle.metadata() or {}).get("shards", "{}"))
-            for name in handle.keys():  # noqa: SIM118  # a handle is no dict
-                self._places.setdefault(name, []).append((handle, shards.get(name)))
+    Args:
+        files: the part's safetensors files.
+        owner: an object that lives as long as the part, e.g. the folder of a downloaded copy.
+    """
+
+    def __init__(self, files: list[Path], owner: object = None) -> None:
+        self._owner = owner
+        # By tensor: the files that hold it, each with the shard's "start" and "shape".
+        self._sources: dict[str, list[tuple[Any, dict[str, Any] | None]]] = {}
+        for path in files:
+            file = safe_open(path, framework="pt")
+            shards = json.loads((file.metadata() or {}).get("shards", "{}"))
+            for name in file.keys():  # noqa: SIM118  # it cannot be iterated over itself
+                self._sources.setdefault(name, []).append((file, shards.get(name)))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        handle, shard = self._places[name][0]
+        sources = self._sources[name]
+        file, shard = sources[0]
+        first: torch.Tensor = file.get_tensor(name)
         if shard is None:
-            return handle.get_tensor(name)
-        first = handle.get_tensor(name)
+            return first
         whole = torch.empty(torch.Size(shard["shape"]), dtype=first.dtype)
         filled = 0
-        for handle, place in self._places[name]:
-            assert place is not None
-            values = handle.get_tensor(name)
-            whole.view(-1)[place["start"] : place["start"] + values.numel()] = values
+        for file, shard in sources:
+            assert shard is not None, f"{name} is a shard in one file and whole in another"
+            values = file.get_tensor(name)
+            whole.view(-1)[shard["start"] : shard["start"] + values.numel()] = values
             filled += values.numel()
         if filled != whole.numel():
             raise ValueError(f"{name}: the shards have {filled} of {whole.numel()} elements")
         return whole
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._sources)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._sources)
 
 
 def read(run_uri: str, manifest: Manifest) -> State:
-    """The state in a checkpoint: its tensors as `Part`s, the rest as dicts. Every hash is checked first.
+    """Read a checkpoint's state: tensors as `Part`s, the rest as dicts.
+
+    The hash of every file is checked first.
 
     Raises:
-        ValueError: names the file that is not what was written.
+        ValueError: a file is missing or damaged; names it.
     """
     uri = storage.join(run_uri, "checkpoints", manifest.folder)
     folder, owner = storage.local_path(uri), None
@@ -185,34 +205,38 @@ def read(run_uri: str, manifest: Manifest) -> State:
         folder = Path(owner.name)
         storage.download(uri, folder)
     parts: dict[str, list[Path]] = {}
-    for file, facts in manifest.files.items():
-        if not (folder / file).is_file() or storage.sha256(folder / file) != facts["sha256"]:
+    for file, entry in manifest.files.items():
+        path = folder / file
+        if not path.is_file() or storage.sha256(path) != entry["sha256"]:
             raise ValueError(f"{uri}/{file} is damaged: its hash is not the one in manifest.json")
-        parts.setdefault(facts["part"], []).append(folder / file)
+        parts.setdefault(entry["part"], []).append(path)
     try:
-        return {
-            part: storage.read_json(files[0])
-            if files[0].suffix == ".json"
-            else Part(sorted(files), owner)
-            for part, files in parts.items()
-        }
+        return {name: _read_part(files, owner) for name, files in parts.items()}
     except SafetensorError as error:
         raise ValueError(f"{uri} is damaged ({error})") from None
 
 
-# ---------------------------------------------------------------- one run's
+def _read_part(files: list[Path], owner: object) -> Mapping[str, Any]:
+    if files[0].suffix == ".json":
+        values: dict[str, Any] = storage.read_json(files[0])
+        return values
+    return Part(sorted(files), owner)
+
+
+# ---- a run's checkpoints
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of one run, on every worker alike.
+    """Save and load the checkpoints of one run; every worker has one and calls it alike.
 
     Args:
         run_uri: the run's folder on storage.
         config: the resolved config, kept in each manifest.
-        strategy: the name of what spreads the work, kept in each manifest.
-        keep_last: how many of the newest stay.
-        keep_best: how many of those with the smallest score stay beside them.
-        driver: the token that `driver.json` must hold while this driver's workers may write (None: not checked).
+        strategy: the name of the `train.parallel.strategy.Strategy`, kept in each manifest.
+        keep_last: how many of the newest are kept.
+        keep_best: how many of those with the smallest score are kept besides.
+        driver: the token that driver.json must hold while the workers of this driver may write;
+            None: not checked.
         hooks: `files_uploaded` is called when a checkpoint's files are on storage and its
             manifest is not.
     """
@@ -233,77 +257,83 @@ class Checkpointer:
         self.run_uri, self.config, self.strategy, self.driver = run_uri, config, strategy, driver
         self.hooks = hooks or Hooks()
         self.keep_last, self.keep_best = keep_last, keep_best
-        # The writers agree in the background, beside the exchange of gradients: that needs a group of its own.
-        self._group: Any = (
+        # The writer threads communicate while gradients are exchanged, so they need their own
+        # process group.
+        self._group: dist.ProcessGroup | None = (
             dist.new_group(backend="gloo", timeout=UPLOAD_LIMIT) if self.world_size > 1 else None
         )
         self._writer: threading.Thread | None = None
         self._failure: str | None = None
 
     def load(self) -> tuple[int, State] | None:
-        """The step and state of the newest checkpoint that is complete and undamaged; None where the run has none.
+        """Return the step and state of the newest complete and undamaged checkpoint, or None.
 
-        Rank 0 chooses and every rank reads the same one.
+        Rank 0 chooses, and every rank reads the same one.
 
         Raises:
-            ValueError: there are checkpoints, and every one is damaged.
+            Halt: all checkpoints are damaged.
+            OSError: storage cannot be read.
         """
-        found = self._agree(lambda: complete(self.run_uri) if self.rank == 0 else [])[0]
+        found = self._on_all(lambda: complete(self.run_uri) if self.rank == 0 else [])[0]
         problems = []
         for manifest in found:
             state, problem = self._read(manifest)
             if state is not None:
                 return manifest.step, state
-            log.warning("checkpoint %s is skipped: %s", manifest.folder, problem)
+            logger.warning("checkpoint %s is skipped: %s", manifest.folder, problem)
             problems.append(f"{manifest.folder}: {problem}")
         if problems:
             raise Halt(_all_damaged(self.run_uri, problems))
         return None
 
     def _read(self, manifest: Manifest) -> tuple[State | None, str | None]:
-        """The state, or what is wrong with it, the same on every worker.
+        """Return the state and None, or None and the damage; the same case on every worker.
 
         Raises:
-            OSError: a worker could not read it, which says nothing of the checkpoint: an older one would be the wrong answer.
+            OSError: a worker could not read the files. That is no damage: to resume from an older
+                checkpoint would lose steps.
         """
-        state, damage, trouble = None, None, None
+        state, damage, failure = None, None, None
         try:
             state = read(self.run_uri, manifest)
         except (ValueError, FileNotFoundError) as error:
             damage = str(error)
         except OSError as error:
-            trouble = str(error)
-        damages, troubles = zip(*self._gather((damage, trouble)), strict=True)
-        if any(troubles):
+            failure = str(error)
+        results = self._gather((damage, failure))
+        damages = [damage for damage, _ in results if damage]
+        failures = [failure for _, failure in results if failure]
+        if failures:
             raise OSError(
-                f"checkpoint {manifest.folder} of {self.run_uri} could not be read: {next(filter(None, troubles))}"
+                f"checkpoint {manifest.folder} of {self.run_uri} could not be read: {failures[0]}"
             )
-        return (None, next(filter(None, damages))) if any(damages) else (state, None)
+        return (None, damages[0]) if damages else (state, None)
 
     def save(self, step: int, state: State, score: float | None = None) -> None:
-        """Takes a copy of `state` now and writes it in the background, after the one in flight. Every worker calls it.
+        """Copy `state` and write it in the background, after the checkpoint in flight.
+
+        Every worker must call it. Rank 0 writes whole tensors and JSON, each worker its shards.
 
         Args:
             step: of the run.
-            state: {part: {name: tensor or Shard}}, or {part: what JSON can hold}. Whole parts are written by rank 0,
-                shards by each worker.
-            score: on held-out data at this step, the smaller the better.
+            state: {part: {name: tensor or Shard}}, or {part: JSON}.
+            score: on held-out data at this step, smaller is better.
 
         Raises:
-            Halt: the one before could not be written.
+            Halt: the checkpoint before could not be written.
         """
         self.join()
-        mine = {part: copy for part, values in state.items() if (copy := self._mine(values))}
+        copies = {part: copy for part, values in state.items() if (copy := self._copy(values))}
         self._writer = threading.Thread(
-            target=self._write, args=(step, mine, score), name="checkpoint-writer", daemon=True
+            target=self._write, args=(step, copies, score), name="checkpoint-writer", daemon=True
         )
         self._writer.start()
 
     def join(self) -> None:
-        """Waits for the checkpoint in flight.
+        """Wait for the checkpoint in flight.
 
         Raises:
-            Halt: it could not be written, on any of the workers; the older ones are untouched.
+            Halt: one of the workers could not write it; the older ones are untouched.
         """
         if self._writer is not None:
             self._writer.join()
@@ -311,11 +341,13 @@ class Checkpointer:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise Halt(
-                f"a checkpoint could not be written below {self.run_uri}/checkpoints ({failure}); the older ones are untouched"
+                f"a checkpoint could not be written below {self.run_uri}/checkpoints ({failure}); "
+                "the older ones are untouched"
             )
 
-    def _mine(self, values: dict[str, Any]) -> dict[str, Any]:
-        """A copy on the CPU of what this worker writes of a part: training goes on meanwhile."""
+    def _copy(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a copy on the CPU of what this worker writes of a part; training changes the
+        original meanwhile."""
         if not _is_tensors(values):
             return dict(values) if self.rank == 0 else {}
         return {
@@ -324,20 +356,21 @@ class Checkpointer:
             if self.rank == 0 or isinstance(value, Shard)
         }
 
-    # ------------------------------------------------------------ in the background
+    # ---- in the background
 
-    def _write(self, step: int, mine: State, score: float | None) -> None:
+    def _write(self, step: int, state: dict[str, dict[str, Any]], score: float | None) -> None:
+        """Write this worker's part of a checkpoint; keep the error for `join`."""
         uri = storage.join(self.run_uri, "checkpoints", _folder(step))
         try:
-            self._agree(lambda: self._clear(uri) if self.rank == 0 else None)
+            self._on_all(lambda: self._clear(uri) if self.rank == 0 else None)
             try:
-                files = self._agree(lambda: self._upload(uri, mine))
+                files = self._on_all(lambda: self._upload(uri, state))
                 self.hooks.files_uploaded(step)
-                merged = {file: facts for part in files for file, facts in part.items()}
+                merged = {file: entry for part in files for file, entry in part.items()}
                 manifest = Manifest(
                     FORMAT, step, self.world_size, self.strategy, score, merged, self.config
                 )
-                self._agree(lambda: self._finish(uri, manifest) if self.rank == 0 else None)
+                self._on_all(lambda: self._finish(uri, manifest) if self.rank == 0 else None)
             except ValueError:
                 self._discard(uri)
                 raise
@@ -346,34 +379,16 @@ class Checkpointer:
         except Exception as failure:
             self._failure = str(failure) or repr(failure)
 
-    def _discard(self, uri: str) -> None:
-        """Half a checkpoint is worth less than the room it takes on a full disk. Every worker has ended its upload."""
-        if self.rank == 0:
-            with suppress(ValueError, OSError):
-                self._refuse_if_overtaken()  # then it is the other driver's
-                storage.delete(uri)
-
-    def _agree(self, act: Callable[[], Any]) -> list[Any]:
-        """What `act` gave on each worker; where it failed on one, all fail with that sentence."""
-        try:
-            outcome, problem = act(), None
-        except Exception as error:
-            outcome, problem = None, str(error) or repr(error)
-        outcomes = self._gather((outcome, problem))
-        for rank, (_, failed) in enumerate(outcomes):
-            if failed is not None:
-                raise ValueError(failed if len(outcomes) == 1 else f"worker {rank}: {failed}")
-        return [outcome for outcome, _ in outcomes]
-
     def _clear(self, uri: str) -> None:
-        """What a killed attempt at this step left is no part of it."""
-        self._refuse_if_overtaken()
+        """Delete what a killed attempt at this step has left."""
+        self._check_driver()
         storage.delete(uri)
 
-    def _upload(self, uri: str, mine: State) -> dict[str, dict[str, Any]]:
+    def _upload(self, uri: str, state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Write this worker's files; return their entries in the manifest."""
         files: dict[str, dict[str, Any]] = {}
         with tempfile.TemporaryDirectory(prefix="raykiln-checkpoint-") as scratch:
-            for part, values in mine.items():
+            for part, values in state.items():
                 path = self._write_part(Path(scratch), part, values)
                 files[path.name] = {
                     "bytes": path.stat().st_size,
@@ -383,68 +398,99 @@ class Checkpointer:
             try:
                 storage.upload(scratch, uri)
             except OSError:
-                time.sleep(RETRY_S)  # a store may stumble once
+                time.sleep(RETRY_S)  # object stores have transient errors
                 storage.upload(scratch, uri)
         return files
 
     def _write_part(self, folder: Path, part: str, values: dict[str, Any]) -> Path:
+        """Write this worker's file of a part, and return its path."""
         if not _is_tensors(values):
-            storage.write_json(folder / f"{part}.json", values)
-            return folder / f"{part}.json"
+            path = folder / f"{part}.json"
+            storage.write_json(path, values)
+            return path
         shards = {name: value for name, value in values.items() if isinstance(value, Shard)}
-        places = {
-            name: {"start": value.start, "shape": list(value.shape)}
-            for name, value in shards.items()
+        if not shards:
+            path = folder / f"{part}.safetensors"
+            save_file(values, path)
+            return path
+        path = folder / f"{part}-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
+        positions = {
+            name: {"start": shard.start, "shape": list(shard.shape)}
+            for name, shard in shards.items()
         }
-        path = folder / (
-            f"{part}-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
-            if shards
-            else f"{part}.safetensors"
-        )
-        tensors = {
-            name: value.values if isinstance(value, Shard) else value
-            for name, value in values.items()
-        }
-        save_file(tensors, path, metadata={"shards": json.dumps(places)} if shards else None)
+        tensors = values | {name: shard.values for name, shard in shards.items()}
+        save_file(tensors, path, metadata={"shards": json.dumps(positions)})
         return path
 
     def _finish(self, uri: str, manifest: Manifest) -> None:
-        self._refuse_if_overtaken()
+        self._check_driver()
         storage.write_json(storage.join(uri, MANIFEST), asdict(manifest))
 
-    def _prune(self, step: int) -> None:
-        """Deletes what is older than the checkpoint of `step` and not to be kept: others, and what a killed attempt left.
+    def _discard(self, uri: str) -> None:
+        """Delete an incomplete checkpoint, to free the space on a full disk. Every worker has
+        ended its upload."""
+        if self.rank == 0:
+            with suppress(ValueError, OSError):
+                self._check_driver()  # otherwise the folder belongs to the other driver
+                storage.delete(uri)
 
-        Those of later steps are none of its business: a run that went back has them, damaged, and will write them again.
+    def _prune(self, step: int) -> None:
+        """Delete checkpoints older than `step` that are not to be kept, and what killed attempts
+        have left.
+
+        Later steps are left alone: a run that went back to an older checkpoint has them, damaged,
+        and will write them again.
         """
-        above = storage.join(self.run_uri, "checkpoints")
+        parent = storage.join(self.run_uri, "checkpoints")
         try:
             found = [one for one in complete(self.run_uri) if one.step <= step]
             kept = [*found[: self.keep_last], *best(found)[: self.keep_best]]
             unfinished = [
                 name
-                for name in _folders(above)
-                if _step(name) < step and not storage.exists(storage.join(above, name, MANIFEST))
+                for name in _folders(parent)
+                if _step(name) < step and not storage.exists(storage.join(parent, name, MANIFEST))
             ]
             for name in [*(one.folder for one in found if one not in kept), *unfinished]:
-                storage.delete(
-                    storage.join(above, name, MANIFEST)
-                )  # first: what is left of it is no checkpoint
-                storage.delete(storage.join(above, name))
+                # The manifest first: without it the rest is not taken for a checkpoint.
+                storage.delete(storage.join(parent, name, MANIFEST))
+                storage.delete(storage.join(parent, name))
         except (ValueError, OSError) as problem:
-            log.warning("old checkpoints could not be deleted: %s", problem)
+            logger.warning("old checkpoints could not be deleted: %s", problem)
 
-    def _refuse_if_overtaken(self) -> None:
-        """A driver that was thought dead must not write into the run that another goes on with."""
+    def _check_driver(self) -> None:
+        """Check that this driver still owns the run.
+
+        Raises:
+            ValueError: another driver took this one for dead and has resumed the run.
+        """
         if self.driver is None:
             return
         owner = storage.read_json(storage.join(self.run_uri, "driver.json"))["token"]
         if owner != self.driver:
             raise ValueError("another driver has taken over this run")
 
-    # ------------------------------------------------------------ between the workers
+    # ---- between the workers
 
-    def _gather(self, value: Any) -> list[Any]:
+    def _on_all(self, function: Callable[[], T]) -> list[T]:
+        """Call `function` on every worker and return the results of all, by rank.
+
+        Raises:
+            ValueError: it failed on one worker; raised on every worker.
+        """
+        result: T | None = None
+        problem: str | None = None
+        try:
+            result = function()
+        except Exception as error:
+            problem = str(error) or repr(error)
+        outcomes = self._gather((result, problem))
+        for rank, (_, failed) in enumerate(outcomes):
+            if failed is not None:
+                raise ValueError(failed if len(outcomes) == 1 else f"worker {rank}: {failed}")
+        return [cast(T, outcome) for outcome, _ in outcomes]
+
+    def _gather(self, value: T) -> list[T]:
+        """Return the values of all workers, by rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -452,7 +498,7 @@ class Checkpointer:
         return values
 
 
-def _is_tensors(values: dict[str, Any]) -> bool:
+def _is_tensors(values: Mapping[str, Any]) -> bool:
     return bool(values) and all(
         isinstance(value, (torch.Tensor, Shard)) for value in values.values()
     )
@@ -460,7 +506,6 @@ def _is_tensors(values: dict[str, Any]) -> bool:
 
 def _to_cpu(value: torch.Tensor | Shard) -> torch.Tensor | Shard:
     if isinstance(value, Shard):
-        return Shard(
-            value.values.detach().to("cpu", copy=True).contiguous(), value.start, value.shape
-        )
+        values = value.values.detach().to("cpu", copy=True).contiguous()
+        return Shard(values, value.start, value.shape)
     return value.detach().to("cpu", copy=True).contiguous()

@@ -1,8 +1,8 @@
-"""A run's folder: its name, what may be resumed, and who drives it.
+"""A run's folder: its name, whether it is resumed, and its driver.
 
     with open_run(config, "kiln", stem="gpt-tiny") as run: ...
 
-A run never silently starts over, and has one driver at a time.
+A run is never started over silently, and it has one driver at a time.
 """
 
 import logging
@@ -24,12 +24,13 @@ from cluster import storage
 from train.config.sections import Config
 from train.run import checkpoint
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10
-STALE_S = 60  # a driver on another machine that has not been heard of for this long is dead
-# What may differ between the parts of one run: it changes neither the samples nor, but for how often a critic steps, the mathematics.
-FREE: tuple[str, ...] = (
+STALE_S = 60  # a driver on another machine whose heartbeat is older than this is dead
+# Keys that may differ when a run resumes (besides `Config.changeable`): they change neither the
+# samples nor the mathematics.
+CHANGEABLE: tuple[str, ...] = (
     "run.name",
     "run.resume",
     "run.max_failures",
@@ -41,10 +42,6 @@ FREE: tuple[str, ...] = (
     "parallel.offload",
     "checkpoint.",
     "log.",
-    "sample.",
-    "quality.inception",
-    "gan.critic_steps",
-    "gan.on_collapse",
     "batch.micro_size",
     "steps",
     "compile",
@@ -53,126 +50,157 @@ FREE: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run: its name, its URI, the step it goes on from (0: it starts), this driver's token."""
+    """An opened run."""
 
     name: str
     uri: str
     start: int
+    """The step that it resumes from; 0: it starts."""
     token: str
+    """Of this driver (see driver.json)."""
 
 
 @contextmanager
 def open_run(config: Config, root: str, stem: str) -> Iterator[Run]:
-    """The run that `config` names, locked for this driver, its config written down.
+    """Lock the run that `config` names for this driver and write its config down.
 
     Args:
+        config: of the run.
+        root: the storage.
         stem: what an unnamed run's name begins with.
 
     Raises:
-        ValueError: run.resume and what is on storage do not agree, the config is another than the run's, or
-            another driver lives.
+        ValueError: run.resume contradicts what is on storage, the config differs from the run's,
+            or another driver is alive.
     """
-    name = (
-        config.run.name
-        or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    name = config.run.name or _new_name(stem)
     uri = storage.join(root, "runs", name)
-    _start(config, name, uri)  # what is refused leaves no trace
+    _start(config, name, uri)  # a run that is refused leaves no files
     with _driver(name, uri) as token:
         start = _start(config, name, uri)
         storage.write_bytes(storage.join(uri, "run.yaml"), config.to_yaml().encode())
         yield Run(name, uri, start, token)
 
 
+def _new_name(stem: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem)}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def _start(config: Config, name: str, uri: str) -> int:
+    """Return the step to resume from, or 0.
+
+    Raises:
+        ValueError: run.resume or the config contradicts what is on storage.
+    """
     newest = checkpoint.newest(uri)
     resume = config.run.resume
     if newest is None:
         if resume == "must":
             raise ValueError(
-                f"run.resume is must, and {uri} has no complete checkpoint: check --run.name and --storage, or use --run.resume auto"
+                f"run.resume is must, and {uri} has no complete checkpoint: check --run.name and "
+                "--storage, or use --run.resume auto"
             )
         return 0
     if resume == "never":
         raise ValueError(
-            f"run.resume is never, and run {name} has a checkpoint of step {newest.step}: use another --run.name, or --run.resume auto to go on"
+            f"run.resume is never, and run {name} has a checkpoint of step {newest.step}: use "
+            "another --run.name, or --run.resume auto to resume it"
         )
-    _refuse_another_config(config, name, newest.config)
+    _check_config(config, name, newest.config)
     if newest.step > config.steps:
         raise ValueError(
-            f"run {name} is at step {newest.step}, beyond steps {config.steps}: use another --run.name, or more --steps"
+            f"run {name} is at step {newest.step}, beyond steps {config.steps}: use another "
+            "--run.name, or more --steps"
         )
     return newest.step
 
 
-def _refuse_another_config(config: Config, name: str, before: dict[str, Any]) -> None:
+def _check_config(config: Config, name: str, before: dict[str, Any]) -> None:
+    """Check that the config differs only in keys that may change.
+
+    Raises:
+        ValueError: another key differs.
+    """
     now, then = _flat(yaml.safe_load(config.to_yaml())), _flat(before)
+    changeable = CHANGEABLE + config.changeable
     for key in sorted(now.keys() | then.keys()):
-        if not key.startswith(FREE) and now.get(key) != then.get(key):
+        if not key.startswith(changeable) and now.get(key) != then.get(key):
             raise ValueError(
-                f"run {name} was begun with {key} {then.get(key)!r}, and now it is {now.get(key)!r}: give it the old value, or use another --run.name"
+                f"run {name} was started with {key} {then.get(key)!r}, and now it is "
+                f"{now.get(key)!r}: restore the old value, or use another --run.name"
             )
 
 
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted keys."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
-    return found
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
-# ---------------------------------------------------------------- one driver
+# ---- one driver
 
 
 @contextmanager
 def _driver(name: str, uri: str) -> Iterator[str]:
-    """Holds driver.json, refreshed by a heartbeat; yields the token that proves who holds it."""
-    place = storage.join(uri, "driver.json")
-    if storage.exists(place):
-        _refuse_if_alive(name, storage.read_json(place))
+    """Hold driver.json and refresh its heartbeat; yield the token that identifies its holder.
+
+    Raises:
+        ValueError: another driver is alive.
+    """
+    file = storage.join(uri, "driver.json")
+    if storage.exists(file):
+        _check_dead(name, storage.read_json(file))
     token = secrets.token_hex(8)
-    me = {
+    driver = {
         "token": token,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
     }
-    storage.write_json(place, {**me, "heartbeat": time.time()})
+    storage.write_json(file, {**driver, "heartbeat": time.time()})
     time.sleep(0.05)
-    if storage.read_json(place)["token"] != token:
+    if storage.read_json(file)["token"] != token:
         raise ValueError(
-            f"run {name} was started by another process at the same moment: one of the two is enough"
+            f"run {name} was started by another process at the same moment: start it once"
         )
-    over = threading.Event()
+    done = threading.Event()
 
     def beat() -> None:
-        while not over.wait(HEARTBEAT_S):
+        while not done.wait(HEARTBEAT_S):
             try:
-                if storage.read_json(place)["token"] != token:
-                    return  # taken over: the other driver's file is not ours to touch
-                storage.write_json(place, {**me, "heartbeat": time.time()})
+                if storage.read_json(file)["token"] != token:
+                    return  # another driver has taken over, and the file is its own
+                storage.write_json(file, {**driver, "heartbeat": time.time()})
             except OSError as error:
-                log.warning(
-                    "the heartbeat of run %s could not be written (%s): it is tried again",
-                    name,
-                    error,
+                logger.warning(
+                    "the heartbeat of run %s could not be written (%s): trying again", name, error
                 )
 
-    heart = threading.Thread(target=beat, name="driver-heartbeat", daemon=True)
-    heart.start()
+    heartbeat = threading.Thread(target=beat, name="driver-heartbeat", daemon=True)
+    heartbeat.start()
     try:
         yield token
     finally:
-        over.set()
-        heart.join()
-        with suppress(
-            OSError
-        ):  # a full disk: why the run ended matters more, and the next driver sees that this one is gone
-            if storage.read_json(place)["token"] == token:
-                storage.write_json(place, {**me, "heartbeat": 0})
+        done.set()
+        heartbeat.join()
+        # On a full disk the error that ended the run matters more; the next driver finds this
+        # process dead.
+        with suppress(OSError):
+            if storage.read_json(file)["token"] == token:
+                storage.write_json(file, {**driver, "heartbeat": 0})
 
 
-def _refuse_if_alive(name: str, other: dict[str, Any]) -> None:
+def _check_dead(name: str, other: dict[str, Any]) -> None:
+    """Check that the driver of another driver.json has ended.
+
+    Raises:
+        ValueError: it is alive.
+    """
     if other["heartbeat"] == 0:
         return
     if other["host"] == socket.gethostname():
@@ -184,5 +212,6 @@ def _refuse_if_alive(name: str, other: dict[str, Any]) -> None:
         alive = time.time() - other["heartbeat"] < STALE_S
     if alive:
         raise ValueError(
-            f"run {name} is driven by process {other['pid']} on {other['host']}: stop that one first, or use another --run.name"
+            f"run {name} is driven by process {other['pid']} on {other['host']}: stop that one "
+            "first, or use another --run.name"
         )

@@ -114,7 +114,7 @@ class RunRecorder:
             # of one for those of the other.
             run_id = f"{wandb['name'][:48]}-{int(starts[0]['time'] * 1000):x}"
             self._mirror = Mirror(run_uri, {**wandb, "id": run_id})
-            self._mirror.write_again(kept, start)
+            self._mirror.replay(kept, start)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write a line of metrics.jsonl, a point per metric in TensorBoard, and feed the driver."""
@@ -125,7 +125,7 @@ class RunRecorder:
         for metric, value in values.items():
             self._board.add_scalar(metric, value, step)
         if self._mirror is not None:
-            self._mirror.scalars(step, now, values)
+            self._mirror.metrics(step, now, values)
         if self._feed is not None:
             self._feed.push.remote({"step": step, **values})
 

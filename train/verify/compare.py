@@ -1,9 +1,8 @@
-"""Two runs compared: every figure of every step, every tensor of every checkpoint, bit for bit."""
+"""Compare two runs bit for bit: every metric of every step, every tensor of every checkpoint."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,40 +12,46 @@ from train.run import checkpoint
 
 @dataclass(frozen=True)
 class Compared:
-    """A figure or tensor of two runs."""
+    """A metric or tensor of two runs."""
 
     step: int
     what: str
-    difference: str = ""  # in words; empty: bit for bit the same
+    difference: str = ""
+    """In words; "" where they are equal bit for bit."""
     absolute: float = 0.0
-    relative: float = 0.0  # to the largest magnitude in the uninterrupted run's
+    """The largest absolute difference."""
+    relative: float = 0.0
+    """The same, relative to the largest magnitude in the uninterrupted run."""
 
     def within(self, tolerance: float) -> bool:
+        """Whether the difference is at most a relative tolerance; 0: bit for bit."""
         return not self.difference or (tolerance > 0 and self.relative <= tolerance)
 
 
 def metrics(
     uninterrupted: list[dict[str, float]], killed: list[dict[str, float]]
 ) -> Iterator[Compared]:
-    """Every figure that is mathematics in the rows of two metrics.jsonl, step by step."""
-    one, other = _mathematics(uninterrupted), _mathematics(killed)
-    for step, tag in sorted(one.keys() | other.keys()):
-        yield _compare(step, f"{tag} at step {step}", one.get((step, tag)), other.get((step, tag)))
+    """Compare the metrics in the rows of two metrics.jsonl, without those that depend on the
+    clock, step by step."""
+    one, other = _without_clock(uninterrupted), _without_clock(killed)
+    for step, metric in sorted(one.keys() | other.keys()):
+        what = f"{metric} at step {step}"
+        yield _compare(step, what, one.get((step, metric)), other.get((step, metric)))
 
 
-def _mathematics(rows: list[dict[str, float]]) -> dict[tuple[int, str], float]:
-    """{(step, tag): value}, without what depends on the clock."""
-    clocks = {"step", "time", "mfu"}
+def _without_clock(rows: list[dict[str, float]]) -> dict[tuple[int, str], float]:
+    """Return {(step, metric): value}, without what depends on the clock."""
+    excluded = {"step", "time", "mfu"}
     return {
-        (int(row["step"]), tag): value
+        (int(row["step"]), metric): value
         for row in rows
-        for tag, value in row.items()
-        if tag not in clocks and not tag.endswith("_s")
+        for metric, value in row.items()
+        if metric not in excluded and not metric.endswith("_s")
     }
 
 
 def checkpoints(uninterrupted_uri: str, killed_uri: str) -> Iterator[Compared]:
-    """All that the checkpoints of two runs hold."""
+    """Compare all that the checkpoints of two runs hold."""
     one, other = (
         {manifest.step: manifest for manifest in checkpoint.complete(uri)}
         for uri in (uninterrupted_uri, killed_uri)
@@ -63,7 +68,7 @@ def checkpoints(uninterrupted_uri: str, killed_uri: str) -> Iterator[Compared]:
 
 
 def states(step: int, uninterrupted: State, killed: State) -> Iterator[Compared]:
-    """All that two checkpoints of a step hold, part by part and name by name."""
+    """Compare all that two checkpoints of a step hold, part by part and name by name."""
     for part in sorted(uninterrupted.keys() | killed.keys()):
         one, other = uninterrupted.get(part, {}), killed.get(part, {})
         for name in sorted(set(one) | set(other)):
@@ -71,13 +76,13 @@ def states(step: int, uninterrupted: State, killed: State) -> Iterator[Compared]
             yield _compare(step, what, one.get(name), other.get(name))
 
 
-def _compare(step: int, what: str, one: Any, other: Any) -> Compared:
-    """Two tensors, numbers, or other values (a scaler's state); None where a run has none."""
+def _compare(step: int, what: str, one: object, other: object) -> Compared:
+    """Compare two tensors, numbers or other values (a scaler's state); None: a run lacks it."""
     if one is None or other is None:
         return _missing(step, what, one is not None)
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return _compare_tensors(step, what, one, other)
-    if repr(one) == repr(other):  # of a float: every bit
+    if repr(one) == repr(other):  # which shows every bit of a float
         return Compared(step, what)
     words = f"{one!r} uninterrupted, {other!r} killed"
     if not isinstance(one, int | float) or not isinstance(other, int | float):
@@ -87,29 +92,28 @@ def _compare(step: int, what: str, one: Any, other: Any) -> Compared:
 
 def _compare_tensors(step: int, what: str, one: torch.Tensor, other: torch.Tensor) -> Compared:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
-        words = (
-            f"{one.dtype} {list(one.shape)} uninterrupted, {other.dtype} {list(other.shape)} killed"
-        )
+        words = f"{_type_of(one)} uninterrupted, {_type_of(other)} killed"
         return Compared(step, what, words, math.inf, math.inf)
     if torch.equal(*(tensor.flatten().view(torch.uint8) for tensor in (one, other))):
         return Compared(step, what)
-    absolute, relative = _sizes(
-        float((one.double() - other.double()).abs().max()), float(one.double().abs().max())
-    )
+    largest = float((one.double() - other.double()).abs().max())
+    absolute, relative = _sizes(largest, float(one.double().abs().max()))
     return Compared(step, what, f"differs by up to {absolute:.1e}", absolute, relative)
 
 
+def _type_of(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
 def _sizes(absolute: float, magnitude: float) -> tuple[float, float]:
+    """Return the absolute and the relative size of a difference; infinite where it is NaN."""
     if math.isnan(absolute):
         return math.inf, math.inf
-    return absolute, absolute / magnitude if magnitude else (math.inf if absolute else 0.0)
+    if magnitude:
+        return absolute, absolute / magnitude
+    return absolute, math.inf if absolute else 0.0
 
 
 def _missing(step: int, what: str, in_uninterrupted: bool) -> Compared:
-    return Compared(
-        step,
-        what,
-        f"only in the {'uninterrupted' if in_uninterrupted else 'killed'} run",
-        math.inf,
-        math.inf,
-    )
+    where = "uninterrupted" if in_uninterrupted else "killed"
+    return Compared(step, what, f"only in the {where} run", math.inf, math.inf)

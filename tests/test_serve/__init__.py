@@ -1,0 +1,1 @@
+"""Tests over the served application: HTTP through Ray Serve, rollouts, failures, commands."""
