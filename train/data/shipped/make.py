@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from train.gan.film import png
+from models.images import png
 
 HERE = Path(__file__).parent
 HELDOUT_PLAYS = {"Hamlet", "Richard III", "The Tempest", "Twelfth Night"}

@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import torch
 
 from cluster import storage
+from models.images import png
 from train.config.data import ImageData
 from train.data import images
 from train.data.images import Images
 from train.data.shipped.make import GARMENTS, HERE, PICTURES_PER_CLASS, read_garments
 from train.gan import extractor_training
 from train.gan.extractor_file import pack
-from train.gan.film import png
 
 FILE = HERE / "fashion-mnist-extractor.safetensors"
 ASIDE_PER_CLASS = 500
