@@ -15,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from models.images import split_sheet
 from models.nets.features import Extractor, ExtractorConfig
 from tests.support import workers
 from train.config.loader import load
@@ -24,7 +25,7 @@ from train.data.images import Images
 from train.gan import extractor_file, loop
 from train.gan.config import GanConfig
 from train.gan.evaluator import Evaluator
-from train.gan.film import cells
+from train.gan.film import GUTTER
 from train.gan.samples import Sampler
 from train.gan.trainer import Batch, GanTrainer, net_config
 from train.launch import fit
@@ -574,12 +575,13 @@ def test_samples_are_deterministic_and_have_one_class_per_row(source: Path, tmp_
         assert draw().shape == (2 * 30 + 2, 10 * 30 + 2, 3)
         assert draw().dtype == np.uint8
         assert np.array_equal(draw(), draw())
-    bright, dark = cells(sampler.real(), 10)
+    bright, dark = split_sheet(sampler.real(), 10, GUTTER)
     assert dark.mean() < 80 < 170 < bright.mean()
-    interpolated = cells(sampler.interpolated(), 10)
+    interpolated = split_sheet(sampler.interpolated(), 10, GUTTER)
     assert interpolated.shape[:2] == (10, 10)
     # Both start with the first latent, in the first class.
-    assert np.array_equal(interpolated[0, 0], cells(sampler.generated(), 10)[0, 0])
+    generated = split_sheet(sampler.generated(), 10, GUTTER)
+    assert np.array_equal(interpolated[0, 0], generated[0, 0])
 
 
 # ---- alarms
