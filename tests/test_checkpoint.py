@@ -1,4 +1,4 @@
-"""A checkpoint is complete or it does not exist; what is damaged is skipped aloud."""
+"""A checkpoint is complete or absent; a damaged one is skipped with a warning."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def saved(folder: Path, *steps: int, keep_last: int = 5) -> Checkpointer:
     return checkpoints
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+def test_load_returns_what_was_saved(tmp_path: Path) -> None:
     step, found = saved(tmp_path, 1, 2).load() or pytest.fail("nothing was loaded")
     assert step == 2
     assert torch.equal(found["model"]["w"], torch.full((3, 2), 2.0))
@@ -42,7 +42,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert (manifest.world_size, manifest.strategy, manifest.config) == (1, "ddp", {"steps": 9})
 
 
-def test_training_may_change_the_tensors_while_they_are_written(tmp_path: Path) -> None:
+def test_save_copies_tensors_before_it_returns(tmp_path: Path) -> None:
     checkpoints, live = Checkpointer(str(tmp_path), {}), state(1)
     checkpoints.save(1, live)
     live["model"]["w"].zero_()
@@ -53,12 +53,12 @@ def test_training_may_change_the_tensors_while_they_are_written(tmp_path: Path) 
     assert found["model_optimizer"]["exp_avg/w"].eq(1).all()
 
 
-def test_only_the_last_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2, 3, 4, keep_last=2)
     assert storage.names(tmp_path / "checkpoints") == ["step_000003", "step_000004"]
 
 
-def test_a_step_is_older_by_its_number_not_by_its_name(tmp_path: Path) -> None:
+def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path: Path) -> None:
     saved(tmp_path, 999_999, 1_000_000, keep_last=1)
     assert storage.names(tmp_path / "checkpoints") == ["step_1000000"]
 
@@ -104,7 +104,7 @@ def damage_old_format(folder: Path) -> None:
         damage_old_format,
     ],
 )
-def test_a_damaged_checkpoint_is_skipped_aloud_for_the_next_older(
+def test_damaged_checkpoint_is_skipped_with_a_warning(
     tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = saved(tmp_path, 1, 2)
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_skipped_aloud_for_the_next_older(
         damage_old_format,
     ],
 )
-def test_with_every_checkpoint_damaged_nothing_starts_over(tmp_path: Path, damage: Any) -> None:
+def test_load_fails_if_every_checkpoint_is_damaged(tmp_path: Path, damage: Any) -> None:
     checkpoints = saved(tmp_path, 1)
     damage(tmp_path / "checkpoints" / "step_000001")
     with pytest.raises(
@@ -135,13 +135,13 @@ def test_with_every_checkpoint_damaged_nothing_starts_over(tmp_path: Path, damag
         checkpoints.load()
 
 
-def test_a_first_checkpoint_that_was_never_finished_is_none(tmp_path: Path) -> None:
+def test_unfinished_first_checkpoint_does_not_count(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     damage_missing_manifest(tmp_path / "checkpoints" / "step_000001")
     assert checkpoints.load() is None
 
 
-def test_the_best_are_kept_beside_the_last(tmp_path: Path) -> None:
+def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
     checkpoints = Checkpointer(str(tmp_path), {}, keep_last=1, keep_best=2)
     for step, score in enumerate([3.0, 1.0, 2.0, None, 5.0, 1.0, None], 1):
         checkpoints.save(step, state(step), score)
@@ -150,7 +150,7 @@ def test_the_best_are_kept_beside_the_last(tmp_path: Path) -> None:
     assert [one.step for one in checkpoint.best(checkpoint.complete(str(tmp_path)))] == [6, 2]
 
 
-def test_an_unwritable_store_is_one_sentence_and_older_checkpoints_stay(
+def test_failed_write_halts_and_keeps_older_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = saved(tmp_path, 1)
@@ -169,7 +169,7 @@ def test_an_unwritable_store_is_one_sentence_and_older_checkpoints_stay(
     assert step == 1
 
 
-def test_a_driver_that_was_overtaken_writes_nothing(tmp_path: Path) -> None:
+def test_driver_that_was_replaced_writes_nothing(tmp_path: Path) -> None:
     storage.write_json(tmp_path / "driver.json", {"token": "new"})
     late = Checkpointer(str(tmp_path), {}, driver="old")
     late.save(1, state(1))
@@ -178,8 +178,8 @@ def test_a_driver_that_was_overtaken_writes_nothing(tmp_path: Path) -> None:
     assert checkpoint.newest(str(tmp_path)) is None
 
 
-def test_a_run_that_went_back_keeps_what_it_writes(tmp_path: Path) -> None:
-    """The damaged checkpoints of later steps look newer: they must not crowd out those that are whole."""
+def test_run_resumed_from_an_older_checkpoint_keeps_its_new_ones(tmp_path: Path) -> None:
+    """Damaged checkpoints of later steps must not displace complete ones."""
     checkpoints = saved(tmp_path, 1, 2, 3)
     for step in (2, 3):
         damage_flipped_byte(tmp_path / "checkpoints" / f"step_{step:06d}")
@@ -193,7 +193,7 @@ def test_a_run_that_went_back_keeps_what_it_writes(tmp_path: Path) -> None:
     assert step == 2
 
 
-def test_a_store_that_can_not_be_read_is_no_damage(
+def test_read_error_is_not_taken_for_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = saved(tmp_path, 1, 2)
@@ -208,7 +208,7 @@ def test_a_store_that_can_not_be_read_is_no_damage(
         checkpoints.load()
 
 
-def test_what_a_killed_attempt_left_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+def test_next_checkpoint_deletes_unfinished_ones(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2)
     damage_missing_manifest(tmp_path / "checkpoints" / "step_000002")
     checkpoints.save(3, state(3))
@@ -216,34 +216,34 @@ def test_what_a_killed_attempt_left_goes_with_the_next_checkpoint(tmp_path: Path
     assert storage.names(tmp_path / "checkpoints") == ["step_000001", "step_000003"]
 
 
-# ---------------------------------------------------------------- several workers
+# ---- several workers
 
 
 SHAPE = (3, 5)
 
 
-def spread_state(rank: int, world_size: int) -> dict[str, Any]:
-    """A whole part, and one of which each worker has a share."""
-    line = torch.arange(15.0)
-    share = -(-15 // world_size)
-    mine = line[rank * share : (rank + 1) * share]
+def sharded_state(rank: int, world_size: int) -> dict[str, Any]:
+    """Return a state with a whole part and one of which each worker has a shard."""
+    whole = torch.arange(15.0)
+    size = -(-15 // world_size)
+    shard = whole[rank * size : (rank + 1) * size]
     return {
-        "model": {"w": line.view(SHAPE)},
-        "model_optimizer": {"exp_avg/w": Shard(mine, rank * share, SHAPE)},
+        "model": {"w": whole.view(SHAPE)},
+        "model_optimizer": {"exp_avg/w": Shard(shard, rank * size, SHAPE)},
     }
 
 
 def save_together(rank: int, world_size: int, root: str) -> None:
     checkpoints = Checkpointer(root, {})
-    checkpoints.save(1, spread_state(rank, world_size))
+    checkpoints.save(1, sharded_state(rank, world_size))
     checkpoints.join()
-    if rank == 1:  # its disk is full: no worker may believe in this checkpoint
+    if rank == 1:  # its disk is full: the checkpoint must not count on any worker
         storage.upload = full  # type: ignore[assignment]
-    checkpoints.save(2, spread_state(rank, world_size))
+    checkpoints.save(2, sharded_state(rank, world_size))
     try:
         checkpoints.join()
     except Halt as halt:
-        Path(root, f"said-{rank}").write_text(str(halt))
+        Path(root, f"halt-{rank}").write_text(str(halt))
     step, found = checkpoints.load() or (0, {})
     assert step == 1
     assert torch.equal(found["model_optimizer"]["exp_avg/w"], torch.arange(15.0).view(SHAPE))
@@ -253,18 +253,18 @@ def full(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_shares_are_put_together_and_all_workers_hear_of_ones_full_disk(tmp_path: Path) -> None:
+def test_shards_are_joined_and_one_full_disk_halts_all_workers(tmp_path: Path) -> None:
     workers.spawn(3, save_together, 3, str(tmp_path))
     for rank in range(3):
         assert (
             "worker 1: [Errno 28] No space left on device"
-            in (tmp_path / f"said-{rank}").read_text()
+            in (tmp_path / f"halt-{rank}").read_text()
         )
     step, found = Checkpointer(str(tmp_path), {}).load() or pytest.fail("nothing was loaded")
     assert step == 1
     assert torch.equal(found["model_optimizer"]["exp_avg/w"], found["model"]["w"])
-    share = next((tmp_path / "checkpoints" / "step_000001").glob("*-00002-of-00003.safetensors"))
-    share.unlink()
+    shard = next((tmp_path / "checkpoints" / "step_000001").glob("*-00002-of-00003.safetensors"))
+    shard.unlink()
     with pytest.raises(
         ValueError,
         match=r"model_optimizer-00002-of-00003.safetensors should have \d+ bytes and has none",

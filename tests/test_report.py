@@ -1,4 +1,4 @@
-"""A run's page: what it says, what it leaves out, and that its pictures show what they should."""
+"""report.md of a run: its text, its curves and its images."""
 
 import io
 import re
@@ -12,7 +12,10 @@ import yaml
 from PIL import Image
 
 from cluster import storage
+from train.gan import film
+from train.kinds import KINDS
 from train.run import report
+from train.run.panels import Scale
 from train.run.recorder import RunRecorder
 
 CLASSES = ["Ankle boot", "Bag"]
@@ -40,7 +43,7 @@ QUALITY = {
 }
 
 
-def summary_of(kind: str, **figures: float) -> dict[str, Any]:
+def summary_of(kind: str, **metrics: float) -> dict[str, Any]:
     return {
         "run": "watched",
         "kind": kind,
@@ -49,22 +52,19 @@ def summary_of(kind: str, **figures: float) -> dict[str, Any]:
         "seconds": 9.9,
         "dataset": "d",
         "resumed_from": 0,
-        "metrics": {"critic_loss": -1.5, "train_s": 8.0, **figures},
+        "metrics": {"critic_loss": -1.5, "train_s": 8.0, **metrics},
     }
 
 
 def sheet(level: int) -> np.ndarray:
-    """A grid of two classes: row r is of level + 50 r."""
-    levels = (
-        torch.tensor([level + 50 * row for row in range(2) for _ in range(pictures.GRID_COLUMNS)])
-        / 127.5
-        - 1
-    )
-    return pictures.grid(levels.view(-1, 1, 1, 1).expand(-1, 1, 28, 28), pictures.GRID_COLUMNS)
+    """Return a grid of two classes, a row each: gray of `level` and of `level` + 50."""
+    rows = [level + 50 * row for row in range(2) for _ in range(film.GRID_COLUMNS)]
+    levels = torch.tensor(rows) / 127.5 - 1
+    return film.grid(levels.view(-1, 1, 1, 1).expand(-1, 1, 28, 28), film.GRID_COLUMNS)
 
 
-def record(run: str, dataset: Path, steps: tuple[int, ...] = (100, 200, 400)) -> Recorder:
-    """A GAN's run up to its summary."""
+def record(run: str, dataset: Path, steps: tuple[int, ...] = (100, 200, 400)) -> RunRecorder:
+    """Record a GAN's run up to its summary."""
     recorder = RunRecorder(run)
     for step in steps:
         recorder.metrics(
@@ -77,7 +77,7 @@ def record(run: str, dataset: Path, steps: tuple[int, ...] = (100, 200, 400)) ->
             },
         )
         recorder.metrics(step, {**QUALITY, "heldout_recall": step / 800})
-        recorder.image(step, "pictures", sheet(step // 8))
+        recorder.image(step, "images", sheet(step // 8))
         recorder.image(step, "interpolation", sheet(0))
     recorder.image(steps[0], "real", sheet(180))
     storage.write_bytes(
@@ -92,14 +92,14 @@ def record(run: str, dataset: Path, steps: tuple[int, ...] = (100, 200, 400)) ->
     return recorder
 
 
-def opened(file: Path) -> np.ndarray:
+def pixels(file: Path) -> np.ndarray:
     return np.asarray(Image.open(file).convert("RGB")).astype(int)
 
 
-def shown(film: np.ndarray) -> list[list[int]]:
-    """The levels of each column of a film of two classes at 28 pixels, from top to bottom."""
-    pitch = 2 * 28 + pictures.GUTTER
-    columns = [film[:, pictures.MARGIN + number * pitch + pitch // 2, 0] for number in range(2)]
+def levels_of(film_pixels: np.ndarray) -> list[list[int]]:
+    """Return the levels of each column of a film of two classes at 28 pixels, top to bottom."""
+    pitch = 2 * 28 + film.GUTTER
+    columns = [film_pixels[:, film.MARGIN + number * pitch + pitch // 2, 0] for number in range(2)]
     return [
         [
             int(level)
@@ -110,11 +110,11 @@ def shown(film: np.ndarray) -> list[list[int]]:
     ]
 
 
-# ---------------------------------------------------------------- a GAN's page
+# ---- a GAN's report
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_gan_s_page_has_all_that_was_recorded(
+def test_gan_report_shows_all_that_was_recorded(
     tmp_path: Path, remote: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if remote:
@@ -124,13 +124,13 @@ def test_a_gan_s_page_has_all_that_was_recorded(
     recorder = record(run, tmp_path / "data")
     recorder.alarm(200, "collapse", "heldout_recall fell from 0.5 to 0.1")
     recorder.close()
-    report.write(run, summary_of("gan", **QUALITY))
+    report.write(run, summary_of("gan", **QUALITY), KINDS["gan"])
     page = (folder / "report.md").read_text()
     assert "- step 200, **collapse**: heldout_recall fell from 0.5 to 0.1" in page
     assert "No alarms." not in page
-    assert "1,000 generated pictures against as many held-out real ones" in page
+    assert "1,000 generated images against as many held-out real ones" in page
     assert (
-        f"an extractor trained on classes (91.3% of held-out pictures right), sha256 `{'ab' * 32}`"
+        f"an extractor trained on classes (91.3% of held-out images right), sha256 `{'ab' * 32}`"
         in page
     )
     for line in (
@@ -142,34 +142,37 @@ def test_a_gan_s_page_has_all_that_was_recorded(
         "| critic_loss | -1.5 |",
     ):
         assert line in page.splitlines(), line
-    assert "heldout_" not in page.split("## Curves")[1], "said above, in words"
+    assert "heldout_" not in page.split("## Curves")[1], (
+        "the table above has them under other names"
+    )
     assert "| generated, step 400 | real |" in page
     links = re.findall(r"\]\(([^)]+)\)", page)
     assert set(links) == {
         f"samples/{name}"
-        for name in ("pictures_000400.png", "real_000100.png", "interpolation_000400.png")
+        for name in ("images_000400.png", "real_000100.png", "interpolation_000400.png")
     } | {
         "film.png",
         "curves.png",
     }
     assert not [link for link in links if not (folder / link).is_file()]
-    assert shown(opened(folder / "film.png")) == [[12, 25, 50, 180], [62, 75, 100, 230]]
+    assert levels_of(pixels(folder / "film.png")) == [[12, 25, 50, 180], [62, 75, 100, 230]]
 
 
-def test_no_alarms_is_said_only_where_somebody_looked(tmp_path: Path) -> None:
+def test_report_says_no_alarms_only_if_the_run_has_an_alarms_file(tmp_path: Path) -> None:
     record(str(tmp_path / "run"), tmp_path / "data").close()
-    report.write(str(tmp_path / "run"), summary_of("gan"))
+    report.write(str(tmp_path / "run"), summary_of("gan"), KINDS["gan"])
     assert "## Alarms\n\nNo alarms.\n" in (tmp_path / "run" / "report.md").read_text()
     (tmp_path / "run" / "alarms.jsonl").unlink()
-    report.write(str(tmp_path / "run"), summary_of("gan"))
+    report.write(str(tmp_path / "run"), summary_of("gan"), KINDS["gan"])
     assert "larms" not in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_what_an_older_run_lacks_is_left_out(tmp_path: Path) -> None:
-    """One grid, one number: no real pictures, no walks, no extractor, no names, a data set that is gone."""
+def test_report_of_an_older_run_omits_what_it_lacks(tmp_path: Path) -> None:
+    """It has one grid and one metric, and no real images, interpolations, extractor, class names or
+    data set."""
     recorder = RunRecorder(str(tmp_path))
     recorder.metrics(400, {"critic_loss": -1.5, "heldout_sliced_wasserstein": 0.04})
-    recorder.image(400, "pictures", sheet(100))
+    recorder.image(400, "images", sheet(100))
     recorder.close()
     for name in ("alarms.jsonl", "starts.jsonl"):
         (tmp_path / name).unlink()
@@ -184,7 +187,7 @@ def test_what_an_older_run_lacks_is_left_out(tmp_path: Path) -> None:
         if lineage and config:
             storage.write_json(tmp_path / "lineage.json", lineage)
             (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-        report.write(str(tmp_path), old)
+        report.write(str(tmp_path), old, KINDS["gan"])
         page = (tmp_path / "report.md").read_text()
         assert "![film](film.png)" in page
         assert "| sliced Wasserstein distance of the pixels | 0.04 |  | lower |" in page
@@ -194,25 +197,25 @@ def test_what_an_older_run_lacks_is_left_out(tmp_path: Path) -> None:
             for word in ("real.", "| real |", "latents, step", "extractor", "larms")
             if word in page
         ]
-    assert shown(opened(tmp_path / "film.png")) == [[100], [150]], (
-        "a column a class, though nobody knows the names"
+    assert levels_of(pixels(tmp_path / "film.png")) == [[100], [150]], (
+        "one column per class, without names"
     )
 
 
-def test_a_run_without_a_single_picture_has_a_page(tmp_path: Path) -> None:
+def test_run_without_images_has_a_report_without_a_film(tmp_path: Path) -> None:
     recorder = RunRecorder(str(tmp_path))
     recorder.metrics(1, {"critic_loss": 1.0})
     recorder.close()
-    report.write(str(tmp_path), summary_of("gan"))
+    report.write(str(tmp_path), summary_of("gan"), KINDS["gan"])
     assert not (tmp_path / "film.png").exists()
     assert "film" not in (tmp_path / "report.md").read_text()
 
 
-# ---------------------------------------------------------------- curves
+# ---- curves
 
 
 def reddish(png: bytes) -> int:
-    """How many pixels are more red than anything else."""
+    """Count the pixels in which red dominates."""
     red, *others = (
         np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int).transpose(2, 0, 1)
     )
@@ -224,17 +227,17 @@ def test_alarms_are_lines_in_every_panel() -> None:
         {"step": step, "critic_loss": 1.0 / step, "wasserstein_distance": 1.0}
         for step in range(1, 40)
     ]
-    alarm = {"step": 20, "kind": "collapse", "sentence": "of recall"}
+    alarm = {"step": 20, "kind": "collapse", "message": "of recall"}
     without, one, two = (
-        reddish(report.curves(rows, "gan", "r", alarms))
+        reddish(report.curves(rows, KINDS["gan"].panels, "r", alarms))
         for alarms in ([], [alarm], [alarm, {**alarm, "step": 30}])
     )
     assert without == 0
-    assert one > 2 * 100, "a hundred pixels and more in each of two panels"
+    assert one > 2 * 100, "at least a hundred pixels in each of two panels"
     assert two > 1.5 * one
 
 
-def test_a_floor_is_dashed_and_a_spread_a_band() -> None:
+def test_baseline_is_dashed_and_spread_is_a_band() -> None:
     from matplotlib.figure import Figure
 
     axes = Figure().add_subplot()
@@ -247,7 +250,7 @@ def test_a_floor_is_dashed_and_a_spread_a_band() -> None:
         }
         for step in (1, 2, 3)
     ]
-    report._panel(axes, rows, ["heldout_kid"], fit=True)
+    report._plot(axes, rows, ["heldout_kid"], Scale.FIT)
     assert [line.get_linestyle() for line in axes.lines] == ["-", "--"]
     assert axes.lines[0].get_color() == axes.lines[1].get_color()
     assert np.allclose(axes.lines[1].get_ydata(), 0.1)
@@ -256,37 +259,37 @@ def test_a_floor_is_dashed_and_a_spread_a_band() -> None:
     assert (heights.min(), heights.max()) == pytest.approx((1 / 3 - 0.5, 1.5))
 
 
-def test_a_wild_curve_leaves_the_rest_visible() -> None:
-    """What has diverged is drawn too: 2e9 beside 3, and NaN."""
+def test_scale_is_symlog_where_peaks_would_flatten_the_rest() -> None:
+    """A diverged run is plotted too, with 2e9 beside 3, and NaN."""
     from matplotlib.figure import Figure
 
-    wild = [3.0, -2.0, 4.0, 2e9, float("nan"), 5.0]
+    diverged = [3.0, -2.0, 4.0, 2e9, float("nan"), 5.0]
     axes = Figure().add_subplot()
-    report._panel(
+    report._plot(
         axes,
-        [{"step": step, "critic_loss": value} for step, value in enumerate(wild)],
+        [{"step": step, "critic_loss": value} for step, value in enumerate(diverged)],
         ["critic_loss"],
-        fit=True,
+        Scale.FIT,
     )
     assert axes.get_yscale() == "symlog"
-    report.curves([{"step": 1, "critic_loss": float("nan")}], "gan", "nothing to see")
-    tame = Figure().add_subplot()
-    report._panel(
-        tame,
+    report.curves([{"step": 1, "critic_loss": float("nan")}], KINDS["gan"].panels, "only NaN")
+    calm = Figure().add_subplot()
+    report._plot(
+        calm,
         [
             {"step": step, "critic_loss": value}
             for step, value in enumerate([-15.0, -3.0, -2.0, -1.0])
         ],
         ["critic_loss"],
-        True,
+        Scale.FIT,
     )
-    assert tame.get_yscale() == "linear"
+    assert calm.get_yscale() == "linear"
 
 
-# ---------------------------------------------------------------- a GPT's page, and what both have
+# ---- a GPT's report, and what every report has
 
 
-def test_the_report_says_where_time_went_and_how_often_the_run_was_resumed(tmp_path: Path) -> None:
+def test_report_shows_where_time_went_and_each_resume(tmp_path: Path) -> None:
     for start, stop in [(0, 4), (2, 6)]:
         recorder = RunRecorder(str(tmp_path), start)
         for step in range(start + 1, stop + 1):
@@ -306,12 +309,13 @@ def test_the_report_says_where_time_went_and_how_often_the_run_was_resumed(tmp_p
         "resumed_from": 2,
         "metrics": {"loss": 1 / 6, "mfu": 0.4, **spent},
     }
-    report.write(str(tmp_path), summary)
+    report.write(str(tmp_path), summary, KINDS["gpt"])
     page = (tmp_path / "report.md").read_text()
-    assert (
-        "Time since the last start: 1,234.6 s training, 2.5 s of it waiting for data, 3.0 s evaluation, 0.2 s blocked by checkpoints."
-        in page
+    spent_line = (
+        "Time since the last start: 1,234.6 s training, 2.5 s of it waiting for data, "
+        "3.0 s evaluation, 0.2 s blocked by checkpoints."
     )
+    assert spent_line in page
     assert "Resumed 1 time(s):\n\n- from step 2 at 2" in page
     assert "| mfu | 0.4 |" in page
     assert "| train_s" not in page
@@ -320,22 +324,21 @@ def test_the_report_says_where_time_went_and_how_often_the_run_was_resumed(tmp_p
 
     summary["metrics"] = {"loss": 1 / 6}
     storage.delete(str(tmp_path / "starts.jsonl"))  # a run of an older version
-    report.write(str(tmp_path), summary)
+    report.write(str(tmp_path), summary, KINDS["gpt"])
     page = (tmp_path / "report.md").read_text()
     assert "Time:" not in page
     assert "Resumed" not in page
 
 
-def test_panels_stand_in_rows_of_three(tmp_path: Path) -> None:
-    from PIL import Image
-
+def test_panels_are_in_rows_of_three(tmp_path: Path) -> None:
+    panels = KINDS["gpt"].panels
     rows = [
         {"step": step, "loss": 1.0, "tokens_per_s": 5.0, "grad_norm": 1.0, "lr": 0.1}
         for step in range(1, 4)
     ]
-    (tmp_path / "four.png").write_bytes(report.curves(rows, "gpt", "four panels"))
+    (tmp_path / "four.png").write_bytes(report.curves(rows, panels, "four panels"))
     (tmp_path / "one.png").write_bytes(
-        report.curves([{"step": 1, "loss": 1.0}], "gpt", "one panel")
+        report.curves([{"step": 1, "loss": 1.0}], panels, "one panel")
     )
     four, one = Image.open(tmp_path / "four.png"), Image.open(tmp_path / "one.png")
     assert (four.width, four.height) == (3 * one.width, pytest.approx(2 * one.height, abs=2))

@@ -7,6 +7,7 @@ loss = NextTokenLoss(model)(ids[:, :-1], ids[:, 1:])
 tokens = sample(model, prompt_ids, num_tokens=100, temperature=0.7, top_k=50, seed=0)
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,7 +200,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def restore(model: GPT2LMHeadModel, state: dict[str, torch.Tensor]) -> None:
+def restore(model: GPT2LMHeadModel, state: Mapping[str, torch.Tensor]) -> None:
     """Load parameters, named as in transformers.
 
     `state` does not contain the output matrix, which is the token embedding.

@@ -13,7 +13,6 @@ from train.gan import film
 from train.gan.metrics import QUALITY, QUALITY_METRICS
 from train.run import lineage, records
 from train.run.tables import metrics_table, row
-from train.run.wandb_mirror import SAMPLE
 
 Samples = dict[str, dict[int, str]]  # name: {step: file}
 
@@ -50,8 +49,8 @@ def _samples(run_uri: str) -> Samples:
     """Return the run's sample images, e.g. {"images": {350: "images_000350.png"}}."""
     found: Samples = {}
     for name in storage.names(storage.join(run_uri, "samples")):
-        if (sample := SAMPLE.fullmatch(name)) and sample["kind"] == "png":
-            found.setdefault(sample["tag"], {})[int(sample["step"])] = name
+        if (sample := records.SAMPLE.fullmatch(name)) and sample["suffix"] == "png":
+            found.setdefault(sample["name"], {})[int(sample["step"])] = name
     return found
 
 

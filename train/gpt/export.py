@@ -213,7 +213,7 @@ def slot_attention(
 
 
 def _operator(
-    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, int | float], like: Tensor
+    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], like: Tensor
 ) -> Tensor:
     """Return the output of an ONNX operator, of the dtype and shape of `like`."""
     (output,) = torch.onnx.ops.symbolic_multi_out(

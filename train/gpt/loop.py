@@ -72,7 +72,8 @@ def train(worker: Worker[GptConfig], resumed: tuple[int, State] | None) -> dict[
         with meter.waiting("data"):
             batch = torch.from_numpy(tokens.batch(order, micro_batch)).to(strategy.device)
         with strategy.autocast():
-            return learner(batch[:, :-1], batch[:, 1:])
+            loss: Tensor = learner(batch[:, :-1], batch[:, 1:])
+        return loss
 
     learner.warm_up(lambda: loss_at(np.arange(config.micro_size)))
     final: dict[str, float] = {}

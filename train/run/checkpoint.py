@@ -259,7 +259,7 @@ class Checkpointer:
         self.keep_last, self.keep_best = keep_last, keep_best
         # The writer threads communicate while gradients are exchanged, so they need their own
         # process group.
-        self._group: dist.ProcessGroup | None = (
+        self._group: Any = (  # new_group's annotation includes an int
             dist.new_group(backend="gloo", timeout=UPLOAD_LIMIT) if self.world_size > 1 else None
         )
         self._writer: threading.Thread | None = None

@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from cluster import storage
 
+# A file in the run's samples/.
+SAMPLE = re.compile(r"(?P<name>.+)_(?P<step>\d+)\.(?P<suffix>png|txt)")
 METRICS, STARTS, ALARMS = "metrics.jsonl", "starts.jsonl", "alarms.jsonl"
 
 Row = dict[str, float]

@@ -21,10 +21,10 @@ from typing import Any
 from PIL import Image
 
 from cluster import storage
+from train.run.records import SAMPLE
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = re.compile(r"(?P<name>.+)_(?P<step>\d+)\.(?P<suffix>png|txt)")
 FINISH_S = 60.0  # what is unsent after that stays in the run's folder, for `wandb sync`
 
 
