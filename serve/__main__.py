@@ -16,8 +16,9 @@ from rich.console import Console
 
 from cluster import cli, storage
 from models.runtime import PROVIDERS
-from serve import blocklist, fast_mode
+from serve import fast_mode
 from serve import status as server_status
+from serve.text import blocklist
 
 
 def main(argv: list[str]) -> int:

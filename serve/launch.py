@@ -136,7 +136,7 @@ def config(selected: dict[str, SelectedBundle], options: Options) -> dict[str, A
         "route_prefix": "/",
         "import_path": "serve.deployments:build",
         "args": args.model_dump(),
-        # The gateway writes its own access log (`serve.access_log`).
+        # The gateway writes its own access log (`serve.http.access_log`).
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "deployments": deployments,
     }

@@ -30,8 +30,8 @@ from starlette.routing import Route
 from cluster.demo.browser import started
 from cluster.machine import free_port
 from models import registry
-from serve.app import build_app
-from serve.catalog import Catalog
+from serve.http.app import build_app
+from serve.http.catalog import Catalog
 from serve.replicas import ImageReplica, TextReplica
 from tests.support import bundles
 from tests.support.browser import require_browser
