@@ -1,4 +1,4 @@
-"""Export: graphs equal to transformers and torch, refused where they are not, published with where they come from."""
+"""Export: graphs equal transformers and torch, and a version records where it comes from."""
 
 import json
 import logging
@@ -29,10 +29,11 @@ from tests.support.bundles import (
     tiny_gpt_bundle,
     tiny_tokenizer,
 )
-from train import export as export_run
 from train import parity
-from train.config import loader as config
+from train.config import loader
+from train.config.sections import Config
 from train.data import text
+from train.data.dataset import Dataset
 from train.export import export
 from train.gan import export as export_gan
 from train.gpt import export as export_gpt
@@ -53,7 +54,7 @@ def gpt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_gpt_bundle(tmp_path_factory.mktemp("gpt"))
 
 
-# ---------------------------------------------------------------- GPT
+# ---- GPT
 
 
 def test_parity_covers_batches_and_caches(gpt_folder: Path) -> None:
@@ -73,7 +74,7 @@ def test_parity_covers_batches_and_caches(gpt_folder: Path) -> None:
     )
 
 
-def test_the_graph_is_the_contract(gpt_folder: Path) -> None:
+def test_gpt_graph_has_the_documented_signature(gpt_folder: Path) -> None:
     manifest = bundle.read(gpt_folder)
     caches = [f"{part}_{layer}" for layer in range(2) for part in ("key", "value")]
     cache_shape = ["B", 2, "T", 16]
@@ -108,7 +109,7 @@ def test_the_graph_is_the_contract(gpt_folder: Path) -> None:
 
 def test_transformers_loads_the_same_model(gpt_folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(gpt_folder / "transformers")
-    assert model.generation_config.use_cache, "whoever loads the folder generates with a cache"
+    assert model.generation_config.use_cache, "generation with the folder uses a cache"
     tokenizer = AutoTokenizer.from_pretrained(gpt_folder / "transformers")
     ours = Tokenizer.from_file(str(gpt_folder / "tokenizer.json"))
     assert tokenizer(TEXT).input_ids == ours.encode(TEXT).ids
@@ -123,7 +124,7 @@ def test_transformers_loads_the_same_model(gpt_folder: Path) -> None:
     assert tokenizer.decode(tokens) == golden["text"]
 
 
-def test_there_is_text_to_look_at(gpt_folder: Path) -> None:
+def test_bundle_has_a_sample_text(gpt_folder: Path) -> None:
     text = (gpt_folder / "sample.txt").read_text(encoding="utf-8")
     assert text.startswith("Now is the winter of")
     assert len(text) > 300
@@ -136,13 +137,13 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_smallest_context_is_exported_and_leaves_the_model_as_it_was_and_the_terminal_empty(
+def test_smallest_context_is_exported_without_output_or_side_effects(
     tokenizer_file: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    """The held-out text is shorter than the parity cases, too, and holds no word for a prompt."""
+    """The held-out text is shorter than the parity cases and has no word for a prompt."""
     model = tiny_gpt(context=8)
     ids = torch.arange(1, 9)[None]
     before = model(ids).logits
@@ -155,10 +156,10 @@ def test_the_smallest_context_is_exported_and_leaves_the_model_as_it_was_and_the
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_a_graph_that_looks_ahead_is_refused(
+def test_graph_that_attends_to_later_tokens_is_refused(
     tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mask that is off by one shows only with chunks: the newest token has nothing behind it."""
+    """A mask that is off by one matters only with chunks: nothing follows the newest token."""
 
     def peeking(*arguments: Any, slot_cache: export_gpt.SlotCache, **keywords: Any) -> Any:
         slot_cache.allowed = slot_cache.allowed.roll(1, dims=-1) | slot_cache.allowed
@@ -170,7 +171,7 @@ def test_a_graph_that_looks_ahead_is_refused(
         export_gpt.export_gpt(tiny_gpt(), tokenizer_file, np.arange(1, 60), tmp_path)
 
 
-def test_other_greedy_tokens_are_refused(gpt_folder: Path) -> None:
+def test_graph_with_other_greedy_tokens_is_refused(gpt_folder: Path) -> None:
     graph = export_gpt.TextGraph(gpt_folder / "model.onnx", context=64, slots=3)
     tokenizer = Tokenizer.from_file(str(gpt_folder / "tokenizer.json"))
     with pytest.raises(
@@ -180,12 +181,12 @@ def test_other_greedy_tokens_are_refused(gpt_folder: Path) -> None:
         export_gpt.golden_answer(tiny_gpt(seed=1), graph, tokenizer, np.arange(1, 60), 0)
 
 
-def test_a_difference_that_is_no_number_is_refused() -> None:
+def test_difference_of_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="nan"):
-        parity.judge({"fine": 0.0, "broken": float("nan"), "fine too": 0.0}, 1e-5, "logits")
+        parity.check_parity({"fine": 0.0, "broken": float("nan"), "fine too": 0.0}, 1e-5, "logits")
 
 
-# ---------------------------------------------------------------- 8-bit weights
+# ---- 8-bit weights
 
 
 @pytest.fixture(scope="module")
@@ -193,13 +194,13 @@ def int8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_gpt_bundle(tmp_path_factory.mktemp("int8"), weights="int8")
 
 
-def test_every_matrix_has_8_bits_and_transformers_all_of_them(
+def test_int8_graph_has_8_bit_matrices_and_transformers_folder_float32(
     gpt_folder: Path, int8_folder: Path
 ) -> None:
     graph = onnx.load(int8_folder / "model.onnx").graph
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "MatMulNBits")]
     assert [node.op_type for node in products] == ["MatMulNBits"] * 9, (
-        "four matrices a layer, and the head"
+        "four matrices per layer, and the head"
     )
     for node in products:
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
@@ -213,7 +214,7 @@ def test_every_matrix_has_8_bits_and_transformers_all_of_them(
     assert all(tensor.dtype == torch.float32 for tensor in quantized.values())
 
 
-def test_what_8_bits_cost_is_in_the_manifest(gpt_folder: Path, int8_folder: Path) -> None:
+def test_manifest_has_the_cost_of_int8(gpt_folder: Path, int8_folder: Path) -> None:
     exact, quantized = bundle.read(gpt_folder), bundle.read(int8_folder)
     assert exact["quantization"] is None
     assert (
@@ -233,11 +234,12 @@ def test_what_8_bits_cost_is_in_the_manifest(gpt_folder: Path, int8_folder: Path
     (golden, exact_golden) = (
         json.loads((folder / "golden.json").read_text()) for folder in (int8_folder, gpt_folder)
     )
-    assert golden["tokens"] == exact_golden["tokens"], "the text was learnt by heart"
+    assert golden["tokens"] == exact_golden["tokens"], "the model knows the text by heart"
 
 
-def test_bits_a_byte_are_those_of_transformers(int8_folder: Path) -> None:
-    """Windows of the context, the last one short: each token but a window's first is judged once, by what is before it in its window."""
+def test_bits_per_byte_equal_those_of_transformers(int8_folder: Path) -> None:
+    """In windows of the context, the last one shorter, each token but a window's first is evaluated
+    once, given the tokens before it in its window."""
     model, _, ids = learnt_gpt()
     windows: list[list[int]] = [
         ids[start : start + 64].tolist() for start in range(0, len(ids), 64)
@@ -258,7 +260,7 @@ def test_bits_a_byte_are_those_of_transformers(int8_folder: Path) -> None:
     )
 
 
-def test_8_bits_that_cost_too_much_are_refused(gpt_folder: Path, tmp_path: Path) -> None:
+def test_int8_that_costs_too_much_is_refused(gpt_folder: Path, tmp_path: Path) -> None:
     damaged = onnx.load(gpt_folder / "model.onnx")
     (head,) = (
         tensor for tensor in damaged.graph.initializer if tensor.name == "model.lm_head.weight"
@@ -270,7 +272,7 @@ def test_8_bits_that_cost_too_much_are_refused(gpt_folder: Path, tmp_path: Path)
     _, tokenizer_file, ids = learnt_gpt()
     with pytest.raises(
         ValueError,
-        match=r"takes .* bits a byte where it took .* with float32: .* export with --weights fp32",
+        match=r"takes .* bits per byte and with float32 .*: .* export with --weights fp32",
     ):
         quantize.measure(
             gpt_folder / "model.onnx",
@@ -281,21 +283,21 @@ def test_8_bits_that_cost_too_much_are_refused(gpt_folder: Path, tmp_path: Path)
         )
 
 
-def test_logits_too_far_off_are_refused_whatever_the_text_says(int8_folder: Path) -> None:
+def test_logits_outside_the_tolerance_are_refused(int8_folder: Path) -> None:
     graph = export_gpt.TextGraph(int8_folder / "model.onnx", context=64, slots=3)
     with pytest.raises(
         ValueError,
-        match=r"the exported graph's logits are .* nothing is published; check the versions",
+        match=r"the exported graph's logits differ .* nothing is published; check the versions",
     ):
         export_gpt.measure_parity(learnt_gpt()[0], graph, learnt_gpt()[2], "fp32")
     with pytest.raises(
         ValueError,
-        match=r"the exported graph's logits are .* nothing is published; export with --weights fp32",
+        match=r"the exported graph's logits differ .* published; export with --weights fp32",
     ):
         export_gpt.measure_parity(tiny_gpt(seed=1), graph, learnt_gpt()[2], "int8")
 
 
-def test_a_graph_too_large_for_one_file_stays_in_two(
+def test_quantized_graph_keeps_external_data_in_a_second_file(
     gpt_folder: Path, int8_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "fp32").mkdir()
@@ -317,11 +319,11 @@ def test_a_graph_too_large_for_one_file_stays_in_two(
     np.testing.assert_array_equal(in_two, in_one)
 
 
-# ---------------------------------------------------------------- GAN
+# ---- GAN
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
-def test_the_generators_graph_is_the_contract(tmp_path: Path, num_classes: int) -> None:
+def test_generator_graph_has_the_documented_signature(tmp_path: Path, num_classes: int) -> None:
     folder = tiny_gan_bundle(tmp_path, num_classes)
     manifest = bundle.read(folder)
     labels = [{"name": "labels", "dtype": "int64", "shape": ["B"]}] if num_classes else []
@@ -344,7 +346,7 @@ def test_the_generators_graph_is_the_contract(tmp_path: Path, num_classes: int) 
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
-def test_golden_pictures_are_those_of_the_weights(tmp_path: Path, num_classes: int) -> None:
+def test_golden_images_are_those_of_the_weights(tmp_path: Path, num_classes: int) -> None:
     folder = tiny_gan_bundle(tmp_path, num_classes)
     generator = Generator(DcganConfig(**json.loads((folder / "generator.json").read_text()))).eval()
     generator.load_state_dict(load_file(folder / "generator.safetensors"))
@@ -359,13 +361,13 @@ def test_golden_pictures_are_those_of_the_weights(tmp_path: Path, num_classes: i
         )
 
 
-def test_a_generators_graph_of_other_weights_is_refused(
+def test_generator_graph_of_other_weights_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         export_gan, "write_graph", lambda _, path: WRITE_GAN_GRAPH(tiny_generator(seed=1), path)
     )
-    with pytest.raises(ValueError, match=r"pictures are .* from torch's own \(batch .\)"):
+    with pytest.raises(ValueError, match=r"images differ from torch's by .* \(batch .\)"):
         export_gan.export_gan(tiny_generator(), [], tmp_path)
 
 
@@ -377,12 +379,13 @@ def test_every_class_needs_a_name(tmp_path: Path) -> None:
         export_gan.export_gan(tiny_generator(num_classes=3), ["cat", "dog"], tmp_path)
 
 
-# ---------------------------------------------------------------- from a run to a version
+# ---- from a run to a version
 
 
 @pytest.fixture
 def gpt_run(tmp_path: Path) -> str:
-    """A storage with the run "shake" as training leaves it: data set, lineage, two checkpoints, summary."""
+    """Return a storage with the run "shake" as training leaves it: data set, lineage, two
+    checkpoints, summary."""
     root = str(tmp_path / "kiln")
     dataset = tmp_path / "kiln" / "data" / "plays-0123"
     dataset.mkdir(parents=True)
@@ -395,7 +398,7 @@ def gpt_run(tmp_path: Path) -> str:
             "shards": [{"file": "heldout.bin", "tokens": len(tokens)}],
         }
     }
-    facts = {
+    meta = {
         "kind": "text",
         "name": "plays",
         "fingerprint": "0123",
@@ -403,8 +406,8 @@ def gpt_run(tmp_path: Path) -> str:
         "vocab_size": 320,
         "eos_token_id": 0,
     }
-    storage.write_json(dataset / "dataset.json", facts | {"splits": shards})
-    settings = config.load(
+    storage.write_json(dataset / "dataset.json", meta | {"splits": shards})
+    settings = loader.load(
         "gpt",
         None,
         {"model.width": 32, "model.layers": 2, "model.heads": 2, "model.context": 32, "steps": 20},
@@ -418,9 +421,7 @@ def gpt_run(tmp_path: Path) -> str:
     return root
 
 
-def _leave_run(
-    root: str, run: str, settings: config.Config, states: dict[int, dict[str, Any]]
-) -> None:
+def _leave_run(root: str, run: str, settings: Config, states: dict[int, dict[str, Any]]) -> None:
     uri = storage.join(root, "runs", run)
     checkpoints = Checkpointer(uri, {"kind": settings.kind, **settings.model_dump()})
     for step, state in states.items():
@@ -436,7 +437,7 @@ def _leave_run(
     )
 
 
-def test_a_run_becomes_a_version_with_its_lineage(gpt_run: str) -> None:
+def test_version_records_run_data_set_commit_and_metrics(gpt_run: str) -> None:
     done = export("shake", gpt_run)
     assert (done.name, done.version, done.uri) == ("gpt", 1, f"{gpt_run}/models/gpt/1")
     assert registry.resolve(f"{gpt_run}/models", "gpt") == ("gpt", 1, done.uri)
@@ -457,7 +458,7 @@ def test_a_run_becomes_a_version_with_its_lineage(gpt_run: str) -> None:
     np.testing.assert_allclose(session.prefill(0, ids), expected, atol=1e-5)
 
 
-def test_a_half_written_checkpoint_gives_way_to_the_one_before(
+def test_export_skips_an_incomplete_checkpoint(
     gpt_run: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (Path(gpt_run) / "runs/shake/checkpoints/step_000020/manifest.json").unlink()
@@ -466,70 +467,75 @@ def test_a_half_written_checkpoint_gives_way_to_the_one_before(
     assert "step_000020" in caplog.text
     assert registry.names(f"{gpt_run}/models") == [done.name] == ["other"]
     assert done.manifest["run"]["step"] == 10
-    assert done.manifest["metrics"] == {}, "the summary judges the weights of step 20"
+    assert done.manifest["metrics"] == {}, "the summary has the metrics of step 20"
 
 
-def test_a_graph_of_other_weights_is_not_published(
+def test_graph_of_other_weights_is_not_published(
     gpt_run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faithful = export_gpt.write_graph
+    correct = export_gpt.write_graph
 
-    def unfaithful(model: Any, path: Path) -> None:
+    def incorrect(model: Any, path: Path) -> None:
         bias = model.transformer.h[1].attn.c_attn.bias
         with torch.no_grad():
             bias += 1e-3
-            faithful(model, path)
+            correct(model, path)
             bias -= 1e-3
 
-    monkeypatch.setattr(export_gpt, "write_graph", unfaithful)
+    monkeypatch.setattr(export_gpt, "write_graph", incorrect)
     with pytest.raises(
         ValueError,
-        match=r"logits are .* from torch's own \(.*\), where .* is allowed: nothing is published",
+        match=r"logits differ from torch's by .* \(.*\), and .* is allowed: nothing is published",
     ):
         export("shake", gpt_run)
     assert not storage.exists(f"{gpt_run}/models")
 
 
 @pytest.mark.parametrize(
-    ("run", "name", "damage", "sentence"),
+    ("run", "name", "damage", "message"),
     [
-        ("shaek", None, None, "run 'shaek' is not in .*: did you mean 'shake'?"),
-        ("x", None, None, "run 'x' is not in .*: there are shake"),
+        ("shaek", None, None, r"run 'shaek' is not in .*, did you mean shake\?"),
+        ("x", None, None, "run 'x' is not in .*; there are shake"),
         ("shake", "../gpt", None, r"model name '\.\./gpt' is not usable"),
         ("shake", None, "runs/shake/checkpoints", "no complete checkpoint"),
         ("shake", None, "runs/shake/lineage.json", "no lineage.json"),
-        ("shake", None, "data/plays-0123", "data set of run 'shake' is not at .*/data/plays-0123"),
+        (
+            "shake",
+            None,
+            "data/plays-0123",
+            "data set of run 'shake' is no longer at .*/data/plays-0123",
+        ),
     ],
 )
-def test_what_can_not_be_exported_is_said_and_not_published(
-    gpt_run: str, run: str, name: str | None, damage: str | None, sentence: str
+def test_export_of_an_incomplete_run_is_an_error_and_publishes_nothing(
+    gpt_run: str, run: str, name: str | None, damage: str | None, message: str
 ) -> None:
     if damage:
         storage.delete(storage.join(gpt_run, damage))
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         export(run, gpt_run, name)
     assert not storage.exists(f"{gpt_run}/models")
 
 
-def test_weights_are_fp32_or_int8(gpt_run: str) -> None:
-    with pytest.raises(ValueError, match="--weights int4: use fp32 or int8"):
+def test_unknown_weights_are_refused(gpt_run: str) -> None:
+    with pytest.raises(ValueError, match="--weights int4 is unknown: use fp32 or int8"):
         export("shake", gpt_run, weights="int4")
 
 
-def test_held_out_text_is_taken_from_all_over(
+def test_heldout_tokens_are_windows_spaced_evenly(
     gpt_run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = text.Tokens(Path(gpt_run) / "data/plays-0123", "heldout", 32)
+    tokens = text.Tokens(Dataset.open(f"{gpt_run}/data/plays-0123"), "heldout", 32)
     whole = np.concatenate(tokens.shards)
-    np.testing.assert_array_equal(export_run._heldout(tokens), whole[:-1])
-    monkeypatch.setattr(export_run, "HELDOUT_TOKENS", len(whole) // 2)
-    half = export_run._heldout(tokens)
+    np.testing.assert_array_equal(export_gpt._heldout_tokens(tokens), whole[:-1])
+    monkeypatch.setattr(export_gpt, "HELDOUT_TOKENS", len(whole) // 2)
+    half = export_gpt._heldout_tokens(tokens)
     np.testing.assert_array_equal(
         half, np.concatenate([whole[:-1][start : start + 32] for start in range(0, len(whole), 64)])
     )
 
 
-def test_a_damaged_checkpoint_is_not_exported(gpt_run: str) -> None:
+def test_damaged_checkpoint_is_not_exported(gpt_run: str) -> None:
     weights = Path(gpt_run) / "runs/shake/checkpoints/step_000020/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -539,7 +545,7 @@ def test_a_damaged_checkpoint_is_not_exported(gpt_run: str) -> None:
     assert not storage.exists(f"{gpt_run}/models")
 
 
-def test_the_averaged_generator_is_what_is_exported(tmp_path: Path) -> None:
+def test_export_uses_the_averaged_generator(tmp_path: Path) -> None:
     root = str(tmp_path)
     storage.write_json(
         tmp_path / "data" / "plays-0123" / "dataset.json",
@@ -554,15 +560,16 @@ def test_the_averaged_generator_is_what_is_exported(tmp_path: Path) -> None:
     average, last = (dict(tiny_generator(3, seed).state_dict()) for seed in (1, 2))
     _leave_run(
         root,
-        "pictures",
-        config.load("gan", None, overrides),
+        "garments",
+        loader.load("gan", None, overrides),
         {5: {"generator": last, "generator_ema": average}},
     )
     with pytest.raises(
-        ValueError, match="--weights int8 is for a GPT, and run 'pictures' is a gan: leave it out"
+        ValueError,
+        match="--weights int8 is unsupported for run 'garments', which is a gan: use fp32",
     ):
-        export("pictures", root, weights="int8")
-    done = export("pictures", root)
+        export("garments", root, weights="int8")
+    done = export("garments", root)
     assert (done.name, done.version) == ("gan", 1)
     assert done.manifest["model"]["class_names"] == ["cat", "dog", "cow"]
     latents = np.zeros((1, 16), np.float32)

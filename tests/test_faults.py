@@ -1,4 +1,4 @@
-"""A run loses workers, its driver, whole machines or the room on its disk, and ends as if nothing had been.
+"""A run that loses workers, its driver, a machine or disk space ends as an uninterrupted one does.
 
 KILN_FAULT_TABLE=FILE writes what the slow matrix measured, as Markdown.
 """
@@ -21,11 +21,14 @@ import pytest
 from cluster import storage
 from tests.support import nodes, workers
 from tests.support.paths import ROOT
-from train.config import loader as configs
+from train.config import loader
 from train.config.sections import Config
+from train.data.dataset import Dataset
 from train.run import checkpoint, records
-from train.verify import compare, verify
+from train.verify import command as verify
+from train.verify import compare
 from train.verify.faults import Fault
+from train.verify.verdict import Verdict, compare_runs
 
 STEPS, EVERY = 60, 10
 SHAPE = {
@@ -48,19 +51,24 @@ STRATEGIES = {
         for stage in (1, 2, 3)
     },
 }
-DRIFT = 1e-4  # of anything in STEPS steps of Adam at 5e-3, where the sums are formed by another number of workers; see test_strategy
+# Largest difference after STEPS steps of Adam at 5e-3 where another number of workers forms the
+# sums; see test_strategy.
+DRIFT = 1e-4
 TRAIN_LIMIT_S = 180
 Command = Callable[..., CompletedProcess[str]]
 
 
 def config_of(corpus: str, name: str | None = None, **values: Any) -> Config:
-    return configs.load(
+    return loader.load(
         "gpt", "gpt-tiny", {**SHAPE, "data.source": corpus, "run.name": name, **values}
     )
 
 
 def arguments(config: Config, root: str) -> list[str]:
-    """`python -m train` with a config, which lies beside the storage: that may be full."""
+    """Return arguments of `python -m` that train `config`.
+
+    Its file is beside the storage, which may be full.
+    """
     file = Path(f"{root}-{config.run.name}.yaml")
     file.write_text(config.to_yaml())
     return ["train", config.kind, "--config", str(file), "--storage", root]
@@ -70,15 +78,17 @@ def uri(root: str, name: str) -> str:
     return storage.join(root, "runs", name)
 
 
-def judged(root: str, straight: str, name: str) -> verify.Verdict:
-    return verify.judge(uri(root, straight), uri(root, name), [], tolerance=0)
+def compare_with(root: str, uninterrupted: str, name: str) -> Verdict:
+    return compare_runs(uri(root, uninterrupted), uri(root, name), [], tolerance=0)
 
 
-# ---------------------------------------------------------------- a machine is lost
+# ---- a machine is lost
 
 
-def interrupted(config: Config, root: str, strike: Callable[[], None]) -> CompletedProcess[str]:
-    """Trains, and strikes once after the first checkpoint."""
+def train_and_strike(
+    config: Config, root: str, strike: Callable[[], None]
+) -> CompletedProcess[str]:
+    """Train, and call `strike` once after the first checkpoint."""
     log = Path(uri(root, str(config.run.name)), "metrics.jsonl")
     with subprocess.Popen(
         [sys.executable, "-m", *arguments(config, root)],
@@ -94,16 +104,20 @@ def interrupted(config: Config, root: str, strike: Callable[[], None]) -> Comple
                 assert time.monotonic() < limit, "the run does not train"
                 time.sleep(0.05)
             strike()
-            said, complaints = driver.communicate(timeout=TRAIN_LIMIT_S)
+            stdout, stderr = driver.communicate(timeout=TRAIN_LIMIT_S)
         finally:
             driver.kill()
-    return CompletedProcess(driver.args, driver.returncode, said, complaints)
+    return CompletedProcess(driver.args, driver.returncode, stdout, stderr)
 
 
 def lose_a_node(
     config: Config, root: str, machines: nodes.Nodes
 ) -> tuple[CompletedProcess[str], float]:
-    """Trains, and kills one of the nodes that train; what the command said, and when the node died (Unix)."""
+    """Train, and kill one of the nodes that train.
+
+    Returns:
+        The finished command, and when the node was killed (Unix, seconds).
+    """
     killed: list[float] = []
 
     def strike() -> None:
@@ -111,48 +125,46 @@ def lose_a_node(
         killed.append(time.time())
         machines.kill(victim)
 
-    return interrupted(config, root, strike), killed[0]
+    return train_and_strike(config, root, strike), killed[0]
 
 
 def seconds_to_the_next_step(run_uri: str, killed: float) -> float:
-    """From a kill to the first step of the start after it; that there is one shows that the kill hit the run."""
+    """Return the time from a kill to the first step after the resume; fail where there was no
+    resume."""
     start = records.starts(run_uri)[-1]
     assert start["time"] > killed, "the kill came too late"
-    return (
-        min(row["time"] for row in records.metrics(run_uri) if row["step"] == start["step"] + 1)
-        - killed
-    )
+    first = start["step"] + 1
+    return min(row["time"] for row in records.metrics(run_uri) if row["step"] == first) - killed
 
 
-def calm_without_ray(rank: int, corpus: str, dataset: str, run_uri: str) -> None:
+def train_without_ray(rank: int, corpus: str, dataset: Dataset, run_uri: str) -> None:
     workers.run(config_of(corpus, None, **{"parallel.workers": 2}), dataset, run_uri)
 
 
-def test_a_lost_machine_costs_time_and_nothing_else(corpus: str, tmp_path: Path) -> None:
+def test_run_that_loses_a_machine_equals_uninterrupted_one(corpus: str, tmp_path: Path) -> None:
     root = str(tmp_path / "kiln")
     with nodes.cluster(3) as machines, machines.joined():
         done, killed = lose_a_node(
-            config_of(corpus, "stormy", **{"parallel.workers": 2}), root, machines
+            config_of(corpus, "killed", **{"parallel.workers": 2}), root, machines
         )
     assert done.returncode == 0, done.stderr
-    assert seconds_to_the_next_step(uri(root, "stormy"), killed) > 0
-    assert f"stormy: step {STEPS}/{STEPS}" in done.stdout, (
-        "the driver did not see the run to its end"
-    )
-    (dataset,) = storage.names(f"{root}/data")
-    workers.spawn(2, calm_without_ray, corpus, f"{root}/data/{dataset}", uri(root, "calm"))
+    assert seconds_to_the_next_step(uri(root, "killed"), killed) > 0
+    assert f"killed: step {STEPS}/{STEPS}" in done.stdout, "the driver did not show the last step"
+    (name,) = storage.names(f"{root}/data")
+    dataset = Dataset.open(f"{root}/data/{name}")
+    workers.spawn(2, train_without_ray, corpus, dataset, uri(root, "uninterrupted"))
     compared = [
         *compare.metrics(
-            storage.read_json(f"{uri(root, 'calm')}/rows.json"),
-            records.metrics(uri(root, "stormy")),
+            storage.read_json(f"{uri(root, 'uninterrupted')}/rows.json"),
+            records.metrics(uri(root, "killed")),
         ),
-        *compare.checkpoints(uri(root, "calm"), uri(root, "stormy")),
+        *compare.checkpoints(uri(root, "uninterrupted"), uri(root, "killed")),
     ]
     assert len(compared) > STEPS
     assert [item for item in compared if item.difference] == []
 
 
-# ---------------------------------------------------------------- every strategy, every fault
+# ---- every strategy, every fault
 
 FAULTS = {
     "worker in a step": Fault(2 * EVERY + 3, rank=1),
@@ -164,7 +176,7 @@ Cells = dict[tuple[str, int], dict[str, str]]
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[nodes.Nodes]:
-    """Nodes for three workers and a spare."""
+    """Start nodes for three workers, and a spare."""
     with nodes.cluster(4) as machines, machines.joined():
         yield machines
 
@@ -176,7 +188,7 @@ def kiln(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[Cells]:
-    """What each cell came to; written to KILN_FAULT_TABLE at the end."""
+    """Collect the result of each cell; written to KILN_FAULT_TABLE at the end."""
     cells: Cells = defaultdict(dict)
     yield cells
     if file := os.environ.get("KILN_FAULT_TABLE"):
@@ -194,9 +206,9 @@ def table() -> Iterator[Cells]:
         Path(file).write_text("\n".join(lines) + "\n")
 
 
-def straight(kiln: str, corpus: str, command: Command, strategy: str, workers: int) -> str:
-    """The name of the uninterrupted run that serves a whole row."""
-    name = f"straight-{strategy}-{workers}"
+def uninterrupted_run(kiln: str, corpus: str, command: Command, strategy: str, workers: int) -> str:
+    """Return the name of the uninterrupted run of a row; train it where it is missing."""
+    name = f"uninterrupted-{strategy}-{workers}"
     if not storage.exists(storage.join(uri(kiln, name), "summary.json")):
         config = config_of(corpus, name, **STRATEGIES[strategy], **{"parallel.workers": workers})
         done = command(*arguments(config, kiln))
@@ -208,7 +220,7 @@ def straight(kiln: str, corpus: str, command: Command, strategy: str, workers: i
 @pytest.mark.parametrize("fault", [*FAULTS, "machine"])
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_survives_every_fault(
+def test_every_strategy_equals_uninterrupted_run_after_every_fault(
     machines: nodes.Nodes,
     table: Cells,
     kiln: str,
@@ -218,7 +230,7 @@ def test_every_strategy_survives_every_fault(
     workers: int,
     fault: str,
 ) -> None:
-    calm = straight(kiln, corpus, command, strategy, workers)
+    uninterrupted = uninterrupted_run(kiln, corpus, command, strategy, workers)
     config = config_of(
         corpus,
         f"killed-{strategy}-{workers}",
@@ -226,135 +238,137 @@ def test_every_strategy_survives_every_fault(
         **{"parallel.workers": workers},
     )
     if fault in FAULTS:
-        verdict = verify.verify(config, kiln, [FAULTS[fault]], straight=calm)
+        verdict = verify.verify(config, kiln, [FAULTS[fault]], uninterrupted=uninterrupted)
         (recovery_s,) = verdict.recoveries_s
     else:
         done, killed = lose_a_node(config, kiln, machines)
         machines.add()
         assert done.returncode == 0, done.stderr
         recovery_s = seconds_to_the_next_step(uri(kiln, str(config.run.name)), killed)
-        verdict = judged(kiln, calm, str(config.run.name))
+        verdict = compare_with(kiln, uninterrupted, str(config.run.name))
     table[strategy, workers][fault] = f"{verdict.largest_difference:g}, {recovery_s:.0f} s"
     assert verdict.equal, verdict.first_difference
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_machine_that_is_not_replaced_leaves_the_run_to_the_others(
+def test_run_resumes_with_fewer_workers_after_a_machine_is_lost(
     machines: nodes.Nodes, table: Cells, kiln: str, corpus: str, command: Command, strategy: str
 ) -> None:
-    """The same samples in the same order; without dropout, whose noise is drawn by each worker."""
+    """The samples and their order are the same; without dropout, whose noise each worker draws."""
     variant = {**STRATEGIES[strategy], "model.dropout": 0.0}
     three, name = {**variant, "parallel.workers": 3}, f"left-{strategy}"
-    calm = command(*arguments(config_of(corpus, f"calm-{strategy}", **three), kiln))
-    assert calm.returncode == 0, calm.stderr
+    uninterrupted = f"uninterrupted-left-{strategy}"
+    done = command(*arguments(config_of(corpus, uninterrupted, **three), kiln))
+    assert done.returncode == 0, done.stderr
     lost, killed = lose_a_node(
         config_of(corpus, name, **three, **{"run.max_failures": 0}), kiln, machines
     )
     machines.add()
     assert lost.returncode == 1
-    assert f"--run.name {name} goes on from its newest checkpoint" in lost.stderr
+    assert f"start --run.name {name} again to resume from its newest checkpoint" in lost.stderr
     two = command(*arguments(config_of(corpus, name, **variant, **{"parallel.workers": 2}), kiln))
     assert two.returncode == 0, two.stderr
     seconds_to_the_next_step(uri(kiln, name), killed)
-    verdict = judged(kiln, f"calm-{strategy}", name)
+    verdict = compare_with(kiln, uninterrupted, name)
     table[strategy, 3]["machine, then 2 workers"] = f"{verdict.largest_difference:.0e}"
     assert 0 < verdict.largest_difference < DRIFT, verdict.first_difference
 
 
-# ---------------------------------------------------------------- storage fails
+# ---- storage fails
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small disk, and mounts it anew with other options."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    """Return a function that mounts a small disk, or remounts it with other options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
 
     def mount(options: str) -> Path:
-        remount = ["-o", "remount"] if place.is_mount() else []
+        remount = ["-o", "remount"] if folder.is_mount() else []
         done = subprocess.run(
-            ["mount", "-t", "tmpfs", *remount, "-o", options, "raykiln-test", str(place)],
+            ["mount", "-t", "tmpfs", *remount, "-o", options, "raykiln-test", str(folder)],
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode:
-            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
-        return place
+            pytest.skip(f"this machine cannot mount a disk: {done.stderr.strip()}")
+        return folder
 
     yield mount
-    if place.is_mount():
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")
-def calm(
+def trained(
     ray_address: str, corpus: str, command: Command, tmp_path_factory: pytest.TempPathFactory
 ) -> str:
-    """A storage with an uninterrupted run `calm`."""
-    root = str(tmp_path_factory.mktemp("calm") / "kiln")
-    done = command(*arguments(config_of(corpus, "calm", **{"parallel.workers": 2}), root))
+    """Return a storage with an run `uninterrupted`."""
+    root = str(tmp_path_factory.mktemp("trained") / "kiln")
+    done = command(*arguments(config_of(corpus, "uninterrupted", **{"parallel.workers": 2}), root))
     assert done.returncode == 0, done.stderr
     return root
 
 
 def error_of(done: CompletedProcess[str]) -> str:
-    """The one sentence with which a command failed."""
+    """Return the one line with which a command failed."""
     assert "Traceback" not in done.stdout + done.stderr
-    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return sentence
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return error
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
-    calm: str, corpus: str, command: Command, disk: Callable[[str], Path], tmp_path: Path
+def test_run_ends_on_a_full_disk_and_resumes_on_a_larger_one(
+    trained: str, corpus: str, command: Command, disk: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root, config = str(disk("size=6m")), config_of(corpus, "full", **{"parallel.workers": 2})
-    shutil.copytree(f"{calm}/data", f"{root}/data")
+    shutil.copytree(f"{trained}/data", f"{root}/data")
     full = command(*arguments(config, root))
     assert full.returncode == 1, full.stdout + full.stderr
-    # Who is first to find no room, the upload or the curves while it fills the disk, is a race.
+    # Either the upload fails first, or the curves that are written while it fills the disk.
     assert re.search(
-        rf"(a checkpoint could not|nothing can) be written (below|to) {re.escape(uri(root, 'full'))}",
+        r"(a checkpoint could not|nothing can) be written (below|to) "
+        + re.escape(uri(root, "full")),
         error_of(full),
     )
     assert "No space left on device" in error_of(full)
-    assert len(records.starts(uri(root, "full"))) == 1, "a full disk was tried again"
+    assert len(records.starts(uri(root, "full"))) == 1, "the run was restarted on a full disk"
     older = checkpoint.complete(uri(root, "full"))
     assert 0 < len(older) < STEPS // EVERY
     disk("size=64m")
     again = command(*arguments(config, root))
     assert again.returncode == 0, again.stderr
-    assert f"goes on from step {older[0].step}," in again.stdout
-    verdict = verify.judge(uri(calm, "calm"), uri(root, "full"), [], tolerance=0)
+    assert f"resumes from step {older[0].step}," in again.stdout
+    verdict = compare_runs(uri(trained, "uninterrupted"), uri(root, "full"), [], tolerance=0)
     assert verdict.equal, verdict.first_difference
 
 
 @pytest.mark.slow
-def test_a_disk_that_others_fill_is_tried_once_more(
+def test_run_ends_when_others_fill_the_disk(
     ray_address: str, corpus: str, disk: Callable[[str], Path]
 ) -> None:
-    """Between two checkpoints: rank 0's curves are the first that find no room."""
-    place = disk("size=24m")
+    """Between two checkpoints, so that writing rank 0's curves fails first."""
+    folder = disk("size=24m")
 
     def fill() -> None:
-        with suppress(OSError), (place / "of others").open("wb", buffering=0) as file:
+        with suppress(OSError), (folder / "of others").open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
 
     config = config_of(
         corpus, "full", **{"parallel.workers": 2, "steps": 400, "checkpoint.every": 400}
     )
-    full = interrupted(config, str(place), fill)
+    full = train_and_strike(config, str(folder), fill)
     assert full.returncode == 1, full.stdout + full.stderr
     assert (
-        f"nothing can be written to {uri(str(place), 'full')} ([Errno 28] No space left on device"
+        f"nothing can be written to {uri(str(folder), 'full')} ([Errno 28] No space left on device"
         in error_of(full)
     )
 
 
-def test_a_store_that_cannot_be_written_is_a_sentence_before_any_worker(
+def test_read_only_storage_is_an_error_before_any_worker_starts(
     ray_address: str, corpus: str, command: Command, disk: Callable[[str], Path]
 ) -> None:
     root = str(disk("ro"))
@@ -364,24 +378,25 @@ def test_a_store_that_cannot_be_written_is_a_sentence_before_any_worker(
 
 
 @pytest.mark.slow
-def test_the_newest_checkpoint_that_is_whole_is_used_and_the_others_are_named(
-    calm: str, corpus: str, command: Command
+def test_run_resumes_from_the_newest_undamaged_checkpoint_and_names_the_others(
+    trained: str, corpus: str, command: Command
 ) -> None:
-    """The newest is too short, as the driver sees; of the next a byte is wrong, as the workers see when they read it."""
+    """The newest one is too short, which the driver finds; a byte of the next is wrong, which the
+    workers find."""
     name, newest, next_one = "damaged", f"step_{STEPS:06d}", f"step_{STEPS - EVERY:06d}"
-    shutil.copytree(uri(calm, "calm"), uri(calm, name))
-    os.truncate(f"{uri(calm, name)}/checkpoints/{newest}/model.safetensors", 1000)
-    with open(f"{uri(calm, name)}/checkpoints/{next_one}/model.safetensors", "r+b") as file:
+    shutil.copytree(uri(trained, "uninterrupted"), uri(trained, name))
+    os.truncate(f"{uri(trained, name)}/checkpoints/{newest}/model.safetensors", 1000)
+    with open(f"{uri(trained, name)}/checkpoints/{next_one}/model.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
-    done = command(*arguments(config_of(corpus, name, **{"parallel.workers": 2}), calm))
+    done = command(*arguments(config_of(corpus, name, **{"parallel.workers": 2}), trained))
     assert done.returncode == 0, done.stderr
-    said = done.stdout + done.stderr
-    assert f"checkpoint {newest} is skipped: model.safetensors should have" in said
-    assert f"checkpoint {next_one} is skipped" in said
-    assert "its hash is not the one in manifest.json" in said
-    assert records.starts(uri(calm, name))[-1]["step"] == STEPS - 2 * EVERY
-    verdict = judged(calm, "calm", name)
+    output = done.stdout + done.stderr
+    assert f"checkpoint {newest} is skipped: model.safetensors should have" in output
+    assert f"checkpoint {next_one} is skipped" in output
+    assert "its hash is not the one in manifest.json" in output
+    assert records.starts(uri(trained, name))[-1]["step"] == STEPS - 2 * EVERY
+    verdict = compare_with(trained, "uninterrupted", name)
     assert verdict.equal, verdict.first_difference

@@ -1,4 +1,4 @@
-"""The GPT is transformers' own, and a run of it on Ray is what it says (strategies: test_strategy.py; kills: test_verify.py)."""
+"""The GPT, and its runs on Ray (strategies: test_strategy.py; kills: test_verify.py)."""
 
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,17 @@ from transformers import GPT2LMHeadModel
 from cluster import storage
 from models.nets import gpt
 from train import launch
-from train.config import loader as configs
-from train.gpt import loop
+from train.config import loader
+from train.data.dataset import Dataset
 from train.gpt.config import GptConfig
+from train.gpt.model import build
+from train.gpt.schedule import learning_rate
 from train.run import checkpoint, records
 
 VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
 
 
-# ---------------------------------------------------------------- the model
+# ---- the model
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +30,15 @@ def model() -> GPT2LMHeadModel:
     return gpt.build(vocab_size=97, context=24, width=32, layers=2, heads=4, eos_token_id=0).eval()
 
 
-def test_it_is_transformers_own(model: GPT2LMHeadModel, tmp_path: Path) -> None:
+def test_logits_and_samples_equal_those_of_transformers(
+    model: GPT2LMHeadModel, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path)
-    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    reference = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     ids = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    assert torch.equal(model(input_ids=ids).logits, reference(input_ids=ids).logits)
     prompt = ids[0, :6].tolist()
-    expected = theirs.generate(
+    expected = reference.generate(
         torch.tensor([prompt]),
         max_new_tokens=15,
         do_sample=False,
@@ -47,17 +51,16 @@ def test_it_is_transformers_own(model: GPT2LMHeadModel, tmp_path: Path) -> None:
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-def test_the_loss_is_transformers_own(model: GPT2LMHeadModel) -> None:
+def test_loss_equals_that_of_transformers(model: GPT2LMHeadModel) -> None:
     ids = torch.randint(97, (3, 21), generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(
         gpt.NextTokenLoss(model)(ids[:, :-1], ids[:, 1:]), model(input_ids=ids, labels=ids).loss
     )
 
 
-def test_sampling_obeys_its_settings(model: GPT2LMHeadModel) -> None:
-    drawn = gpt.sample(
-        model, [5, 6], 40, temperature=0.9, top_k=20, seed=3
-    )  # 42 tokens: beyond the context of 24
+def test_sampling_follows_seed_temperature_top_k_and_top_p(model: GPT2LMHeadModel) -> None:
+    # 42 tokens, more than the context of 24.
+    drawn = gpt.sample(model, [5, 6], 40, temperature=0.9, top_k=20, seed=3)
     assert drawn == gpt.sample(model, [5, 6], 40, temperature=0.9, top_k=20, seed=3)
     assert drawn != gpt.sample(model, [5, 6], 40, temperature=0.9, top_k=20, seed=4)
     greedy = gpt.sample(model, [5, 6], 10, temperature=0)
@@ -65,7 +68,7 @@ def test_sampling_obeys_its_settings(model: GPT2LMHeadModel) -> None:
     assert gpt.sample(model, [5, 6], 10, temperature=1.0, top_k=0, top_p=1e-9) == greedy
 
 
-def test_only_matrices_decay(model: GPT2LMHeadModel) -> None:
+def test_weight_decay_applies_to_matrices_only(model: GPT2LMHeadModel) -> None:
     decayed, free = gpt.parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -76,7 +79,7 @@ def test_only_matrices_decay(model: GPT2LMHeadModel) -> None:
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
 
-def test_a_damaged_pretrained_folder_is_named(tmp_path: Path, model: GPT2LMHeadModel) -> None:
+def test_damaged_pretrained_folder_is_an_error(tmp_path: Path, model: GPT2LMHeadModel) -> None:
     with pytest.raises(ValueError, match=r"has no config.json"):
         gpt.load(str(tmp_path))
     model.save_pretrained(tmp_path)
@@ -85,66 +88,36 @@ def test_a_damaged_pretrained_folder_is_named(tmp_path: Path, model: GPT2LMHeadM
         gpt.load(str(tmp_path))
 
 
-def test_the_learning_rate_warms_up_holds_and_decays() -> None:
-    def course(**optim: Any) -> list[float]:
-        config = configs.load(
+def test_learning_rate_warms_up_holds_and_decays() -> None:
+    def rates(**optim: Any) -> list[float]:
+        config = loader.load(
             "gpt", None, {"steps": 10, **{f"optim.{key}": value for key, value in optim.items()}}
         )
         assert isinstance(config, GptConfig)
-        return [round(loop.learning_rate(config, step), 6) for step in range(10)]
+        return [round(learning_rate(config, step), 6) for step in range(10)]
 
-    assert course(lr=1.0, warmup_steps=4, schedule="constant") == [
-        0.25,
-        0.5,
-        0.75,
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-    ]
-    assert course(lr=1.0, warmup_steps=0, schedule="linear") == [
-        1,
-        0.9,
-        0.8,
-        0.7,
-        0.6,
-        0.5,
-        0.4,
-        0.3,
-        0.2,
-        0.1,
-    ]
-    assert course(lr=1.0, warmup_steps=2, schedule="linear", hold=0.5) == [
-        0.5,
-        1,
-        1,
-        1,
-        1,
-        1,
-        0.8,
-        0.6,
-        0.4,
-        0.2,
-    ]
-    assert course(lr=1.0, warmup_steps=0, schedule="cosine")[5] == 0.5
+    constant = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
+    linear = [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    held = [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    assert rates(lr=1.0, warmup_steps=4, schedule="constant") == constant
+    assert rates(lr=1.0, warmup_steps=0, schedule="linear") == linear
+    assert rates(lr=1.0, warmup_steps=2, schedule="linear", hold=0.5) == held
+    assert rates(lr=1.0, warmup_steps=0, schedule="cosine")[5] == 0.5
 
 
-# ---------------------------------------------------------------- training on Ray
+# ---- training on Ray
 
 
 @pytest.fixture(scope="module")
 def kiln(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A storage with a small corpus."""
+    """Return a storage with a small corpus."""
     root = tmp_path_factory.mktemp("kiln")
     (root / "corpus.txt").write_text("".join(f"{number}: {VERSE}" for number in range(120)))
     return str(root)
 
 
 def run(root: str, name: str, **values: Any) -> dict[str, Any]:
-    config = configs.load(
+    config = loader.load(
         "gpt",
         "gpt-tiny",
         {
@@ -176,22 +149,22 @@ def losses(root: str, name: str) -> dict[int, float]:
     }
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(kiln: str) -> None:
+def test_resume_equals_uninterrupted_run_bit_for_bit(kiln: str) -> None:
     dropout = {"model.dropout": 0.1}
-    run(kiln, "straight", steps=10, **dropout)
+    run(kiln, "uninterrupted", steps=10, **dropout)
     run(kiln, "halved", steps=4, **dropout)
     summary = run(kiln, "halved", steps=10, **{"run.resume": "must"}, **dropout)
     assert summary["resumed_from"] == 4
-    assert losses(kiln, "halved") == losses(kiln, "straight")
+    assert losses(kiln, "halved") == losses(kiln, "uninterrupted")
     assert all(
         torch.equal(value, weights(kiln, "halved")[name])
-        for name, value in weights(kiln, "straight").items()
+        for name, value in weights(kiln, "uninterrupted").items()
     )
 
 
-def test_a_run_leaves_what_people_look_at(kiln: str) -> None:
-    summary = run(kiln, "seen", steps=2)
-    uri = f"{kiln}/runs/seen"
+def test_run_writes_summary_samples_tensorboard_and_lineage(kiln: str) -> None:
+    summary = run(kiln, "watched", steps=2)
+    uri = f"{kiln}/runs/watched"
     assert storage.read_json(f"{uri}/summary.json") == summary
     assert 0 < summary["metrics"]["heldout_bits_per_byte"] < 10
     assert (Path(uri) / "samples/text_000002.txt").read_text()
@@ -199,7 +172,7 @@ def test_a_run_leaves_what_people_look_at(kiln: str) -> None:
     assert storage.read_json(f"{uri}/lineage.json")["dataset"]["fingerprint"] in summary["dataset"]
 
 
-def test_bad_plans_and_data_are_sentences_before_any_worker(kiln: str, command: Any) -> None:
+def test_missing_data_workers_and_cluster_are_one_line_errors(kiln: str, command: Any) -> None:
     missing = command(
         "train", "gpt", "--config", "gpt-tiny", "--data.source", "nowhere.txt", "--storage", kiln
     )
@@ -219,24 +192,24 @@ def test_bad_plans_and_data_are_sentences_before_any_worker(kiln: str, command: 
     assert "no Ray cluster answers at RAY_ADDRESS='127.0.0.1:1'" in nowhere.stderr
 
 
-def test_a_run_goes_on_with_its_own_data_or_not_at_all(kiln: str, tmp_path: Path) -> None:
+def test_run_resumes_only_with_its_own_data(kiln: str, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(VERSE * 100)
     own = {"data.source": str(corpus), "steps": 2}
     first = run(kiln, "data", **own)
-    assert run(kiln, "data", **own) == first  # complete: nothing is done again
-    # Interrupted after its last checkpoint, before its end: judged, not started over.
+    assert run(kiln, "data", **own) == first  # complete, so nothing is trained again
+    # Interrupted between its last checkpoint and its end: it is evaluated, not started over.
     (Path(kiln) / "runs/data/summary.json").unlink()
     again = run(kiln, "data", **own)
     assert again["metrics"]["heldout_loss"] == pytest.approx(first["metrics"]["heldout_loss"])
     corpus.write_text(VERSE * 99)
     with pytest.raises(
-        ValueError, match=r"run data was begun on data \w+, and data.source now gives"
+        ValueError, match=r"run data was started with data \w+, and data.source now gives"
     ):
         run(kiln, "data", **(own | {"steps": 4}))
 
 
-def test_a_config_that_does_not_fit_the_data_is_a_sentence_before_any_worker(
+def test_config_that_does_not_fit_the_data_is_an_error_before_any_worker_starts(
     kiln: str, model: GPT2LMHeadModel, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"tokens to train on, and model.context is 9000"):
@@ -249,16 +222,16 @@ def test_a_config_that_does_not_fit_the_data_is_a_sentence_before_any_worker(
         run(kiln, "other", **{"model.pretrained": str(tmp_path)})
 
 
-def test_training_starts_from_a_pretrained_model_in_fp32(
+def test_pretrained_model_in_half_precision_is_trained_in_fp32(
     model: GPT2LMHeadModel, tmp_path: Path
 ) -> None:
     model.half().save_pretrained(tmp_path)
     model.float()
-    config = configs.load(
+    config = loader.load(
         "gpt", None, {"model.pretrained": str(tmp_path), "model.dropout": 0.25, "model.context": 24}
     )
     assert isinstance(config, GptConfig)
-    built = loop.build(config, {"vocab_size": 97})
+    built = build(config, Dataset("", {"vocab_size": 97}))
     assert {parameter.dtype for parameter in built.parameters()} == {torch.float32}
     assert built.transformer.drop.p == 0.25
     torch.testing.assert_close(
@@ -266,7 +239,7 @@ def test_training_starts_from_a_pretrained_model_in_fp32(
     )
 
 
-def test_a_diverging_run_is_one_sentence(kiln: str, command: Any) -> None:
+def test_divergence_ends_the_run_with_one_line(kiln: str, command: Any) -> None:
     words = [
         "train",
         "gpt",
@@ -286,20 +259,20 @@ def test_a_diverging_run_is_one_sentence(kiln: str, command: Any) -> None:
         "--run.max_failures",
         "0",
         "--run.name",
-        "wild",
+        "diverging",
         "--storage",
         kiln,
     )
     assert failed.returncode == 1
     assert "training has diverged" in failed.stderr
     assert "Traceback" not in failed.stderr
-    report = Path(kiln, "runs", "wild", "report.md").read_text()
-    assert "**It did not reach its 20 steps.** run wild failed: " in report
+    report = Path(kiln, "runs", "diverging", "report.md").read_text()
+    assert "**It did not reach its 20 steps.** run diverging failed: " in report
     assert "training has diverged" in report
 
 
-def test_a_run_that_fails_before_its_first_line_is_one_sentence(kiln: str, command: Any) -> None:
-    """Its samples can't be written: where their folder should be, there is a file."""
+def test_run_folder_that_cannot_be_written_is_a_one_line_error(kiln: str, command: Any) -> None:
+    """A file is in the place of its samples/ folder."""
     run = Path(kiln, "runs", "blocked")
     run.mkdir(parents=True)
     (run / "samples").touch()

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is the same run, and what says so would notice if it were not."""
+"""verify-resume: a killed run equals an uninterrupted one, and differences are found."""
 
 import math
 import shutil
@@ -12,12 +12,15 @@ import torch
 
 from cluster import storage
 from tests.support import workers
-from train.config import loader as configs
+from train import __main__ as train
+from train.config import loader
 from train.config.sections import Config
-from train.gpt import loop as gpt
+from train.data.dataset import Dataset
+from train.gpt import loop
 from train.parallel import backends
 from train.run.checkpoint import Checkpointer
-from train.verify import compare, faults, verify
+from train.verify import command as verify
+from train.verify import compare, faults, verdict
 from train.verify.faults import Fault
 
 DROPOUT = {"model.dropout": 0.1}
@@ -27,78 +30,75 @@ VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more 
 
 @pytest.fixture(scope="module")
 def kiln(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A storage with a small corpus."""
+    """Return a storage with a small corpus."""
     root = tmp_path_factory.mktemp("kiln")
     (root / "corpus.txt").write_text("".join(f"{number}: {VERSE}" for number in range(120)))
     return str(root)
 
 
 def config_of(kiln: str, **values: Any) -> Config:
-    return configs.load(
+    return loader.load(
         "gpt", "gpt-tiny", {"data.source": f"{kiln}/corpus.txt", "data.vocab_size": 300, **values}
     )
 
 
 def arguments(kiln: str, *more: str) -> list[str]:
-    shape = [
+    keys = [
         word for key, value in (DROPOUT | TWO_WORKERS).items() for word in (f"--{key}", str(value))
     ]
     data = ["--data.source", f"{kiln}/corpus.txt", "--data.vocab_size", "300"]
-    return ["gpt", "--config", "gpt-tiny", *data, *shape, "--storage", kiln, *more]
+    return ["gpt", "--config", "gpt-tiny", *data, *keys, "--storage", kiln, *more]
 
 
-# ---------------------------------------------------------------- whole runs
+# ---- whole runs
 
 
 @pytest.fixture(scope="module")
 def killed(kiln: str, command: Callable[..., CompletedProcess[str]]) -> CompletedProcess[str]:
-    """The command with every kind of kill; its runs are kept."""
+    """Run the command with every kind of kill and keep its runs."""
     return command("train", "verify-resume", *arguments(kiln, "--keep", "--seed", "3"), timeout=900)
 
 
-def test_a_run_that_is_killed_in_every_way_equals_a_straight_one(
+def test_run_killed_in_every_way_equals_uninterrupted_one(
     killed: CompletedProcess[str],
 ) -> None:
     assert killed.returncode == 0, killed.stdout + killed.stderr
-    *_, verdict = killed.stdout.splitlines()
-    # Every step has its loss, gradient norm and learning rate, and the last one two figures more.
-    assert verdict.startswith(f"equal: 24 steps, 4 kills, {24 * 3 + 2} figures and ")
-    assert verdict.endswith("tensors, bit for bit")
+    *_, last = killed.stdout.splitlines()
+    # Every step has loss, gradient norm and learning rate, and the last one two more metrics.
+    assert last.startswith(f"equal: 24 steps, 4 kills, {24 * 3 + 2} metrics and ")
+    assert last.endswith("tensors, bit for bit")
     table = killed.stdout.split("seconds to the next step\n")[1].splitlines()[:4]
     assert sum(line.startswith("the driver") for line in table) == 1
     assert sum("step 12's checkpoint" in line and " step 6 " in line for line in table) == 1, (
-        "gone on from an unfinished checkpoint"
+        "resumed past an unfinished checkpoint"
     )
 
 
-def test_a_broken_restore_is_found(kiln: str, killed: CompletedProcess[str]) -> None:
+def test_broken_restore_is_found(kiln: str, killed: CompletedProcess[str]) -> None:
     config = verify.shortened(config_of(kiln, **DROPOUT, **TWO_WORKERS), 24)
-    (straight,) = (name for name in storage.names(f"{kiln}/runs") if name.endswith("-straight"))
-    verdict = verify.verify(
-        config,
-        kiln,
-        verify.plan_kills(["upload"], config),
-        straight=straight,
-        broken_restore="order",
-    )
-    assert not verdict.equal
-    # Killed in the upload of step 12's checkpoint, gone on from step 6: step 7 is the first that can differ.
-    assert " at step 7: " in str(verdict.first_difference)
-    assert (
-        "(after the kill of worker 0 in the upload of step 12's checkpoint, gone on from step 6)"
-        in str(verdict.first_difference)
-    )
-    assert {straight, verdict.killed} <= set(storage.names(f"{kiln}/runs"))
-    *_, said, runs = verify.report(verdict, 24).splitlines()
-    assert said == f"different: {verdict.first_difference}"
-    assert straight in runs
-    assert verdict.killed in runs
+    names = storage.names(f"{kiln}/runs")
+    (uninterrupted,) = (name for name in names if name.endswith("-uninterrupted"))
+    plan = verify.plan_kills(["upload"], config)
+    broken = verify.verify(config, kiln, plan, uninterrupted=uninterrupted, broken_restore="order")
+    assert not broken.equal
+    # Killed during the upload of step 12's checkpoint and resumed from step 6: step 7 is the first
+    # that can differ.
+    assert " at step 7: " in str(broken.first_difference)
+    kill = "after the kill of worker 0 during the upload of step 12's checkpoint"
+    assert f"({kill}, resumed from step 6)" in str(broken.first_difference)
+    assert {uninterrupted, broken.killed} <= set(storage.names(f"{kiln}/runs"))
+    *_, result, runs = verdict.table(broken, 24).splitlines()
+    assert result == f"different: {broken.first_difference}"
+    assert uninterrupted in runs
+    assert broken.killed in runs
 
 
 @pytest.mark.slow
-def test_a_gan_too_and_a_straight_run_serves_again(ray_address: str, tmp_path: Path) -> None:
+def test_gan_equals_too_and_an_uninterrupted_run_is_reused(
+    ray_address: str, tmp_path: Path
+) -> None:
     config = verify.shortened(
-        configs.load("gan", "gan-tiny", {"parallel.workers": 2, "batch.micro_size": 4}), 12
+        loader.load("gan", "gan-tiny", {"parallel.workers": 2, "batch.micro_size": 4}), 12
     )
     root = str(tmp_path)
     first = verify.verify(config, root, verify.plan_kills(["worker", "driver"], config), keep=True)
@@ -108,13 +108,16 @@ def test_a_gan_too_and_a_straight_run_serves_again(ray_address: str, tmp_path: P
         config,
         root,
         verify.plan_kills(["upload", "random", "random"], config, seed=1),
-        straight=first.straight,
+        uninterrupted=first.uninterrupted,
     )
     assert again.equal, again.first_difference
-    assert storage.names(f"{root}/runs") == sorted([first.straight, first.killed])
-    # Before the first checkpoint: started over.
+    assert storage.names(f"{root}/runs") == sorted([first.uninterrupted, first.killed])
+    # Killed before the first checkpoint, so it starts over.
     early = verify.verify(
-        config, root, [Fault(1), Fault(2, target="driver", rank=1)], straight=first.straight
+        config,
+        root,
+        [Fault(1), Fault(2, target="driver", rank=1)],
+        uninterrupted=first.uninterrupted,
     )
     assert early.equal, early.first_difference
     assert [kill.resumed_from for kill in early.kills] == [0, 0]
@@ -122,76 +125,72 @@ def test_a_gan_too_and_a_straight_run_serves_again(ray_address: str, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_broken_restore_of_what_is_spread_is_found(kiln: str, stage: int) -> None:
-    spread = {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage}
-    config, straight = verify.shortened(config_of(kiln, **TWO_WORKERS, **spread), 8), None
+def test_broken_restore_of_shards_is_found(kiln: str, stage: int) -> None:
+    strategy = {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage}
+    config = verify.shortened(config_of(kiln, **TWO_WORKERS, **strategy), 8)
+    plan, uninterrupted = verify.plan_kills(["upload"], config), None
     for what in faults.BROKEN_RESTORES:
-        verdict = verify.verify(
-            config,
-            kiln,
-            verify.plan_kills(["upload"], config),
-            straight=straight,
-            broken_restore=what,
-        )
-        straight = verdict.straight
-        assert not verdict.equal
-        # Gone on from step 2; moments change an update, which the next step is the first to feel.
-        assert f" at step {4 if what == 'optimizer' else 3}: " in str(verdict.first_difference)
+        broken = verify.verify(config, kiln, plan, uninterrupted=uninterrupted, broken_restore=what)
+        uninterrupted = broken.uninterrupted
+        assert not broken.equal
+        # Resumed from step 2; moments change an update, which shows in the step after it.
+        assert f" at step {4 if what == 'optimizer' else 3}: " in str(broken.first_difference)
 
 
-# ---------------------------------------------------------------- broken restores, without Ray
+# ---- broken restores, without Ray
 
 
 STEPS = 6
 
 
+Reference = tuple[Config, Dataset, str, list[dict[str, float]]]
+
+
 @pytest.fixture(scope="module")
-def straight(
-    kiln: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Config, str, str, list[dict[str, float]]]:
-    """A run of one process: its config, data set, folder and rows."""
+def reference(kiln: str, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Train in this process; return config, data set, folder and rows."""
     config = config_of(
         kiln,
         steps=STEPS,
         **{"checkpoint.every": STEPS // 2, "checkpoint.keep_last": 5, "log.every": 1},
     )
-    dataset, uri = workers.prepare(config, kiln), str(tmp_path_factory.mktemp("straight"))
+    dataset, uri = workers.prepare(config, kiln), str(tmp_path_factory.mktemp("reference"))
     return config, dataset, uri, workers.run(config, dataset, uri).rows
 
 
 @pytest.mark.parametrize(
     ("what", "first"), [(None, None), ("order", 4), ("weights", 4), ("optimizer", 5)]
 )
-def test_each_broken_restore_shows_in_the_first_step_that_it_can_change(
-    straight: tuple[Config, str, str, list[dict[str, float]]],
+def test_broken_restore_shows_in_the_first_step_that_it_can_change(
+    reference: Reference,
     tmp_path: Path,
     what: str | None,
     first: int | None,
 ) -> None:
-    config, dataset, uri, rows = straight
+    config, dataset, uri, rows = reference
     shutil.copytree(f"{uri}/checkpoints/step_000003", tmp_path / "checkpoints/step_000003")
     checkpoints = Checkpointer(str(tmp_path), config.model_dump(), keep_last=5)
     start = checkpoints.load()
     assert start is not None
     broken, state = faults.break_restore(what, config, start[1]) if what else (config, start[1])
     recorder = workers.MemoryRecorder()
-    gpt.train(
+    loop.train(
         workers.LocalWorker(broken, backends.build(config), checkpoints, recorder, dataset),
         (start[0], state),
     )
     recorded = [row for row in rows if row["step"] <= STEPS // 2] + recorder.rows
-    figures = [item.step for item in compare.metrics(rows, recorded) if item.difference]
+    metrics = [item.step for item in compare.metrics(rows, recorded) if item.difference]
     tensors = [
         item
         for item in compare.checkpoints(uri, str(tmp_path))
         if item.difference and item.step == STEPS
     ]
-    # Moments change an update, which the next step's loss is the first to feel.
-    assert min(figures, default=None) == first
+    # Moments change an update, which shows in the next step's loss.
+    assert min(metrics, default=None) == first
     assert bool(tensors) == (what is not None)
 
 
-# ---------------------------------------------------------------- comparing
+# ---- comparing
 
 ROWS = [
     {"step": 1, "time": 1.0, "loss": 2.5, "tokens_per_s": 10.0, "data_s": 0.1, "mfu": 0.2},
@@ -200,11 +199,11 @@ ROWS = [
 ]
 
 
-def test_what_depends_on_the_clock_is_not_compared() -> None:
+def test_metrics_that_depend_on_the_clock_are_not_compared() -> None:
     later = [
         {
-            tag: value + (tag in {"time", "tokens_per_s", "data_s", "mfu"})
-            for tag, value in row.items()
+            metric: value + (metric in {"time", "tokens_per_s", "data_s", "mfu"})
+            for metric, value in row.items()
         }
         for row in ROWS
     ]
@@ -217,17 +216,17 @@ def test_what_depends_on_the_clock_is_not_compared() -> None:
     assert not any(item.difference for item in compared)
 
 
-def test_the_last_bit_of_a_figure_counts() -> None:
+def test_difference_in_the_last_bit_of_a_metric_is_found() -> None:
     other = [ROWS[0], {**ROWS[1], "loss": math.nextafter(2.4, 3)}, ROWS[2]]
     (found,) = [item for item in compare.metrics(ROWS, other) if not item.within(0)]
-    assert (found.step, found.difference) == (2, "2.4 straight, 2.4000000000000004 killed")
+    assert (found.step, found.difference) == (2, "2.4 uninterrupted, 2.4000000000000004 killed")
     assert found.within(1e-12)
 
 
-def test_a_step_that_is_missing_is_a_difference() -> None:
+def test_missing_step_is_a_difference() -> None:
     missing = [item for item in compare.metrics(ROWS, ROWS[:2]) if item.difference]
     assert [(item.what, item.difference, item.absolute) for item in missing] == [
-        ("heldout_loss at step 2", "only in the straight run", math.inf)
+        ("heldout_loss at step 2", "only in the uninterrupted run", math.inf)
     ]
     assert not missing[0].within(1.0)
     assert [item.difference for item in compare.metrics(ROWS[:2], ROWS) if item.difference] == [
@@ -235,10 +234,10 @@ def test_a_step_that_is_missing_is_a_difference() -> None:
     ]
 
 
-def test_every_bit_of_a_state_counts() -> None:
+def test_difference_in_any_bit_of_a_state_is_found() -> None:
     tensor = torch.tensor([[1.0, -2.0], [0.0, 4.0]])
-    nearly = tensor.clone()
-    nearly[0, 1] = -2.5
+    changed_tensor = tensor.clone()
+    changed_tensor[0, 1] = -2.5
     state = {"model": {"a": tensor, "b": torch.tensor(1.0)}, "model_progress": {"updates": 3}}
 
     def differences(**changed: Any) -> list[tuple[str, str]]:
@@ -249,28 +248,24 @@ def test_every_bit_of_a_state_counts() -> None:
         ]
 
     assert differences() == []
-    assert differences(model={"a": nearly, "b": torch.tensor(1.0)}) == [
+    assert differences(model={"a": changed_tensor, "b": torch.tensor(1.0)}) == [
         ("model a in the checkpoint of step 9", "differs by up to 5.0e-01")
     ]
     assert differences(model={"a": tensor.mul(-1).mul(-1).sub(0), "b": torch.tensor(1.0)}) == []
-    assert (
-        len(
-            differences(
-                model={"a": tensor * torch.tensor([[1, 1], [-1, 1]]), "b": torch.tensor(1.0)}
-            )
-        )
-        == 1
-    ), "-0.0 is not 0.0"
+    negative_zero = tensor * torch.tensor([[1, 1], [-1, 1]])
+    assert len(differences(model={"a": negative_zero, "b": torch.tensor(1.0)})) == 1, (
+        "-0.0 differs from 0.0"
+    )
     assert differences(model={"a": tensor}) == [
-        ("model b in the checkpoint of step 9", "only in the straight run")
+        ("model b in the checkpoint of step 9", "only in the uninterrupted run")
     ]
     assert len(differences(model={"a": tensor.double(), "b": torch.tensor(1.0)})) == 1
     assert differences(model_progress={"updates": 4}) == [
-        ("model_progress updates in the checkpoint of step 9", "3 straight, 4 killed")
+        ("model_progress updates in the checkpoint of step 9", "3 uninterrupted, 4 killed")
     ]
 
 
-def test_a_tensor_is_judged_by_its_largest_magnitude() -> None:
+def test_relative_difference_of_a_tensor_is_to_its_largest_magnitude() -> None:
     one, other = torch.tensor([1000.0, 0.001]), torch.tensor([1000.0, 0.002])
     (found,) = compare.states(1, {"m": {"w": one}}, {"m": {"w": other}})
     assert found.absolute == pytest.approx(0.001)
@@ -280,8 +275,8 @@ def test_a_tensor_is_judged_by_its_largest_magnitude() -> None:
     assert not broken.within(1e9)
 
 
-def test_a_verdict_names_the_kill_before_the_difference(tmp_path: Path) -> None:
-    for name, second in (("straight", 2.4), ("killed", 2.3)):
+def test_verdict_names_the_kill_before_the_first_difference(tmp_path: Path) -> None:
+    for name, second in (("uninterrupted", 2.4), ("killed", 2.3)):
         storage.write_bytes(
             tmp_path / name / "metrics.jsonl",
             f'{{"step": 1, "loss": 2.5}}\n{{"step": 2, "loss": {second}}}\n'.encode(),
@@ -289,18 +284,20 @@ def test_a_verdict_names_the_kill_before_the_difference(tmp_path: Path) -> None:
         checkpoints = Checkpointer(str(tmp_path / name), {})
         checkpoints.save(2, {"model": {"w": torch.ones(1)}})
         checkpoints.join()
-    kills = [verify.Kill(Fault(1), 1, 0, 3.5), verify.Kill(Fault(2, target="driver"), 2, 1, 4.0)]
-    verdict = verify.judge(str(tmp_path / "straight"), str(tmp_path / "killed"), kills, 0)
-    assert not verdict.equal
-    assert verdict.largest_difference == pytest.approx(0.1)
-    assert verdict.recoveries_s == [3.5, 4.0]
-    assert verdict.first_difference == (
-        "loss at step 2: 2.4 straight, 2.3 killed (after the kill of the driver in the middle of step 2, gone on from step 1)"
+    kills = [verdict.Kill(Fault(1), 1, 0, 3.5), verdict.Kill(Fault(2, target="driver"), 2, 1, 4.0)]
+    uris = str(tmp_path / "uninterrupted"), str(tmp_path / "killed")
+    compared = verdict.compare_runs(*uris, kills, 0)
+    assert not compared.equal
+    assert compared.largest_difference == pytest.approx(0.1)
+    assert compared.recoveries_s == [3.5, 4.0]
+    assert compared.first_difference == (
+        "loss at step 2: 2.4 uninterrupted, 2.3 killed (after the kill of the driver during step "
+        "2, resumed from step 1)"
     )
-    assert verify.judge(str(tmp_path / "straight"), str(tmp_path / "killed"), kills, 0.1).equal
+    assert verdict.compare_runs(*uris, kills, 0.1).equal
 
 
-def test_nothing_is_proven_by_a_kill_that_never_happened_or_runs_without_figures(
+def test_kill_that_did_not_happen_and_runs_without_metrics_prove_nothing(
     tmp_path: Path,
 ) -> None:
     storage.write_json(
@@ -308,19 +305,19 @@ def test_nothing_is_proven_by_a_kill_that_never_happened_or_runs_without_figures
         {"step": 2, "time": 1.0, "recovered": 3.0, "resumed_from": 0},
     )
     with pytest.raises(
-        verify.Unproven, match=r"the kill of the driver in the middle of step 5 never happened"
+        verdict.Unproven, match=r"the kill of the driver during step 5 did not happen"
     ):
-        verify._kills(str(tmp_path), [Fault(2), Fault(5, target="driver")])
+        verdict.kills_of(str(tmp_path), [Fault(2), Fault(5, target="driver")])
     storage.write_bytes(tmp_path / "metrics.jsonl", b"")
-    with pytest.raises(verify.Unproven, match=r"has 0 figures and 0 tensors to compare"):
-        verify.judge(str(tmp_path), str(tmp_path), [], 0)
+    with pytest.raises(verdict.Unproven, match=r"has 0 metrics and 0 tensors to compare"):
+        verdict.compare_runs(str(tmp_path), str(tmp_path), [], 0)
 
 
-# ---------------------------------------------------------------- plans
+# ---- plans
 
 
-def test_kills_come_between_the_checkpoints() -> None:
-    config = verify.shortened(configs.load("gpt", "gpt-tiny", {"parallel.workers": 2}), 24)
+def test_kills_are_planned_between_checkpoints() -> None:
+    config = verify.shortened(loader.load("gpt", "gpt-tiny", {"parallel.workers": 2}), 24)
     assert (config.steps, config.checkpoint.every) == (24, 6)
     assert verify.plan_kills(["worker", "upload", "driver"], config) == [
         Fault(15, rank=1),
@@ -334,29 +331,30 @@ def test_kills_come_between_the_checkpoints() -> None:
     assert all(1 < fault.step < 23 for fault in draws)
 
 
-def test_a_plan_that_can_not_be_is_a_sentence(tmp_path: Path) -> None:
-    config = configs.load("gpt", "gpt-tiny")
-    for plan, sentence in {
+def test_invalid_plan_is_an_error_before_any_run(tmp_path: Path) -> None:
+    config = loader.load("gpt", "gpt-tiny")
+    for plan, message in {
         (): "no kill is planned",
         (Fault(21),): "planned at step 21, and the run has steps 1 to 20",
         (Fault(2, rank=1),): "worker 1 is to be killed, and parallel.workers is 1",
-        (Fault(2, "lunch"),): "has no such moment",
+        (Fault(2, "lunch"),): "has an unknown moment or target",
     }.items():
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(ValueError, match=message):
             verify.verify(config, str(tmp_path), list(plan))
     with pytest.raises(ValueError, match=r"run calm in .* has completed 0 steps"):
-        verify.verify(config, str(tmp_path), [Fault(2)], straight="calm")
-    for words, sentence in {
-        ("--steps", "4"): "--steps is 4: with fewer than 8",
+        verify.verify(config, str(tmp_path), [Fault(2)], uninterrupted="calm")
+    command = ["verify-resume", "gpt", "--config", "gpt-tiny", "--storage", str(tmp_path)]
+    for words, message in {
+        ("--steps", "4"): "--steps is 4: 8 or more",
         ("--kills", "worker,drivr"): "there is no kill 'drivr', did you mean driver",
         ("--optim.lrr", "1"): "there is no option --optim.lrr, did you mean optim.lr",
     }.items():
-        with pytest.raises(ValueError, match=sentence):
-            verify.command(["gpt", "--config", "gpt-tiny", "--storage", str(tmp_path), *words])
+        with pytest.raises(ValueError, match=message):
+            train.main([*command, *words])
     assert not storage.names(tmp_path)
 
 
-def test_what_a_driver_complains_of_is_the_commands_own_sentence(kiln: str) -> None:
+def test_error_of_a_driver_is_the_error_of_the_command(kiln: str) -> None:
     config = config_of(kiln, **{"data.source": f"{kiln}/nowhere.txt"})
     with pytest.raises(ValueError, match=r"^data.source: nothing is there at .*nowhere.txt"):
         verify.verify(config, kiln, [Fault(2)])
