@@ -227,7 +227,7 @@ def test_a_command_of_the_readme_exists(line: str, tmp_path: Path) -> None:
     from train.config import loader as config
 
     found = tmp_path / "best.yaml"  # what a search writes: a whole config
-    found.write_text(config.dump(config.load("gpt", "gpt-tiny")))
+    found.write_text(config.load("gpt", "gpt-tiny").to_yaml())
     words = [str(found) if word.endswith("/best.yaml") else word for word in shlex.split(line)]
     if words[0] == "make":
         done = subprocess.run(
