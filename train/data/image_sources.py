@@ -34,6 +34,7 @@ SPLIT_NAMES = {"train", *HELDOUT_NAMES}
 BATCH = 512  # rows of a parquet file that are read at once
 
 Read = Callable[[], bytes | Image.Image]
+Label = int | str | None
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def _from_files(found: dict[str, str]) -> Source:
 def _from_parquet(files: list[str], data: ImageData) -> Source:
     """Return images of one row each: encoded bytes, or {bytes, path} as Hugging Face's datasets
     writes them."""
-    labels: list[int | str | None] = []
-    splits: list[int | str | None] = []
-    class_names: dict[int | str | None, str] = {}
+    labels: list[Label] = []
+    splits: list[Label] = []
+    class_names: dict[Label, str] = {}
     for uri in files:
         with _open_parquet(uri, data) as file:
             count = file.metadata.num_rows
@@ -147,7 +148,7 @@ def _from_parquet(files: list[str], data: ImageData) -> Source:
         key=lambda label: (str(type(label)), label),
     )
     has_classes = None not in labels
-    index = {label: number for number, label in enumerate(values)}
+    index: dict[Label, int] = {label: number for number, label in enumerate(values)}
     return Source(
         files=files,
         contents=partial(_parquet_contents, files, data.image_column),
@@ -191,7 +192,7 @@ def _open_parquet(uri: str, data: ImageData) -> pq.ParquetFile:
     return file
 
 
-def _column(file: pq.ParquetFile, uri: str, name: str) -> list[int | str | None] | None:
+def _column(file: pq.ParquetFile, uri: str, name: str) -> list[Label] | None:
     """Return a column of integers or names, or None where the file has no such column."""
     if name not in file.schema_arrow.names:
         return None
@@ -210,7 +211,7 @@ def _column(file: pq.ParquetFile, uri: str, name: str) -> list[int | str | None]
             "change it, or name another in data.label_column"
         )
     try:
-        values: list[int | str | None] = file.read(columns=[name])[name].to_pylist()
+        values: list[Label] = file.read(columns=[name])[name].to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{uri}: column {name!r} cannot be read, the file is damaged: "
@@ -219,7 +220,7 @@ def _column(file: pq.ParquetFile, uri: str, name: str) -> list[int | str | None]
     return values
 
 
-def _names_in_schema(schema: pa.Schema, column: str) -> dict[int, str]:
+def _names_in_schema(schema: pa.Schema, column: str) -> dict[Label, str]:
     """Return the class names that Hugging Face's datasets keeps in the schema's metadata, by label.
 
     Each level of the metadata can be missing or null.
