@@ -96,7 +96,7 @@ class RemoteTextModel(RemoteModel):
         finally:
             # Only if needed: `cancel` sends the replica a message even if the stream has ended.
             if unfinished:
-                results.cancel()  # type: ignore[no-untyped-call]
+                results.cancel()
 
 
 class RemoteImageModel(RemoteModel):

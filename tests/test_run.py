@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from cluster import storage
+from train.config import loader as configs
 from train.config.sections import Config
 from train.run.checkpoint import Checkpointer
 from train.run.folder import open_run
 
 
 def config(**values: Any) -> Config:
-    return loader.load("gpt", "gpt-tiny", {"run.name": "r", **values})
+    return configs.load("gpt", "gpt-tiny", {"run.name": "r", **values})
 
 
 def write_checkpoint(root: Path, made: Config, step: int = 10) -> None:
@@ -72,7 +73,7 @@ def test_changed_config_is_refused_unless_the_key_may_change(tmp_path: Path) -> 
 def test_unnamed_run_is_named_after_its_preset(tmp_path: Path) -> None:
     with open_run(config(**{"run.name": None}), str(tmp_path), "gpt-tiny") as run:
         assert run.name.startswith("gpt-tiny-")
-        assert loader.load("gpt", f"{run.uri}/run.yaml") == config(**{"run.name": None})
+        assert configs.load("gpt", f"{run.uri}/run.yaml") == config(**{"run.name": None})
 
 
 def test_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
@@ -87,9 +88,9 @@ def test_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
 def test_run_is_free_after_its_driver_was_killed(tmp_path: Path) -> None:
     holder = f"""
 import time
-from train.config import loader
+from train.config import loader as configs
 from train.run.folder import open_run
-with open_run(loader.load("gpt", "gpt-tiny", {{"run.name": "r"}}), {str(tmp_path)!r}, "gpt"):
+with open_run(configs.load("gpt", "gpt-tiny", {{"run.name": "r"}}), {str(tmp_path)!r}, "gpt"):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -223,8 +223,10 @@ def test_only_trial_config_has_run_name_and_rung(tmp_path: Path) -> None:
         base={"steps": 80, "log": {"eval_every": 80}},
     )
     trial = searched.trial_config("search-00001", {"optim.lr": 0.15})
+    assert isinstance(trial, GptConfig)
     assert (trial.run.name, trial.log.eval_every, trial.optim.lr) == ("search-00001", 10, 0.15)
     best = searched.config({"optim.lr": 0.15})
+    assert isinstance(best, GptConfig)
     assert (best.run.name, best.log.eval_every, best.optim.lr) == (None, 80, 0.15)
 
 
