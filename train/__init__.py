@@ -1,1 +1,1 @@
-"""How the models are trained on Ray Train: data, order, strategy, checkpoints, the two loops, export."""
+"""Training on Ray Train: data, distribution, checkpoints, a loop per kind of model, export."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray.train.torch
 import torch
+from ray.actor import ActorHandle
 
 from train.config.sections import Config
 from train.data.dataset import Dataset
@@ -17,7 +18,7 @@ from train.parallel.strategy import Strategy
 from train.run.checkpoint import Checkpointer
 from train.run.folder import Run
 from train.run.hooks import Hooks
-from train.run.progress import DriverHandler
+from train.run.progress import DriverHandler, Feed
 from train.run.recorder import NullRecorder, Recorder, RunRecorder
 from train.run.worker import Worker
 
@@ -30,12 +31,12 @@ class Job:
     config: Config
     run: Run
     dataset: Dataset
-    feed: Any
-    """The driver's feed actor (see `train.run.progress`)."""
+    feed: "ActorHandle[Feed]"
+    """The driver's (see `train.run.progress`)."""
     hooks: Hooks
 
 
-def work(config: dict[str, Any]) -> dict[str, Any]:
+def work(config: dict[str, Job]) -> dict[str, Any]:
     """Run the training loop on this worker; Ray Train's `train_loop_per_worker`.
 
     Args:
@@ -45,7 +46,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         The run's final metrics, or {"halted": message}: Ray Train would restart the workers for an
         exception.
     """
-    job: Job = config["job"]
+    job = config["job"]
     torch.set_num_threads(max(1, int(job.config.parallel.cpus_per_worker)))
     device = ray.train.torch.get_device() if job.config.parallel.gpu else None
     strategy = backends.build(job.config, device)

@@ -6,7 +6,7 @@ which kind a run is.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from train.config.sections import Config
 from train.data.dataset import Dataset
@@ -14,7 +14,11 @@ from train.gan.kind import Gan
 from train.gpt.kind import Gpt
 from train.run.panels import Panel
 
-C = TypeVar("C", bound=Config, contravariant=True)
+if TYPE_CHECKING:
+    from train.parallel.state import State
+    from train.run.worker import Worker
+
+C = TypeVar("C", bound=Config)
 
 
 class Kind(Protocol[C]):
@@ -75,11 +79,11 @@ class Kind(Protocol[C]):
             say: is called with progress messages.
         """
 
-    def train(self, worker: Any, resumed: Any) -> dict[str, float]:
+    def train(self, worker: "Worker[C]", resumed: "tuple[int, State] | None") -> dict[str, float]:
         """Run the training loop on one worker.
 
         Args:
-            worker: a `train.run.worker.Worker`.
+            worker: this worker.
             resumed: (step, state) of the checkpoint to resume from, or None.
 
         Returns:
@@ -87,14 +91,14 @@ class Kind(Protocol[C]):
         """
 
     def export(
-        self, config: C, state: Any, dataset: Dataset, folder: Path, weights: str
+        self, config: C, state: "State", dataset: Dataset, folder: Path, weights: str
     ) -> dict[str, Any]:
         """Write a bundle's files, all but the manifest, into `folder`.
 
         Args:
             config: of the run.
-            state: of the checkpoint, a `train.parallel.state.State`.
-            dataset: that the run was trained on.
+            state: of the checkpoint.
+            dataset: the run's.
             folder: exists and is empty.
             weights: one of `weights`.
 
@@ -102,14 +106,14 @@ class Kind(Protocol[C]):
             The manifest's entries about the model.
 
         Raises:
-            ValueError: the graph's outputs differ from torch's.
+            ValueError: the model cannot be exported, or the graph's outputs differ from torch's.
         """
 
     def report(self, run_uri: str, metrics: dict[str, float]) -> list[str]:
         """Return the kind's own part of report.md, as lines."""
 
     def is_headline(self, metric: str) -> bool:
-        """Whether a final metric belongs into the one line that a finished run prints."""
+        """Whether a final metric is in the one line that a finished run prints."""
 
 
 KINDS: dict[str, Kind[Any]] = {kind.name: kind for kind in (Gpt(), Gan())}

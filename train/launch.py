@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -37,7 +38,7 @@ def fit(
     config: Config,
     root: str,
     stem: str | None = None,
-    callbacks: list[Any] | None = None,
+    callbacks: list[UserCallback] | None = None,
     quiet: bool = False,
     hooks: Hooks | None = None,
     kind: Kind[Any] | None = None,
@@ -172,7 +173,7 @@ def _completed(config: Config, run: Run) -> dict[str, Any] | None:
     return summary
 
 
-def _train(job: Job, callbacks: list[Any]) -> dict[str, float]:
+def _train(job: Job, callbacks: list[UserCallback]) -> dict[str, float]:
     """Run the job's workers; return the run's final metrics."""
     parallel, run = job.config.parallel, job.run
     # The controller looks at its workers this often; the default of 2 s would delay each report().

@@ -35,9 +35,6 @@ DISTRIBUTIONS: dict[str, Callable[..., TuneDomain]] = {
 LISTS = {"choice", "grid"}
 # The search decides these itself, or needs them to be the same for all trials.
 RESERVED = ("run.name", "run.resume", "steps", "parallel.", "log.eval_every")
-# Per kind, the keys that change the evaluation. Metrics of a GAN depend on the data set, its
-# feature extractor and the number of images.
-EVALUATION_KEYS: dict[str, tuple[str, ...]] = {"gpt": (), "gan": ("data.", "quality.")}
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def check(space: Space, kind: str, base: dict[str, Any]) -> None:
                 f"search space: {key} must be the same for all trials: give it as --{key}, not in "
                 "the space"
             )
-        if key.startswith(EVALUATION_KEYS[kind]):
+        if key.startswith(model.evaluation_keys):
             raise ValueError(
                 f"search space: {key} changes how trials are evaluated, so they could not be "
                 f"compared: give it as --{key}, not in the space"

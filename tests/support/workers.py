@@ -1,4 +1,4 @@
-"""Training processes without Ray: the loops as its workers run them, for tests of many short runs."""
+"""Training loops in processes without Ray, for tests of many short runs."""
 
 import os
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from train.run.worker import Worker
 
 
 class LocalWorker(Worker[Any]):
-    """A worker without Ray; keeps its reports."""
+    """A worker without Ray."""
 
     def report(self, values: dict[str, float]) -> None:
-        self.reports = [*getattr(self, "reports", []), values]
+        """Do nothing."""
 
 
 class MemoryRecorder(NullRecorder):
@@ -46,7 +46,7 @@ class MemoryRecorder(NullRecorder):
 
 
 def spawn(world_size: int, function: Callable[..., None], *args: Any) -> None:
-    """`function(rank, *args)` in `world_size` processes that form a gloo group."""
+    """Run `function(rank, *args)` in `world_size` processes that form a gloo group."""
     mp.spawn(_join, (world_size, free_port(), function, args), nprocs=world_size)
 
 
@@ -61,14 +61,13 @@ def _join(
 
 
 def prepare(config: Config, root: str | Path) -> Dataset:
-    """Return the run's prepared data set with what evaluation needs."""
+    """Return the prepared data set of a config, with what evaluation needs."""
     kind = KINDS[config.kind]
     return kind.prepare_evaluation(config, kind.prepare(config, str(root)), lambda line: None)
 
 
 def run(config: Config, dataset: Dataset, run_uri: str | Path) -> MemoryRecorder:
-    """Train on this process's part of the work, resuming from the run's newest checkpoint; return
-    what was recorded."""
+    """Train as one worker, resuming from the newest checkpoint; return what was recorded."""
     strategy = backends.build(config)
     checkpoints = Checkpointer(
         str(run_uri),

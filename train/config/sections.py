@@ -139,6 +139,8 @@ class Config(Section):
     """The kind's name in `train.kinds.KINDS`."""
     changeable: ClassVar[tuple[str, ...]] = ()
     """The kind's own keys that may differ when a run resumes; "sample." is a whole section."""
+    evaluation_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys that change how runs are evaluated, so that a search must not vary them."""
 
     run: Run = Run()
     batch: Batch = Batch()

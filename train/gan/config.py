@@ -78,6 +78,8 @@ class GanConfig(Config):
     """A GAN's run."""
 
     kind: ClassVar[str] = "gan"
+    # Metrics depend on the data set, its feature extractor and the number of images.
+    evaluation_keys: ClassVar[tuple[str, ...]] = ("data.", "quality.")
     changeable: ClassVar[tuple[str, ...]] = (
         "quality.inception",
         "gan.critic_steps",

@@ -99,5 +99,5 @@ class Gpt:
         return lines
 
     def is_headline(self, metric: str) -> bool:
-        """Whether a final metric belongs into the one line that a finished run prints."""
+        """Whether a final metric is in the one line that a finished run prints."""
         return metric not in TIMES

@@ -30,16 +30,18 @@ LINE_EVERY_S = 10  # without a terminal
 Row = dict[str, float] | str  # a step's metrics, or a message
 
 
-class _Feed:
+class Feed:
     """The actor between rank 0 and the driver."""
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
 
     def push(self, row: Row) -> None:
+        """Add a row."""
         self._rows.append(row)
 
     def drain(self) -> list[Row]:
+        """Return the rows since the last call."""
         rows, self._rows = self._rows, []
         return rows
 
@@ -47,7 +49,7 @@ class _Feed:
 class DriverHandler(logging.Handler):
     """Send a worker's warnings to the driver's terminal."""
 
-    def __init__(self, feed: "ActorHandle[_Feed]") -> None:
+    def __init__(self, feed: "ActorHandle[Feed]") -> None:
         super().__init__(logging.WARNING)
         self._feed = feed
 
@@ -57,9 +59,7 @@ class DriverHandler(logging.Handler):
 
 
 @contextmanager
-def watch(
-    title: str, steps: int, speed: str, quiet: bool = False
-) -> Iterator["ActorHandle[_Feed]"]:
+def watch(title: str, steps: int, speed: str, quiet: bool = False) -> Iterator["ActorHandle[Feed]"]:
     """Show what is pushed to the feed that it yields: a bar on a terminal, else lines.
 
     Args:
@@ -71,7 +71,7 @@ def watch(
     # Ray places actors that need no CPU on any node; on this one, the loss of another node does
     # not end it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    feed: Any = ray.remote(_Feed).options(num_cpus=0, scheduling_strategy=here).remote()
+    feed: Any = ray.remote(Feed).options(num_cpus=0, scheduling_strategy=here).remote()
     done = threading.Event()
     show_progress = _show_bar if sys.stdout.isatty() else _show_lines
     show = _show_nothing if quiet else show_progress
@@ -85,7 +85,7 @@ def watch(
         ray.kill(feed)
 
 
-def _rows(feed: Any, done: threading.Event) -> Iterator[list[Row]]:
+def _rows(feed: "ActorHandle[Feed]", done: threading.Event) -> Iterator[list[Row]]:
     """Yield batches of rows, twice per second, until the run is over and the feed is empty; end
     without an error when the cluster ends."""
     last = False
@@ -101,7 +101,9 @@ def _rows(feed: Any, done: threading.Event) -> Iterator[list[Row]]:
         last = done.wait(0.5)
 
 
-def _show_bar(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
+def _show_bar(
+    feed: "ActorHandle[Feed]", done: threading.Event, title: str, steps: int, speed: str
+) -> None:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -118,12 +120,14 @@ def _show_bar(feed: Any, done: threading.Event, title: str, steps: int, speed: s
             for row in rows:
                 if isinstance(row, str):
                     progress.console.print(row, markup=False)
-                elif "loss" in " ".join(row):
+                elif any("loss" in metric for metric in row):
                     text = _losses(row, speed) + _rate(row, speed)
                     progress.update(task, completed=row["step"], metrics=text)
 
 
-def _show_lines(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
+def _show_lines(
+    feed: "ActorHandle[Feed]", done: threading.Event, title: str, steps: int, speed: str
+) -> None:
     begin, shown = time.monotonic(), 0.0
     first: tuple[float, float] | None = None
     for rows in _rows(feed, done):
@@ -144,7 +148,9 @@ def _show_lines(feed: Any, done: threading.Event, title: str, steps: int, speed:
             )
 
 
-def _show_nothing(feed: Any, done: threading.Event, title: str, steps: int, speed: str) -> None:
+def _show_nothing(
+    feed: "ActorHandle[Feed]", done: threading.Event, title: str, steps: int, speed: str
+) -> None:
     for _ in _rows(feed, done):
         pass
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,11 @@ from cluster import storage
 from train.parallel.state import Halt
 from train.run import records
 from train.run.wandb_mirror import Mirror
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from train.run.progress import Feed
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +84,7 @@ class RunRecorder:
         self,
         run_uri: str,
         start: int = 0,
-        feed: Any = None,
+        feed: "ActorHandle[Feed] | None" = None,
         wandb: dict[str, Any] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter

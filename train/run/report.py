@@ -1,4 +1,4 @@
-"""A run on one page: report.md with its metrics, times, curves and samples."""
+"""A run's report: report.md with its metrics, times, curves and samples."""
 
 import io
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+from matplotlib.figure import Figure  # pyplot would look for a display
 from matplotlib.lines import Line2D
 
 from cluster import storage
@@ -27,6 +27,7 @@ ALARMS = {
     "critic dominates": ("tab:brown", 1.5),
     "critic gives no gradient": ("tab:pink", 1.5),
 }
+OTHER_ALARM = ("tab:gray", 1.5)
 
 
 def write(uri: str, summary: dict[str, Any], kind: Kind[Any]) -> None:
@@ -38,10 +39,10 @@ def write(uri: str, summary: dict[str, Any], kind: Kind[Any]) -> None:
         kind: of the model.
     """
     alarms = records.alarms(uri) or []
-    picture = curves(records.metrics(uri), kind.panels, summary["run"], alarms)
-    storage.write_bytes(storage.join(uri, "curves.png"), picture)
-    page = [*_head(uri, summary), *kind.report(uri, summary["metrics"])]
-    storage.write_bytes(storage.join(uri, "report.md"), "\n".join(page).encode())
+    plots = curves(records.metrics(uri), kind.panels, summary["run"], alarms)
+    storage.write_bytes(storage.join(uri, "curves.png"), plots)
+    lines = [*_head(uri, summary), *kind.report(uri, summary["metrics"])]
+    storage.write_bytes(storage.join(uri, "report.md"), "\n".join(lines).encode())
 
 
 # ---- curves
@@ -68,15 +69,15 @@ def curves(
         names = [name for name in panel.metrics if name in recorded]
         _plot(axes, rows, names, panel.scale)
         for alarm in alarms:
-            color, width = ALARMS[alarm["kind"]]
+            color, width = ALARMS.get(alarm["kind"], OTHER_ALARM)
             axes.axvline(alarm["step"], color=color, linewidth=width, zorder=1 - width / 10)
         axes.set_xlabel("step")
         axes.set_title(panel.title, fontsize=10)
     if kinds := sorted({alarm["kind"] for alarm in alarms}):
-        lines = [
-            Line2D([], [], color=ALARMS[kind][0], linewidth=ALARMS[kind][1], label=f"alarm: {kind}")
-            for kind in kinds
-        ]
+        lines = []
+        for kind in kinds:
+            color, width = ALARMS.get(kind, OTHER_ALARM)
+            lines.append(Line2D([], [], color=color, linewidth=width, label=f"alarm: {kind}"))
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
@@ -122,7 +123,7 @@ def _set_scale(axes: Axes, values: np.ndarray, logarithmic: bool) -> None:
         axes.yaxis.get_major_locator().set_params(numticks=7)  # type: ignore[call-arg]
 
 
-# ---- the page
+# ---- report.md
 
 
 def _head(uri: str, summary: dict[str, Any]) -> list[str]:

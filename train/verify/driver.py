@@ -73,14 +73,14 @@ def _drive(
 ) -> int | None:
     """Run one driver; return which of the `due` faults killed it, or None where the run is
     complete."""
-    order = {
+    request = {
         "kind": config.kind,
         "config": config.model_dump(),
         "root": root,
         "plan": [asdict(fault) for fault in plan],
         "broken_restore": broken_restore,
     }
-    command = [sys.executable, "-m", "train.verify.driver", json.dumps(order)]
+    command = [sys.executable, "-m", "train.verify.driver", json.dumps(request)]
     with tempfile.TemporaryFile("w+") as stderr:
         driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, text=True)
         try:
@@ -122,15 +122,15 @@ def _error(stderr: IO[str]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Carry out the order that `_drive` passes to this process."""
+    """Train the run that `_drive` describes in argv[0]."""
     from train import launch
 
-    order = json.loads(argv[0])
-    config = loader.build(KINDS[order["kind"]].config, order["config"], "verify-resume")
-    plan = [Fault(**values) for values in order["plan"]]
-    hooks = faults.Faults(plan, order["broken_restore"])
+    request = json.loads(argv[0])
+    config = loader.build(KINDS[request["kind"]].config, request["config"], "verify-resume")
+    plan = [Fault(**values) for values in request["plan"]]
+    hooks = faults.Faults(plan, request["broken_restore"])
     try:
-        launch.fit(config, order["root"], quiet=True, hooks=hooks)
+        launch.fit(config, request["root"], quiet=True, hooks=hooks)
     except launch.TrainingFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
