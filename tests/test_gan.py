@@ -526,7 +526,7 @@ def test_update_changes_one_net_only(source: Path, tmp_path: Path) -> None:
     assert changed_by(lambda: trainer.average.update(0)) == {"generator_ema"}
     assert all(
         parameter.grad is None
-        for parameter in [*trainer.critic.core.parameters(), *trainer.generator.core.parameters()]
+        for parameter in [*trainer.critic.model.parameters(), *trainer.generator.model.parameters()]
     )
 
 
@@ -558,7 +558,7 @@ def test_noise_is_a_function_of_position_and_purpose(source: Path, tmp_path: Pat
 
 def test_average_decays_faster_in_the_first_updates(source: Path, tmp_path: Path) -> None:
     trainer, _ = single(config_of("plain", source, **{"model.ema_decay": 0.999}), tmp_path)
-    for parameter in trainer.generator.core.parameters():
+    for parameter in trainer.generator.model.parameters():
         torch.nn.init.ones_(parameter)
     averages = trainer.average.values.values()
     for value in averages:
