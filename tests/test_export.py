@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import storage
 from models import bundle, registry
-from models.runtime import TextGraph
 from models.nets import gpt
 from models.nets.dcgan import DcganConfig, Generator
+from models.runtime import TextGraph
 from serve.session import ImageSession, TextSession
 from tests.support.bundles import (
     TEXT,
