@@ -23,7 +23,7 @@ demo: setup
 
 # Tests that start no Ray, no other process and no browser, on two cores (tests/support/marks.py).
 quick: setup
-	$(RUN) -m pytest -m "not ray and not slow" --numprocesses 2 --dist loadfile --quiet
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not ray and not slow" --numprocesses 2 --dist loadfile --quiet
 
 test: setup
 	$(RUN) -m pytest --cov --cov-report=term:skip-covered --durations=25 --durations-min=5
@@ -36,9 +36,9 @@ test-slow: setup
 BIOME := npx --yes --prefer-offline --fetch-retries=0 @biomejs/biome@2.6.8
 define biome
 @if ! command -v npx >/dev/null; then \
-	echo "skipped: serve/page is not checked, since node is not installed"; \
+	echo "skipped the check of serve/page: node is not installed"; \
 elif ! $(BIOME) --version >/dev/null 2>&1; then \
-	echo "skipped: serve/page is not checked, since npx cannot fetch Biome"; \
+	echo "skipped the check of serve/page: npx cannot fetch Biome"; \
 else \
 	$(BIOME) $(1) --error-on-warnings serve/page; \
 fi

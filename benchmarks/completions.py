@@ -40,7 +40,8 @@ def export_untrained(storage: str) -> None:
 
     from models.nets import gpt
     from train.config import loader as configs
-    from train.data import text
+    from train.data.text_sources import find_parts
+    from train.data.tokenizer import build_tokenizer, end_of_text
     from train.gpt.export import export_gpt
 
     config = configs.load("gpt", "gpt-demo")
@@ -49,7 +50,7 @@ def export_untrained(storage: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer_file, folder = Path(scratch, "tokenizer.json"), Path(scratch, "bundle")
         folder.mkdir()
-        tokenizer = text.tokenizer_for(config.data, text.pieces(config.data))
+        tokenizer = build_tokenizer(config.data, find_parts(config.data))
         tokenizer.save(str(tokenizer_file))
         sizes = config.model
         model = gpt.build(
@@ -58,7 +59,7 @@ def export_untrained(storage: str) -> None:
             sizes.width,
             sizes.layers,
             sizes.heads,
-            eos_token_id=text.end_of_text(tokenizer),
+            eos_token_id=end_of_text(tokenizer),
         )
         manifest = export_gpt(model, tokenizer_file, heldout_ids(tokenizer), folder)
         libraries = ("torch", "onnxruntime", "transformers")
@@ -77,14 +78,11 @@ def export_untrained(storage: str) -> None:
 def heldout_ids(tokenizer: Tokenizer) -> np.ndarray:
     """Return the shipped Shakespeare's held-out documents, concatenated, as (N,) token ids."""
     from train.config.data import TextData
-    from train.data import text
+    from train.data.text_sources import find_parts, read_documents
 
     data = TextData()
     documents = [
-        document
-        for piece in text.pieces(data)
-        for document, heldout in text.documents(piece, data)
-        if heldout
+        text for part in find_parts(data) for text, heldout in read_documents(part, data) if heldout
     ]
     return np.array(tokenizer.encode("".join(documents)).ids)
 

@@ -1,6 +1,6 @@
 """Loss curves of one GPT under every strategy, number of workers and accumulation.
 
-    python -m benchmarks.curves [--steps 100] [--image docs/curves.png]
+    python -m benchmarks.curves [--steps 100] [--image docs/assets/curves.png]
 
 Each curve is a run of `python -m train gpt --config gpt-tiny` with the same seed and global batch,
 so the curves should coincide. The second panel and the table show each curve's largest distance
@@ -81,7 +81,7 @@ def plot(curves: dict[str, list[float]], path: str) -> None:
 def main(argv: list[str]) -> int:
     options = parser(__doc__)
     options.add_argument("--steps", type=int, default=100)
-    options.add_argument("--image", default="docs/curves.png", help="the file to write")
+    options.add_argument("--image", default="docs/assets/curves.png", help="the file to write")
     arguments = options.parse_args(argv)
     curves: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as storage:

@@ -39,8 +39,9 @@ from models.nets.losses import (
 from train.config import loader as configs
 from train.data import images
 from train.data.dataset import Dataset
-from train.gan import extractor, quality
+from train.gan import extractor, extractor_file
 from train.gan.config import GanConfig
+from train.gan.evaluator import Evaluator
 from train.gan.trainer import net_config
 
 METRICS = {"frechet_distance": 3, "kid": 4, "recall": 2, "coverage": 2}  # with digits to print
@@ -113,9 +114,8 @@ def single(prepared: Dataset, extractor_uri: str, seed: int, steps: int) -> Trai
         return generated
 
     images_per_s = (steps - WARM_UP) * config.gan.critic_steps * config.batch.global_size / seconds
-    evaluate = quality.Evaluator(
-        training, heldout, extractor.load(extractor_uri, "cpu"), config.quality.samples, "cpu"
-    )
+    net = extractor_file.load(extractor_uri, "cpu")
+    evaluate = Evaluator(training, heldout, net, config.quality.samples, "cpu")
     return Trained(images_per_s, evaluate(generate))
 
 
@@ -156,7 +156,7 @@ def generator_step(
 
 
 def moving_average(decay: float, slow: Tensor, fast: Tensor, num_averaged: Tensor) -> Tensor:
-    """Return the next average, as train/gan/loop.py does: the decay is smaller at first."""
+    """Return the next average, as train/parallel/average.py does: the decay is smaller at first."""
     steps = int(num_averaged)
     return slow.lerp(fast, 1 - min(decay, (1 + steps) / (10 + steps)))
 

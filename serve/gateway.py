@@ -3,10 +3,10 @@
 from fastapi import FastAPI
 from ray import serve
 
-from serve import access_log
-from serve.app import build_app
-from serve.catalog import Catalog
 from serve.cluster_status import ServeCluster
+from serve.http import access_log
+from serve.http.app import build_app
+from serve.http.catalog import Catalog
 from serve.remote import Handle, RemoteImageModel, RemoteTextModel
 
 

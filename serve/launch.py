@@ -136,7 +136,7 @@ def config(selected: dict[str, SelectedBundle], options: Options) -> dict[str, A
         "route_prefix": "/",
         "import_path": "serve.deployments:build",
         "args": args.model_dump(),
-        # The gateway writes its own access log (`serve.access_log`).
+        # The gateway writes its own access log (`serve.http.access_log`).
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "deployments": deployments,
     }
@@ -166,7 +166,7 @@ def running_address() -> Address | None:
 def metrics_url() -> str:
     """Return the URL of the Prometheus metrics of this process's node."""
     node_id = ray.get_runtime_context().get_node_id()
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()
     (node,) = (node for node in nodes if node["NodeID"] == node_id)
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
@@ -210,7 +210,7 @@ def connected(num_replicas_cpus: int, address: Address) -> Iterator[bool]:
     try:
         yield private
     finally:
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
 
 
 def wait_for_interrupt() -> None:

@@ -11,8 +11,8 @@ from collections.abc import AsyncGenerator
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from serve.chunks import Chunk
 from serve.errors import RequestError
+from serve.text.chunks import Chunk
 
 TOKEN_S = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
 REQUEST_S = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0]

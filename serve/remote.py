@@ -9,10 +9,10 @@ import ray.exceptions
 import ray.serve.exceptions
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from serve.chunks import Chunk
 from serve.errors import Overloaded, Unavailable, unwrap
-from serve.protocols import GeneratedImages
-from serve.schemas import CompletionRequest, GenerationsRequest, InterpolationsRequest, Model
+from serve.http.protocols import GeneratedImages
+from serve.http.schemas import CompletionRequest, GenerationsRequest, InterpolationsRequest, Model
+from serve.text.chunks import Chunk
 
 Handle: TypeAlias = DeploymentHandle[Any]
 
@@ -45,7 +45,7 @@ def _translated_errors(modality: str) -> Iterator[None]:
 
 
 class RemoteModel:
-    """A model in another process (`serve.protocols.ServedModel`)."""
+    """A model in another process (`serve.http.protocols.ServedModel`)."""
 
     modality: str  # for error messages
 
@@ -68,7 +68,7 @@ class RemoteModel:
 
 
 class RemoteTextModel(RemoteModel):
-    """The deployment `TextReplica` (`serve.protocols.TextModel`)."""
+    """The deployment `TextReplica` (`serve.http.protocols.TextModel`)."""
 
     modality = "text"
 
@@ -96,11 +96,11 @@ class RemoteTextModel(RemoteModel):
         finally:
             # Only if needed: `cancel` sends the replica a message even if the stream has ended.
             if unfinished:
-                results.cancel()  # type: ignore[no-untyped-call]
+                results.cancel()
 
 
 class RemoteImageModel(RemoteModel):
-    """The deployment `ImageReplica` (`serve.protocols.ImageModel`)."""
+    """The deployment `ImageReplica` (`serve.http.protocols.ImageModel`)."""
 
     modality = "image"
 

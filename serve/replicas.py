@@ -16,23 +16,23 @@ from datetime import datetime
 
 import numpy as np
 
-from serve.blocklist import Blocklist
-from serve.chunks import Chunk
-from serve.engine import Engine
+from models.images import contact_sheet, png
 from serve.errors import InvalidValue, Overloaded, PromptBlocked, RequestError, UnknownModel
-from serve.generation import Generation
-from serve.image_files import contact_sheet, png
-from serve.prometheus import ImageMetrics, TextMetrics
-from serve.protocols import GeneratedImages
-from serve.sampling import Sampling
-from serve.schemas import (
+from serve.http.protocols import GeneratedImages
+from serve.http.schemas import (
     CompletionRequest,
     GenerationsRequest,
     ImageRequest,
     InterpolationsRequest,
     Model,
 )
+from serve.prometheus import ImageMetrics, TextMetrics
 from serve.session import ImageSession, TextSession, open_bundle
+from serve.text.blocklist import Blocklist
+from serve.text.chunks import Chunk
+from serve.text.engine import Engine
+from serve.text.generation import Generation
+from serve.text.sampling import Sampling
 
 QUEUE_LIMIT = 64  # requests that can wait at a replica; further ones are refused with 429
 
@@ -85,7 +85,7 @@ class TextReplica(Replica):
         threads: of ONNX Runtime.
         timeout_s: the longest time that a request may take.
         providers: as for `serve.session.TextSession`.
-        chunks_per_s: as for `serve.engine.Engine`.
+        chunks_per_s: as for `serve.text.engine.Engine`.
         blocklist: phrases that no prompt and no text may contain.
     """
 

@@ -14,8 +14,8 @@ import pytest
 from fastapi import FastAPI
 
 from cluster.machine import free_port
-from serve import access_log
-from serve.app import build_app
+from serve.http import access_log
+from serve.http.app import build_app
 from serve.replicas import TextReplica
 from tests.support import bundles, local_server
 from tests.support.fakes import FailingModel, LocalModel

@@ -20,9 +20,9 @@ from schemathesis.config import SchemathesisConfig
 
 from cluster.machine import free_port
 from models import registry
-from serve.app import build_app
-from serve.catalog import Catalog
 from serve.errors import Overloaded, Unavailable
+from serve.http.app import build_app
+from serve.http.catalog import Catalog
 from serve.replicas import ImageReplica, TextReplica
 from tests.support import bundles, local_server
 from tests.support.fakes import FailingModel, LocalModel

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from serve.blocklist import Blocklist, read
-from serve.chunks import Chunk, TokenLogprob
-from serve.detokenize import TextStream
 from serve.errors import PromptBlocked
+from serve.http.schemas import CompletionRequest
 from serve.replicas import TextReplica
-from serve.schemas import CompletionRequest
+from serve.text.blocklist import Blocklist, read
+from serve.text.chunks import Chunk, TokenLogprob
+from serve.text.detokenize import TextStream
 from tests.support import bundles
 from tests.support.sessions import byte_tokenizer
 

@@ -43,7 +43,7 @@ def marker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 
 def browser_processes(marker: str, parent: psutil.Process) -> list[psutil.Process]:
     """All descendants of a process, and all processes that have left its tree."""
-    marked = [process for process in machine.marked(MARKER, marker) if process != parent]
+    marked = [process for process in machine.processes_with(MARKER, marker) if process != parent]
     return list({*marked, *parent.children(recursive=True)})
 
 
@@ -82,8 +82,8 @@ def test_no_process_is_left_after_the_block(
         raised = type(error)
     assert raised is expected
     assert len(processes) > 3  # driver, browser, renderers
-    assert [process for process in processes if machine.running(process)] == []
-    assert machine.marked(MARKER, marker) == []
+    assert [process for process in processes if machine.is_running(process)] == []
+    assert machine.processes_with(MARKER, marker) == []
 
 
 @pytest.mark.parametrize("when", ["starting", "started"])
@@ -105,8 +105,8 @@ def test_no_process_is_left_after_ctrl_c(marker: str, when: str) -> None:
     os.killpg(script.pid, signal.SIGINT)  # as a terminal does
     _, errors = script.communicate(timeout=60)
     assert errors.strip().endswith("KeyboardInterrupt")
-    assert [process for process in processes if machine.running(process)] == []
-    assert machine.marked(MARKER, marker) == []
+    assert [process for process in processes if machine.is_running(process)] == []
+    assert machine.processes_with(MARKER, marker) == []
 
 
 def test_screenshot_has_the_size_of_the_window(tmp_path: Path) -> None:

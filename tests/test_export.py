@@ -19,6 +19,7 @@ from cluster import storage
 from models import bundle, registry
 from models.nets import gpt
 from models.nets.dcgan import DcganConfig, Generator
+from models.runtime import TextGraph
 from serve.session import ImageSession, TextSession
 from tests.support.bundles import (
     TEXT,
@@ -172,7 +173,7 @@ def test_graph_that_attends_to_later_tokens_is_refused(
 
 
 def test_graph_with_other_greedy_tokens_is_refused(gpt_folder: Path) -> None:
-    graph = export_gpt.TextGraph(gpt_folder / "model.onnx", context=64, slots=3)
+    graph = TextGraph(gpt_folder / "model.onnx", context=64, slots=3)
     tokenizer = Tokenizer.from_file(str(gpt_folder / "tokenizer.json"))
     with pytest.raises(
         ValueError,
@@ -284,7 +285,7 @@ def test_int8_that_costs_too_much_is_refused(gpt_folder: Path, tmp_path: Path) -
 
 
 def test_logits_outside_the_tolerance_are_refused(int8_folder: Path) -> None:
-    graph = export_gpt.TextGraph(int8_folder / "model.onnx", context=64, slots=3)
+    graph = TextGraph(int8_folder / "model.onnx", context=64, slots=3)
     with pytest.raises(
         ValueError,
         match=r"the exported graph's logits differ .* nothing is published; check the versions",
@@ -313,7 +314,7 @@ def test_quantized_graph_keeps_external_data_in_a_second_file(
     assert (tmp_path / "model.onnx.data").is_file()
     ids = learnt_gpt()[2][:20].tolist()
     in_two, in_one = (
-        export_gpt.TextGraph(path, 64, slots=1).prefill(0, ids)
+        TextGraph(path, 64, slots=1).prefill(0, ids)
         for path in (quantized, int8_folder / "model.onnx")
     )
     np.testing.assert_array_equal(in_two, in_one)

@@ -1,4 +1,4 @@
-"""GAN training is the same at any number of workers, resumes to the bit, and runs on Ray."""
+"""GAN training: the same at any number of workers, resumed exactly, and on Ray."""
 
 import copy
 import functools
@@ -15,22 +15,26 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from cluster import storage
+from models.images import split_sheet
 from models.nets.features import Extractor, ExtractorConfig
 from tests.support import workers
 from train.config.loader import load
 from train.data import images
-from train.gan import extractor
-from train.gan import loop as gan
+from train.data.dataset import Dataset
+from train.data.images import Images
+from train.gan import extractor_file, loop
 from train.gan.config import GanConfig
-from train.gan.film import cells
-from train.gan.trainer import GanTrainer, net_config
+from train.gan.evaluator import Evaluator
+from train.gan.film import GUTTER
+from train.gan.samples import Sampler
+from train.gan.trainer import Batch, GanTrainer, net_config
 from train.launch import fit
 from train.parallel import backends, zero
 from train.parallel.state import Halt, Shard, State
 from train.parallel.strategy import Ddp
 from train.run import records
 from train.run.checkpoint import Checkpointer, complete, newest
+from train.run.recorder import NullRecorder, Recorder
 
 STEPS = 3
 SMALL = {
@@ -50,45 +54,69 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "conditional": {"model.conditional": True},
     "accumulated": {"batch.micro_size": 4},
-    "colour": {"data.size": 32, "data.channels": 3},
+    "color": {"data.size": 32, "data.channels": 3},
 }
 
 
 def config_of(variant: str, source: Path, **more: Any) -> GanConfig:
     values = {**SMALL, **VARIANTS[variant], **more}
-    config = load(
-        "gan",
-        None,
-        {
-            **values,
-            "data.source": [
-                str(source / ("colour" if values.get("data.channels") == 3 else "grey"))
-            ],
-        },
-    )
+    folder = source / ("color" if values.get("data.channels") == 3 else "gray")
+    config = load("gan", None, {**values, "data.source": [str(folder)]})
     assert isinstance(config, GanConfig)
     return config
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 pictures in two classes, grey and in colour."""
-    root = tmp_path_factory.mktemp("pictures")
+    """120 images of two classes, in grayscale and in color."""
+    root = tmp_path_factory.mktemp("images")
     draw = np.random.default_rng(0)
-    for kind, channels in (("grey", 1), ("colour", 3)):
+    for mode, channels in (("gray", 1), ("color", 3)):
         for index in range(120):
-            folder = root / kind / ("bright" if index % 2 else "dark")
+            bright = index % 2
+            folder = root / mode / ("bright" if bright else "dark")
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = draw.integers(
-                128 * (index % 2), 128 + 127 * (index % 2), (40, 36, channels), np.uint8
-            )
+            low, high = 128 * bright, 128 + 127 * bright
+            pixels = draw.integers(low, high, (40, 36, channels), np.uint8)
             Image.fromarray(pixels.squeeze()).save(folder / f"{index}.png")
     return root
 
 
-# ---------------------------------------------------------------- equality
+def prepared(config: GanConfig, root: Path) -> Dataset:
+    """The run's data set, with an untrained extractor: its features are the same each time."""
+    dataset = images.prepare(config.data, str(root), config.model.conditional)
+    torch.manual_seed(0)
+    net = Extractor(ExtractorConfig(size=32, channels=config.data.channels, num_classes=2)).eval()
+    card = extractor_file.Card("classes", 0.5, 12, 108, ["dark", "bright"], "")
+    content = extractor_file.pack(net, card)
+    uri = extractor_file.publish(content, dataset.uri, config.data.size)
+    return dataset.with_extractor(extractor_file.lineage_entry(uri))
 
-# norms x strategies x objectives x precisions; and what a GAN may be beside that.
+
+def single(config: GanConfig, root: Path) -> tuple[GanTrainer, Images]:
+    """A trainer on this process alone, and its training images."""
+    dataset = images.prepare(config.data, str(root), config.model.conditional)
+    return GanTrainer(config, net_config(config, dataset), Ddp()), train_images(config, dataset)
+
+
+def train_images(config: GanConfig, dataset: Dataset) -> Images:
+    return Images(dataset, "train", config.data.size, config.data.horizontal_flip)
+
+
+def advance(trainer: GanTrainer, train: Images, step: int) -> int:
+    """Update the critic or the generator, whichever is next; return the generator's steps so
+    far."""
+    if trainer.critic_updates_in_step < trainer.config.gan.critic_steps:
+        trainer.update_critic(trainer.critic_batches(trainer.critic_updates, train))
+        return step
+    trainer.update_generator(trainer.generator_batches(step))
+    trainer.average.update(step)
+    return step + 1
+
+
+# ---- one and two workers train the same
+
+# Norms x objectives x precisions x strategies, and other variants of a GAN.
 NORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "normed": {"model.norm": "batch", "model.critic_norm": "layer"},
@@ -102,76 +130,75 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     },
 }
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
-# Largest difference of a gradient and of a parameter. bfloat16 rounds other sums where the batch is split, and Adam makes whole steps
-# of it: there it is the norm of the first gradients' difference, relative to theirs.
+# The largest difference of a gradient and of a parameter. In bfloat16, sums that are split over
+# workers round differently, and Adam turns that into whole steps: there it is the relative norm of
+# the difference of the first gradients.
 TOLERANCES = {"fp32": 1e-5, "fp64": 1e-12, "bf16": 0.05}
-ONCE = {"gan.critic_steps": 1, "steps": 1}
-MATRIX = [
+SINGLE_STEP = {"gan.critic_steps": 1, "steps": 1}
+CASES = [
     f"{norm} {objective} {precision} {strategy}"
     for norm, objective, precision, strategy in itertools.product(
         NORMS, OBJECTIVES, PRECISIONS, STRATEGIES
     )
 ]
-MATRIX += [f"{variant} wgan-gp {precision} {strategy}" for variant, precision, strategy in itertools.product(["conditional", "accumulated", "colour"], PRECISIONS, ["ddp", "zero1"])]  # fmt: skip
+CASES += [
+    f"{variant} wgan-gp {precision} {strategy}"
+    for variant, precision, strategy in itertools.product(
+        ["conditional", "accumulated", "color"], PRECISIONS, ["ddp", "zero1"]
+    )
+]
 
-NETS, OPTIMIZERS = (
-    ("generator", "generator_ema", "critic"),
-    ("generator_optimizer", "critic_optimizer"),
-)
+NETS = ("generator", "generator_ema", "critic")
+OPTIMIZERS = ("generator_optimizer", "critic_optimizer")
 PARTS = (*NETS, *OPTIMIZERS)
 Tensors = dict[str, Tensor]
 
 
-def config_of_cell(cell: str, source: Path, workers: int) -> GanConfig:
-    kind, objective, precision, strategy = cell.split()
+def config_of_case(case: str, source: Path, workers: int) -> GanConfig:
+    variant, objective, precision, strategy = case.split()
     values = {
         "gan.objective": objective,
         "parallel.precision": "bf16" if precision == "bf16" else "fp32",
         "parallel.workers": workers,
     }
-    values |= ONCE if precision == "bf16" else {}
-    more = NORMS.get(kind, {}) | (
-        STRATEGIES[strategy] if workers > 1 else {"batch.micro_size": 16}
-    )  # alone, nothing is accumulated
-    return config_of("plain" if kind in NORMS else kind, source, **values, **more)
+    values |= SINGLE_STEP if precision == "bf16" else {}
+    values |= NORMS.get(variant, {})
+    # A single process accumulates no micro-batches.
+    values |= STRATEGIES[strategy] if workers > 1 else {"batch.micro_size": 16}
+    return config_of("plain" if variant in NORMS else variant, source, **values)
 
 
-def after_training(cell: str, source: Path, root: Path, workers: int) -> State:
-    """What a checkpoint would hold after STEPS generator steps on this process's share of the work, and the initial weights."""
-    config = config_of_cell(cell, source, workers)
+def after_training(case: str, source: Path, root: Path, workers: int) -> State:
+    """What a checkpoint would hold after the case's steps on this process's part of the work, and
+    the initial state as "before"."""
+    config = config_of_case(case, source, workers)
     torch.set_num_threads(1)
-    torch.set_default_dtype(PRECISIONS[cell.split()[2]])
+    torch.set_default_dtype(PRECISIONS[case.split()[2]])
     try:
-        pictures = images.Images(
-            images.prepare(config.data, str(root)),
-            "train",
-            config.data.size,
-            config.data.horizontal_flip,
-        )
-        trained = GanTrainer(config, net_config(config, pictures), backends.build(config))
-        before = copy.deepcopy(trained.state())
-        for step in range(config.steps):
-            while trained.turn < config.gan.critic_steps:
-                trained.update_critic(trained.critic_batches(trained.critic_updates, pictures))
-            trained.update_generator(trained.generator_batches(step))
-            trained.average.update(step)
-        return {"before": before, **copy.deepcopy(trained.state())}
+        dataset = images.prepare(config.data, str(root))
+        train = train_images(config, dataset)
+        trainer = GanTrainer(config, net_config(config, dataset), backends.build(config))
+        before = copy.deepcopy(trainer.state())
+        step = 0
+        while step < config.steps:
+            step = advance(trainer, train, step)
+        return {"before": before, **copy.deepcopy(trainer.state())}
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def train_together(rank: int, source: Path, root: Path) -> None:
-    torch.save(
-        {strategy: resumed_anywhere(strategy, source, root) for strategy in STRATEGIES},
-        root / f"resumed{rank}.pt",
-    )
-    _let_deepspeed_take_doubles()
-    found = {cell: after_training(cell, source, root, 2) for cell in MATRIX}
-    torch.save(found, root / f"rank{rank}.pt")
+    """Save what one of two workers has after every case, and after every resume."""
+    resumed = {strategy: resume_at_cuts(strategy, source, root) for strategy in STRATEGIES}
+    torch.save(resumed, root / f"resumed{rank}.pt")
+    _let_deepspeed_use_doubles()
+    states = {case: after_training(case, source, root, 2) for case in CASES}
+    torch.save(states, root / f"rank{rank}.pt")
 
 
-def _let_deepspeed_take_doubles() -> None:
-    """DeepSpeed exchanges gradients, and keeps ZeRO's copy of the weights, in fp32: behind its rounding an error of ours could hide."""
+def _let_deepspeed_use_doubles() -> None:
+    """Make DeepSpeed exchange gradients, and keep ZeRO's copy of the weights, in the default dtype:
+    the rounding of its fp32 could hide an error."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -188,9 +215,9 @@ def _let_deepspeed_take_doubles() -> None:
 
     def with_doubles(self: zero.DeepSpeed, clip: float | None) -> dict[str, Any]:
         found = settings(self, clip)
-        found["zero_optimization"]["reduce_scatter"] = (
-            torch.get_default_dtype() == torch.float32
-        )  # has no float64
+        # reduce_scatter does not support float64.
+        single_precision = torch.get_default_dtype() == torch.float32
+        found["zero_optimization"]["reduce_scatter"] = single_precision
         return found
 
     zero.DeepSpeed.settings = with_doubles  # type: ignore[method-assign]
@@ -198,42 +225,40 @@ def _let_deepspeed_take_doubles() -> None:
 
 @pytest.fixture(scope="module")
 def two_workers(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes have left what they did together."""
+    """The folder with the results of `train_together`."""
     root = tmp_path_factory.mktemp("two")
-    for kind in ("plain", "conditional", "colour"):
-        images.prepare(config_of(kind, source).data, str(root), kind == "conditional")
+    for variant in ("plain", "conditional", "color"):
+        images.prepare(config_of(variant, source).data, str(root), variant == "conditional")
     workers.spawn(2, train_together, source, root)
     return root
 
 
 @pytest.fixture(scope="module")
 def by_two_workers(two_workers: Path) -> dict[str, State]:
-    """Every cell of the matrix as two workers leave it, shares put together; that both hold the same weights is seen to here."""
+    """The state after each case on two workers, shards joined; both must have the same weights."""
     first, second = (
         torch.load(two_workers / f"rank{rank}.pt", weights_only=False) for rank in range(2)
     )
-    for cell, part in itertools.product(MATRIX, NETS):
-        for name, value in first[cell][part].items():
-            assert torch.equal(second[cell][part][name], value), (cell, part, name)
-    for cell in MATRIX:
-        for part in OPTIMIZERS:
-            first[cell][part] = whole(first[cell][part], second[cell][part])
+    for case, part in itertools.product(CASES, NETS):
+        for name, value in first[case][part].items():
+            assert torch.equal(second[case][part][name], value), (case, part, name)
+    for case, part in itertools.product(CASES, OPTIMIZERS):
+        first[case][part] = joined(first[case][part], second[case][part])
     return first
 
 
-def whole(*shares: dict[str, Tensor | Shard]) -> Tensors:
-    """Tensors of which each worker has a share, or all."""
-    found: Tensors = {}
-    for share in shares:
-        for name, value in share.items():
+def joined(*parts: dict[str, Tensor | Shard]) -> Tensors:
+    """Tensors of which each worker has a shard, or all."""
+    whole: Tensors = {}
+    for part in parts:
+        for name, value in part.items():
             if isinstance(value, Shard):
-                target = found.setdefault(
-                    name, torch.full(value.shape, torch.nan, dtype=value.values.dtype)
-                ).view(-1)
+                empty = torch.full(value.shape, torch.nan, dtype=value.values.dtype)
+                target = whole.setdefault(name, empty).view(-1)
                 target[value.start : value.start + len(value.values)] = value.values
             else:
-                found[name] = value
-    return found
+                whole[name] = value
+    return whole
 
 
 @pytest.fixture(scope="module")
@@ -241,34 +266,31 @@ def by_one_process(
     source: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], State]:
     root = tmp_path_factory.mktemp("one")
-    return functools.cache(lambda cell: after_training(cell, source, root, 1))
+    return functools.cache(lambda case: after_training(case, source, root, 1))
 
 
-@pytest.mark.parametrize("cell", MATRIX)
-def test_two_workers_have_the_gradients_and_end_where_one_process_does(
-    cell: str, by_two_workers: dict[str, State], by_one_process: Callable[[str], State]
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_have_the_gradients_and_parameters_of_one_process(
+    case: str, by_two_workers: dict[str, State], by_one_process: Callable[[str], State]
 ) -> None:
-    kind, objective, precision, _ = cell.split()
-    alone, together = by_one_process(f"{kind} {objective} {precision} ddp"), by_two_workers[cell]
+    variant, objective, precision, _ = case.split()
+    alone = by_one_process(f"{variant} {objective} {precision} ddp")
+    together = by_two_workers[case]
     for part in OPTIMIZERS if precision == "bf16" else PARTS:
-        one, two = compared(alone, part), compared(together, part)
-        difference = (
-            norm(apart(one, two)) / norm(one) if precision == "bf16" else largest(apart(one, two))
-        )
+        one, two = change(alone, part), change(together, part)
+        assert one.keys() == two.keys()
+        apart = {name: two[name] - value for name, value in one.items()}
+        difference = norm(apart) / norm(one) if precision == "bf16" else largest(apart)
         assert difference < TOLERANCES[precision], (part, difference)
-        assert norm(one) > 1e-2, "nothing was learned, so nothing was compared"
+        assert norm(one) > 1e-2, "without a change, nothing is compared"
 
 
-def compared(state: State, part: str) -> Tensors:
-    """Of a net or its average what it moved by; of an optimizer the last gradient: Adam's first moment, since beta1 is 0."""
+def change(state: State, part: str) -> Tensors:
+    """What a net or its average moved by; of an optimizer the last gradient, which is Adam's first
+    moment, since beta1 is 0."""
     if part.endswith("_optimizer"):
         return {name: value for name, value in state[part].items() if name.startswith("exp_avg/")}
     return {name: value - state["before"][part][name] for name, value in state[part].items()}
-
-
-def apart(one: Tensors, two: Tensors) -> Tensors:
-    assert one.keys() == two.keys()
-    return {name: two[name] - value for name, value in one.items()}
 
 
 def largest(values: Tensors) -> float:
@@ -279,103 +301,83 @@ def norm(values: Tensors) -> float:
     return float(torch.stack([value.double().norm() for value in values.values()]).norm())
 
 
-# ---------------------------------------------------------------- resume
+# ---- resume
 
 
-class Stop(Exception):
+class Interrupted(Exception):
     pass
 
 
-class Interrupting(NullRecorder):
-    """Ends the loop as a kill would, in the middle of a step's aftermath."""
+class InterruptingRecorder(NullRecorder):
+    """End the loop as a kill would, between a step's update and its checkpoint."""
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    def __init__(self, step: int) -> None:
+        self.step = step
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        if step == self.at:
-            raise Stop
-
-
-def judged_by(config: GanConfig, dataset: str) -> str:
-    """An extractor that has learned nothing: what it sees is the same each time."""
-    torch.manual_seed(0)
-    untrained = Extractor(
-        ExtractorConfig(size=32, channels=config.data.channels, num_classes=2)
-    ).eval()
-    return extractor.publish(
-        extractor.pack(untrained, extractor.Card("classes", 0.5, 12, 108, ["dark", "bright"], "")),
-        dataset,
-        config.data.size,
-    )
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        if step == self.step:
+            raise Interrupted
 
 
 def run_alone(
-    config: GanConfig, dataset: str, run_uri: Path, stop_at: int | None = None
-) -> dict[str, Any] | None:
+    config: GanConfig, dataset: Dataset, run_uri: Path, interrupt_at: int | None = None
+) -> dict[str, float] | None:
+    """Train, or resume, in this process; return the final metrics, None where interrupted."""
     checkpoints = Checkpointer(str(run_uri), config.model_dump())
-    recorder = NullRecorder() if stop_at is None else Interrupting(stop_at)
+    recorder: Recorder = NullRecorder()
+    if interrupt_at is not None:
+        recorder = InterruptingRecorder(interrupt_at)
+    worker = workers.LocalWorker(config, Ddp(), checkpoints, recorder, dataset)
     try:
-        return gan.train(
-            workers.LocalWorker(
-                config, Ddp(), checkpoints, recorder, dataset, judged_by(config, dataset)
-            ),
-            checkpoints.load(),
-        )
-    except Stop:
+        return loop.train(worker, checkpoints.load())
+    except Interrupted:
         checkpoints.join()
         return None
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
-    source: Path, tmp_path: Path
-) -> None:
-    config = config_of(
-        "conditional",
-        source,
-        **{"steps": 6, "checkpoint.every": 2, "log.every": 1, "log.eval_every": 3},
-    )
-    dataset = images.prepare(config.data, str(tmp_path))
-    straight = run_alone(config, dataset, tmp_path / "straight")
-    assert run_alone(config, dataset, tmp_path / "broken", stop_at=5) is None
-    assert newest(str(tmp_path / "broken")).step == 4  # type: ignore[union-attr]
-    resumed = run_alone(config, dataset, tmp_path / "broken")
+def without_times(metrics: dict[str, float] | None) -> dict[str, float]:
+    assert metrics is not None
+    return {name: value for name, value in metrics.items() if not name.endswith("_s")}
+
+
+def test_resumed_run_equals_an_uninterrupted_one_exactly(source: Path, tmp_path: Path) -> None:
+    intervals = {"checkpoint.every": 2, "log.every": 1, "log.eval_every": 3}
+    config = config_of("conditional", source, steps=6, **intervals)
+    dataset = prepared(config, tmp_path)
+    uninterrupted = run_alone(config, dataset, tmp_path / "uninterrupted")
+    assert run_alone(config, dataset, tmp_path / "resumed", interrupt_at=5) is None
+    checkpoint = newest(str(tmp_path / "resumed"))
+    assert checkpoint is not None
+    assert checkpoint.step == 4
+    resumed = run_alone(config, dataset, tmp_path / "resumed")
 
     states = []
-    for run in ("straight", "broken"):
-        step, state = Checkpointer(str(tmp_path / run), {}).load()  # type: ignore[misc]
+    for run in ("uninterrupted", "resumed"):
+        step, state = loaded(tmp_path / run)
         assert step == 6
         states.append(state)
-    tensors = {"generator", "generator_ema", "critic", "generator_optimizer", "critic_optimizer"}
-    progress = {"generator_progress", "critic_progress", "gan_progress", "alarms"}
-    assert set(states[0]) == tensors | progress
-    for part in tensors:
-        assert all(
-            torch.equal(value, states[1][part][name]) for name, value in states[0][part].items()
-        ), part
-    for part in progress:
+    json_parts = {"generator_progress", "critic_progress", "gan_cadence", "alarms"}
+    assert set(states[0]) == {*PARTS, *json_parts}
+    for part in PARTS:
+        for name, value in states[0][part].items():
+            assert torch.equal(value, states[1][part][name]), (part, name)
+    for part in json_parts:
         assert states[0][part] == states[1][part]
-    assert straight is not None
-    assert resumed is not None
-    assert {tag: value for tag, value in straight.items() if not tag.endswith("_s")} == {
-        tag: value for tag, value in resumed.items() if not tag.endswith("_s")
+    assert without_times(uninterrupted) == without_times(resumed)
+    # Interrupted after its last checkpoint: nothing is left to train, only to evaluate.
+    evaluated = run_alone(config, dataset, tmp_path / "uninterrupted")
+    heldout = {
+        name: value
+        for name, value in without_times(uninterrupted).items()
+        if name.startswith("heldout_")
     }
-    # Interrupted after its last checkpoint: nothing is left to train, and it is judged as it would have been.
-    judged = run_alone(config, dataset, tmp_path / "straight")
-    assert judged is not None
-    assert {tag: value for tag, value in judged.items() if not tag.endswith("_s")} == {
-        tag: value for tag, value in straight.items() if tag.startswith("heldout_")
-    }
+    assert without_times(evaluated) == heldout
 
 
-def advance(trained: Gan, pictures: images.Images, step: int) -> int:
-    """One update of the net whose turn it is; the generator's steps so far."""
-    if trained.turn < trained.config.gan.critic_steps:
-        trained.update_critic(trained.critic_batches(trained.critic_updates, pictures))
-        return step
-    trained.update_generator(trained.generator_batches(step))
-    trained.average.update(step)
-    return step + 1
+def loaded(run: Path) -> tuple[int, State]:
+    found = Checkpointer(str(run), {}).load()
+    assert found is not None
+    return found
 
 
 def flat(state: State) -> dict[str, Any]:
@@ -387,7 +389,7 @@ def flat(state: State) -> dict[str, Any]:
     }
 
 
-def assert_same(one: State, two: State) -> None:
+def assert_equal(one: State, two: State) -> None:
     left, right = flat(one), flat(two)
     assert left.keys() == right.keys()
     different = [
@@ -399,93 +401,86 @@ def assert_same(one: State, two: State) -> None:
 
 
 CADENCE = {"gan.critic_steps": 3, "model.norm": "batch"}
-UPDATES = 8  # of either net: two rounds
-CUTS = (1, 3, 6)  # beside a round's end: the critic is at work, or the generator's turn has come
+UPDATES = 8  # of both nets: two rounds
+CUTS = (1, 3, 6)  # between critic updates, and before a generator update
 
 
-def resumed_anywhere(strategy_name: str, source: Path, root: Path) -> dict[int, State]:
-    """A worker's state after UPDATES, reached from a checkpoint after each of CUTS, and (0) without one."""
-    config = config_of(
-        "conditional",
-        source,
-        **CADENCE,
-        **STRATEGIES[strategy_name],
-        **{"parallel.workers": 2, "batch.micro_size": 8},
-    )
-    pictures = images.Images(
-        images.prepare(config.data, str(root), True), "train", config.data.size
-    )
-    spread = backends.build(config)
-    straight, step = GanTrainer(config, net_config(config, pictures), spread), 0
-    kept = {
-        cut: Checkpointer(str(root / f"{strategy_name}-{cut}"), config.model_dump(), spread.name)
+def resume_at_cuts(strategy_name: str, source: Path, root: Path) -> dict[int, State]:
+    """A worker's state after UPDATES, resumed from a checkpoint after each of CUTS, and
+    uninterrupted (0)."""
+    parallel = {**STRATEGIES[strategy_name], "parallel.workers": 2, "batch.micro_size": 8}
+    config = config_of("conditional", source, **CADENCE, **parallel)
+    dataset = images.prepare(config.data, str(root), True)
+    train = Images(dataset, "train", config.data.size)
+    strategy = backends.build(config)
+    uninterrupted, step = GanTrainer(config, net_config(config, dataset), strategy), 0
+    checkpointers = {
+        cut: Checkpointer(str(root / f"{strategy_name}-{cut}"), config.model_dump(), strategy.name)
         for cut in CUTS
     }
     for number in range(UPDATES):
         if number in CUTS:
-            kept[number].save(step, straight.state())
-            kept[number].join()
-        step = advance(straight, pictures, step)
-    found = {0: copy.deepcopy(straight.state())}
-    for cut, checkpoints in kept.items():
-        step, saved = checkpoints.load()  # type: ignore[misc]
-        resumed = GanTrainer(config, straight.shape, backends.build(config), saved)
+            checkpointers[number].save(step, uninterrupted.state())
+            checkpointers[number].join()
+        step = advance(uninterrupted, train, step)
+    states = {0: copy.deepcopy(uninterrupted.state())}
+    for cut, checkpoints in checkpointers.items():
+        found = checkpoints.load()
+        assert found is not None
+        step, saved = found
+        resumed = GanTrainer(config, uninterrupted.net_config, backends.build(config), saved)
         for _ in range(UPDATES - cut):
-            step = advance(resumed, pictures, step)
-        found[cut] = copy.deepcopy(resumed.state())
-    return found
+            step = advance(resumed, train, step)
+        states[cut] = copy.deepcopy(resumed.state())
+    return states
 
 
 @pytest.mark.parametrize("strategy_name", STRATEGIES)
 @pytest.mark.parametrize("cut", CUTS)
-def test_two_workers_resume_from_anywhere_in_the_cadence(
+def test_two_workers_resume_after_any_update(
     strategy_name: str, cut: int, two_workers: Path
 ) -> None:
     for rank in range(2):
-        found = torch.load(two_workers / f"resumed{rank}.pt", weights_only=False)[strategy_name]
-        assert_same(found[0], found[cut])
+        states = torch.load(two_workers / f"resumed{rank}.pt", weights_only=False)[strategy_name]
+        assert_equal(states[0], states[cut])
 
 
-@pytest.mark.parametrize("updates", range(UPDATES))
-def test_a_checkpoint_may_fall_anywhere_in_the_cadence(
-    updates: int, source: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("cut", range(UPDATES))
+def test_single_process_resumes_after_any_update(cut: int, source: Path, tmp_path: Path) -> None:
     config = config_of("conditional", source, **CADENCE)
-    straight, pictures = single(config, tmp_path)
+    uninterrupted, train = single(config, tmp_path)
     step = 0
     for number in range(UPDATES):
-        if number == updates:
+        if number == cut:
             checkpoints = Checkpointer(str(tmp_path / "run"), config.model_dump())
-            checkpoints.save(step, straight.state())
+            checkpoints.save(step, uninterrupted.state())
             checkpoints.join()
-        step = advance(straight, pictures, step)
-    step, state = Checkpointer(str(tmp_path / "run"), {}).load()  # type: ignore[misc]
-    resumed = GanTrainer(config, straight.shape, Ddp(), state)
-    for _ in range(UPDATES - updates):
-        step = advance(resumed, pictures, step)
-    assert_same(straight.state(), resumed.state())
+        step = advance(uninterrupted, train, step)
+    step, state = loaded(tmp_path / "run")
+    resumed = GanTrainer(config, uninterrupted.net_config, Ddp(), state)
+    for _ in range(UPDATES - cut):
+        step = advance(resumed, train, step)
+    assert_equal(uninterrupted.state(), resumed.state())
 
 
-def test_another_critic_ratio_goes_on_with_the_next_pictures(source: Path, tmp_path: Path) -> None:
-    config = config_of("plain", source)
-    first, pictures = single(config, tmp_path)
+def test_changed_critic_steps_continue_with_the_next_images(source: Path, tmp_path: Path) -> None:
+    first, train = single(config_of("plain", source), tmp_path)
     step = 0
     while step < 2:
-        step = advance(first, pictures, step)
-    faster = GanTrainer(
-        config_of("plain", source, **{"gan.critic_steps": 4}), first.shape, Ddp(), first.state()
-    )
-    assert (faster.critic_updates, faster.turn) == (4, 0)
+        step = advance(first, train, step)
+    config = config_of("plain", source, **{"gan.critic_steps": 4})
+    changed = GanTrainer(config, first.net_config, Ddp(), first.state())
+    assert (changed.critic_updates, changed.critic_updates_in_step) == (4, 0)
     while step < 3:
-        step = advance(faster, pictures, step)
-    assert faster.critic_updates == 8
+        step = advance(changed, train, step)
+    assert changed.critic_updates == 8
 
 
-def test_final_metrics_have_every_figure_of_quality(source: Path, tmp_path: Path) -> None:
+def test_final_metrics_include_every_metric_of_quality(source: Path, tmp_path: Path) -> None:
     config = config_of("plain", source, steps=2)
-    final = run_alone(config, images.prepare(config.data, str(tmp_path)), tmp_path / "run")
+    final = run_alone(config, prepared(config, tmp_path), tmp_path / "run")
     assert final is not None
-    figures = (
+    metrics = (
         "frechet_distance",
         "kid",
         "precision",
@@ -497,58 +492,50 @@ def test_final_metrics_have_every_figure_of_quality(source: Path, tmp_path: Path
         "sliced_wasserstein",
     )
     assert final.keys() >= {
-        f"heldout_{figure}{suffix}" for figure in figures for suffix in ("", "_baseline")
+        f"heldout_{metric}{suffix}" for metric in metrics for suffix in ("", "_baseline")
     }
     assert final.keys() >= {"heldout_samples", "wasserstein_distance", "real_score", "fake_score"}
     assert final["heldout_samples"] == 12
 
 
-# ---------------------------------------------------------------- the parts of a step
+# ---- the parts of a step
 
 
-def single(config: GanConfig, tmp_path: Path) -> tuple[Gan, images.Images]:
-    pictures = images.Images(images.prepare(config.data, str(tmp_path)), "train", config.data.size)
-    return GanTrainer(config, net_config(config, pictures), Ddp()), pictures
+def test_update_changes_one_net_only(source: Path, tmp_path: Path) -> None:
+    trainer, train = single(config_of("plain", source), tmp_path)
 
-
-def test_an_update_moves_its_own_net_alone(source: Path, tmp_path: Path) -> None:
-    trained, pictures = single(config_of("plain", source), tmp_path)
-
-    def moved(before: dict[str, Any]) -> set[str]:
-        now = trained.state()
+    def changed_by(update: Callable[[], object]) -> set[str]:
+        before = {
+            part: {name: value.clone() for name, value in trainer.state()[part].items()}
+            for part in NETS
+        }
+        update()
+        after = trainer.state()
         return {
             part
-            for part in ("generator", "critic", "generator_ema")
-            if any(not torch.equal(now[part][name], before[part][name]) for name in now[part])
+            for part in NETS
+            if any(
+                not torch.equal(after[part][name], value) for name, value in before[part].items()
+            )
         }
 
-    def copied() -> dict[str, Any]:
-        return {
-            part: {name: value.clone() for name, value in trained.state()[part].items()}
-            for part in ("generator", "critic", "generator_ema")
-        }
-
-    before = copied()
-    trained.update_critic(trained.critic_batches(0, pictures))
-    assert moved(before) == {"critic"}
-    before = copied()
-    trained.update_generator(trained.generator_batches(0))
-    assert moved(before) == {"generator"}
-    before = copied()
-    trained.average.update(0)
-    assert moved(before) == {"generator_ema"}
+    critic_batches = trainer.critic_batches(0, train)
+    assert changed_by(lambda: trainer.update_critic(critic_batches)) == {"critic"}
+    generator_batches = trainer.generator_batches(0)
+    assert changed_by(lambda: trainer.update_generator(generator_batches)) == {"generator"}
+    assert changed_by(lambda: trainer.average.update(0)) == {"generator_ema"}
     assert all(
         parameter.grad is None
-        for parameter in [*trained.critic.core.parameters(), *trained.generator.core.parameters()]
+        for parameter in [*trainer.critic.model.parameters(), *trainer.generator.model.parameters()]
     )
 
 
-def test_the_penalty_reaches_the_critic(source: Path, tmp_path: Path) -> None:
-    """With a huge weight, critic updates are nothing but a pull of the gradient's norm to 1."""
+def test_penalty_pulls_the_gradient_norm_to_one(source: Path, tmp_path: Path) -> None:
+    """With a huge weight, the penalty alone determines the critic's updates."""
     config = config_of("plain", source, **{"gan.penalty_weight": 1e4, "optim.lr": 3e-3})
-    trained, pictures = single(config, tmp_path)
+    trainer, train = single(config, tmp_path)
     penalties = [
-        float(trained.update_critic(trained.critic_batches(update, pictures))["gradient_penalty"])
+        float(trainer.update_critic(trainer.critic_batches(update, train))["gradient_penalty"])
         for update in range(60)
     ]
     assert penalties[0] > 0.5
@@ -556,218 +543,180 @@ def test_the_penalty_reaches_the_critic(source: Path, tmp_path: Path) -> None:
 
 
 def test_noise_is_a_function_of_position_and_purpose(source: Path, tmp_path: Path) -> None:
-    trained, pictures = single(config_of("conditional", source), tmp_path)
-    critic, generator = trained.critic_batches(2, pictures)[0], trained.generator_batches(2)[0]
-    again = trained.critic_batches(2, pictures)[0]
+    trainer, train = single(config_of("conditional", source), tmp_path)
+
+    def critic_batch(update: int) -> Batch:
+        return trainer.critic_batches(update, train)[0]
+
+    critic, again, generator = critic_batch(2), critic_batch(2), trainer.generator_batches(2)[0]
     assert torch.equal(critic.latents, again.latents)
     assert torch.equal(critic.real, again.real)  # type: ignore[arg-type]
     assert torch.equal(critic.mix, again.mix)  # type: ignore[arg-type]
-    rows = torch.cat(
-        [critic.latents, generator.latents, trained.critic_batches(3, pictures)[0].latents]
-    )
-    assert len(rows.unique(dim=0)) == len(rows)
+    latents = torch.cat([critic.latents, generator.latents, critic_batch(3).latents])
+    assert len(latents.unique(dim=0)) == len(latents)
 
 
-def test_the_average_follows_num_updates_at_first(source: Path, tmp_path: Path) -> None:
-    trained, _ = single(config_of("plain", source, **{"model.ema_decay": 0.999}), tmp_path)
-    for parameter in trained.generator.core.parameters():
+def test_average_decays_faster_in_the_first_updates(source: Path, tmp_path: Path) -> None:
+    trainer, _ = single(config_of("plain", source, **{"model.ema_decay": 0.999}), tmp_path)
+    for parameter in trainer.generator.model.parameters():
         torch.nn.init.ones_(parameter)
-    for value in trained.average.values.values():
+    averages = trainer.average.values.values()
+    for value in averages:
         value.zero_()
-    trained.average.update(0)  # decay 1 / 10
-    assert all(
-        torch.allclose(parameter, torch.tensor(0.9))
-        for parameter in trained.average.values.values()
-    )
-    trained.average.update(10**6)
-    assert all(
-        torch.allclose(parameter, torch.tensor(0.9001))
-        for parameter in trained.average.values.values()
-    )
+    trainer.average.update(0)  # decay 1 / 10
+    assert all(torch.allclose(value, torch.tensor(0.9)) for value in averages)
+    trainer.average.update(10**6)
+    assert all(torch.allclose(value, torch.tensor(0.9001)) for value in averages)
 
 
-def test_pictures_are_the_same_each_time_and_one_row_a_class(source: Path, tmp_path: Path) -> None:
-    trained, pictures = single(config_of("conditional", source), tmp_path)
-    for draw in (trained.grid, lambda: trained.real(pictures)):
+def test_samples_are_deterministic_and_have_one_class_per_row(source: Path, tmp_path: Path) -> None:
+    sampler = Sampler(*single(config_of("conditional", source), tmp_path))
+    for draw in (sampler.generated, sampler.real):
         assert draw().shape == (2 * 30 + 2, 10 * 30 + 2, 3)
         assert draw().dtype == np.uint8
         assert np.array_equal(draw(), draw())
-    bright, dark = cells(trained.real(pictures), 10)
+    bright, dark = split_sheet(sampler.real(), 10, GUTTER)
     assert dark.mean() < 80 < 170 < bright.mean()
-    walks = cells(trained.walks(), 10)
-    assert walks.shape[:2] == (10, 10)
-    # Rows 0 and 2 are of one class: the one ends on latent 1, where row 1, of the other class, begins.
-    assert np.array_equal(walks[0, 0], cells(trained.grid(), 10)[0, 0])
+    interpolated = split_sheet(sampler.interpolated(), 10, GUTTER)
+    assert interpolated.shape[:2] == (10, 10)
+    # Both start with the first latent, in the first class.
+    generated = split_sheet(sampler.generated(), 10, GUTTER)
+    assert np.array_equal(interpolated[0, 0], generated[0, 0])
 
 
-# ---------------------------------------------------------------- alarms
+# ---- alarms
 
 
-def collapsing(rank: int, source: Path, root: Path, on_collapse: str) -> None:
-    """Trains two workers whose generator is seen to collapse: recall goes from 0.9 to 0. Leaves each one's alarms and end."""
-    config = config_of(
-        "plain",
-        source,
-        **{"parallel.workers": 2, "steps": 4, "log.eval_every": 1, "gan.on_collapse": on_collapse},
-    )
-    recorder = workers.MemoryRecorder()
-    falling = iter([0.9, 0.9, 0.0, 0.0])
-    judge = gan.Evaluator.__call__
+def collapse(rank: int, source: Path, root: Path, on_collapse: str) -> None:
+    """Train on one of two workers with a recall that falls from 0.9 to 0; write the alarms, the
+    evaluated steps and how the run ended."""
+    values = {"parallel.workers": 2, "log.eval_every": 1, "gan.on_collapse": on_collapse}
+    config = config_of("plain", source, steps=4, **values)
+    recall = iter([0.9, 0.9, 0.0, 0.0])
+    evaluate = Evaluator.__call__
 
-    def judged(self: Any, generate: Any) -> dict[str, float]:
-        return judge(self, generate) | {
-            "heldout_recall": next(falling),
+    def evaluate_collapse(self: Evaluator, generate: Callable[[Any], Tensor]) -> dict[str, float]:
+        return evaluate(self, generate) | {
+            "heldout_recall": next(recall),
             "heldout_recall_baseline": 0.95,
             "heldout_samples": 1000.0,
         }
 
-    gan.Evaluator.__call__ = judged  # type: ignore[method-assign]
-    dataset = images.prepare(config.data, str(root))
-    worker = workers.LocalWorker(
-        config,
-        Ddp(),
-        Checkpointer(str(root / "run"), {}),
-        recorder,
-        dataset,
-        judged_by(config, dataset),
-    )
+    Evaluator.__call__ = evaluate_collapse  # type: ignore[method-assign]
+    worker, recorder = recorded_worker(config, root)
     try:
-        gan.train(worker, None)
-        end = "reached"
-    except Halt as sentence:
-        end = str(sentence)
+        loop.train(worker, None)
+        end = "complete"
+    except Halt as halt:
+        end = str(halt)
     alarms = [(step, kind) for step, kind, _ in recorder.alarms if kind == "collapse"]
-    on_record = [row["step"] for row in recorder.rows if "heldout_recall" in row]
-    (root / f"{rank}.json").write_text(
-        json.dumps({"alarms": alarms, "end": end, "judged": on_record})
-    )
+    evaluated = [row["step"] for row in recorder.rows if "heldout_recall" in row]
+    result = {"alarms": alarms, "end": end, "evaluated": evaluated}
+    (root / f"{rank}.json").write_text(json.dumps(result))
+
+
+def recorded_worker(
+    config: GanConfig, root: Path, dataset: Dataset | None = None
+) -> tuple[workers.LocalWorker, workers.MemoryRecorder]:
+    recorder = workers.MemoryRecorder()
+    checkpoints = Checkpointer(str(root / "run"), {})
+    dataset = dataset or prepared(config, root)
+    return workers.LocalWorker(config, Ddp(), checkpoints, recorder, dataset), recorder
 
 
 @pytest.mark.parametrize("on_collapse", ["warn", "stop"])
-def test_a_collapse_is_put_down_and_stops_every_worker_where_that_is_asked_for(
+def test_collapse_is_recorded_and_stops_every_worker_where_the_config_says_so(
     on_collapse: str, source: Path, tmp_path: Path
 ) -> None:
     images.prepare(config_of("plain", source).data, str(tmp_path))
-    workers.spawn(2, collapsing, source, tmp_path, on_collapse)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert found[0] == found[1]
-    assert found[0]["alarms"] == [[3, "collapse"]]
+    workers.spawn(2, collapse, source, tmp_path, on_collapse)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["alarms"] == [[3, "collapse"]]
     stopped = (
         "collapse at step 3 (gan.on_collapse is stop): heldout_recall fell from 0.9 at step 1 to 0 "
     )
-    assert found[0]["end"].startswith(stopped if on_collapse == "stop" else "reached")
-    assert found[0]["judged"] == ([1, 2, 3] if on_collapse == "stop" else [1, 2, 3, 4]), (
-        "the judgement that ends a run is on record"
-    )
+    assert first["end"].startswith(stopped if on_collapse == "stop" else "complete")
+    expected = [1, 2, 3] if on_collapse == "stop" else [1, 2, 3, 4]
+    assert first["evaluated"] == expected, "the evaluation that ends a run is recorded"
 
 
-def test_what_rank_0_cannot_judge_by_is_said_once(source: Path, tmp_path: Path) -> None:
+def test_damaged_extractor_halts_the_run(source: Path, tmp_path: Path) -> None:
     config = config_of("plain", source, steps=2)
-    dataset = images.prepare(config.data, str(tmp_path))
-    judge = Path(judged_by(config, dataset))
-    judge.write_bytes(judge.read_bytes()[:-1])
+    dataset = prepared(config, tmp_path)
+    assert dataset.extractor is not None
+    file = Path(dataset.extractor["uri"])
+    file.write_bytes(file.read_bytes()[:-1])
+    worker, _ = recorded_worker(config, tmp_path, dataset)
     with pytest.raises(Halt, match=r"is damaged"):
-        gan.train(
-            workers.LocalWorker(
-                config,
-                Ddp(),
-                Checkpointer(str(tmp_path / "run"), {}),
-                workers.MemoryRecorder(),
-                dataset,
-                str(judge),
-            ),
-            None,
-        )
+        loop.train(worker, None)
 
 
-def test_nan_is_an_alarm_before_it_ends_the_run(source: Path, tmp_path: Path) -> None:
-    config = config_of("plain", source, **{"steps": 4, "log.every": 1})
-    recorder = workers.MemoryRecorder()
-    dataset = images.prepare(config.data, str(tmp_path))
-    worker = workers.LocalWorker(
-        config,
-        Ddp(),
-        Checkpointer(str(tmp_path / "run"), {}),
-        recorder,
-        dataset,
-        judged_by(config, dataset),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            gan.Gan,
-            "update_generator",
-            lambda self, batches: {"generator_loss": torch.tensor(torch.nan)},
-        )
-        with pytest.raises(Halt, match=r"generator_loss is nan at step 1"):
-            gan.train(worker, None)
-    assert recorder.alarms == [(1, "divergence", "generator_loss is nan; use a lower optim.lr")]
-
-
-def test_bfloat16_trains(source: Path, tmp_path: Path) -> None:
-    config = config_of("conditional", source, **{"parallel.precision": "bf16"})
-    pictures = single(config, tmp_path)[1]
-    found = []
-    for precision in ("bf16", "fp32"):
-        trained = GanTrainer(config, net_config(config, pictures), Ddp(precision))
-        found.append(
-            trained.update_critic(trained.critic_batches(0, pictures))
-            | trained.update_generator(trained.generator_batches(0))
-        )
-    rounded, exact = found
-    for tag, value in exact.items():
-        assert 0 < abs(float(rounded[tag] - value)) < 0.05 * max(1.0, abs(float(value))), tag
-
-
-# ---------------------------------------------------------------- on Ray
-
-
-def test_two_ray_workers_end_where_one_process_does(
-    ray_address: str, source: Path, tmp_path: Path
+def test_nan_loss_is_an_alarm_and_ends_the_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = {
-        "run.name": "two",
-        "steps": 4,
-        "log.every": 2,
-        "log.eval_every": 2,
-        "log.sample_every": 2,
-        "checkpoint.every": 2,
-    }
+    config = config_of("plain", source, **{"steps": 4, "log.every": 1})
+    worker, recorder = recorded_worker(config, tmp_path)
+    nan = {"generator_loss": torch.tensor(torch.nan)}
+    monkeypatch.setattr(GanTrainer, "update_generator", lambda self, batches: nan)
+    with pytest.raises(Halt, match=r"generator_loss is nan at step 1"):
+        loop.train(worker, None)
+    message = (
+        "generator_loss is nan: training has diverged; start another run with a lower optim.lr"
+    )
+    assert recorder.alarms == [(1, "divergence", message)]
+
+
+def test_bfloat16_losses_are_close_to_those_of_fp32(source: Path, tmp_path: Path) -> None:
+    config = config_of("conditional", source, **{"parallel.precision": "bf16"})
+    dataset = images.prepare(config.data, str(tmp_path), True)
+    train = train_images(config, dataset)
+    losses = []
+    for precision in ("bf16", "fp32"):
+        trainer = GanTrainer(config, net_config(config, dataset), Ddp(precision))
+        critic = trainer.update_critic(trainer.critic_batches(0, train))
+        losses.append(critic | trainer.update_generator(trainer.generator_batches(0)))
+    rounded, exact = losses
+    for name, value in exact.items():
+        assert 0 < abs(float(rounded[name] - value)) < 0.05 * max(1.0, abs(float(value))), name
+
+
+# ---- on Ray
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_two_ray_workers_train_as_one_process(source: Path, tmp_path: Path) -> None:
+    intervals = ("log.every", "log.eval_every", "log.sample_every", "checkpoint.every")
+    more = {"run.name": "two", "steps": 4, **dict.fromkeys(intervals, 2)}
     config = config_of("conditional", source, **more, **{"parallel.workers": 2})
-    judged_by(config, images.prepare(config.data, str(tmp_path)))
+    dataset = prepared(config, tmp_path)
     summary = fit(config, str(tmp_path), quiet=True)
     run = tmp_path / "runs" / "two"
-    assert [
-        row["step"] for row in records.metrics(str(run)) if "heldout_sliced_wasserstein" in row
-    ] == [2, 4]
+    assert dataset.uri.endswith(f"/{summary['dataset']}")
+    evaluated = [row for row in records.metrics(str(run)) if "heldout_sliced_wasserstein" in row]
+    assert [row["step"] for row in evaluated] == [2, 4]
     assert {file.name for file in (run / "samples").glob("*.png")} == {
-        *(
-            "pictures_000002.png",
-            "pictures_000004.png",
-            "interpolation_000002.png",
-            "interpolation_000004.png",
-            "real_000002.png",
-        )
+        "images_000002.png",
+        "images_000004.png",
+        "interpolation_000002.png",
+        "interpolation_000004.png",
+        "real_000002.png",
     }
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
-    assert {tag: [event.step for event in board.Images(tag)] for tag in board.Tags()["images"]} == {
-        "pictures": [2, 4], "interpolation": [2, 4], "real": [2]
-    }  # fmt: skip
+    tags = board.Tags()["images"]
+    steps = {tag: [event.step for event in board.Images(tag)] for tag in tags}
+    assert steps == {"images": [2, 4], "interpolation": [2, 4], "real": [2]}
     manifest = complete(str(run))[0]
-    parts = {"generator", "generator_ema", "critic", "generator_optimizer", "critic_optimizer"}
-    progress = {
-        "alarms.json",
-        *(f"{part}_progress.json" for part in ("gan", "generator", "critic")),
-    }
-    names = {f"{part}.safetensors" for part in parts} | progress
-    assert (manifest.step, manifest.world_size, set(manifest.files)) == (4, 2, names)
+    json_files = {"alarms.json", "gan_cadence.json"}
+    json_files |= {f"{part}_progress.json" for part in ("generator", "critic")}
+    files = {f"{part}.safetensors" for part in PARTS} | json_files
+    assert (manifest.step, manifest.world_size, set(manifest.files)) == (4, 2, files)
 
-    single_config = config_of("conditional", source, **more)
-    run_alone(
-        single_config, storage.join(str(tmp_path), "data", summary["dataset"]), tmp_path / "alone"
-    )
-    ours, theirs = (Checkpointer(str(where), {}).load()[1] for where in (tmp_path / "alone", run))  # type: ignore[index]
-    for part in ("generator", "generator_ema", "critic"):
-        for name, value in ours[part].items():
-            assert torch.allclose(value, theirs[part][name], atol=1e-5), (part, name)
+    run_alone(config_of("conditional", source, **more), dataset, tmp_path / "alone")
+    _, alone = loaded(tmp_path / "alone")
+    _, together = loaded(run)
+    for part in NETS:
+        for name, value in alone[part].items():
+            assert torch.allclose(value, together[part][name], atol=1e-5), (part, name)
     assert json.loads((run / "summary.json").read_text())["metrics"] == summary["metrics"]

@@ -187,7 +187,7 @@ def trained(strategy: Strategy) -> tuple[list[float], torch.Tensor]:
         gpt.NextTokenLoss(model),
         torch.optim.AdamW(model.parameters(), lr=1e-2),
         clip=1.0,
-        core=model,
+        model=model,
     )
     losses = []
     for step in range(5):

@@ -1,7 +1,7 @@
 """Percentiles of recent durations."""
 
-from serve.latency import Latency
-from serve.schemas import Percentiles
+from serve.http.latency import Latency
+from serve.http.schemas import Percentiles
 
 
 def test_percentiles_are_of_the_latest_requests() -> None:

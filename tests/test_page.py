@@ -30,8 +30,8 @@ from starlette.routing import Route
 from cluster.demo.browser import started
 from cluster.machine import free_port
 from models import registry
-from serve.app import build_app
-from serve.catalog import Catalog
+from serve.http.app import build_app
+from serve.http.catalog import Catalog
 from serve.replicas import ImageReplica, TextReplica
 from tests.support import bundles
 from tests.support.browser import require_browser
@@ -142,7 +142,7 @@ def slow_down(session: Any) -> None:
 def complete(server: str, **request: Any) -> str:
     """Return the text that the API generates."""
     response = httpx.post(f"{server}/v1/completions", json=request, timeout=30)
-    return response.json()["choices"][0]["text"]
+    return str(response.json()["choices"][0]["text"])
 
 
 def generate_images(server: str, route: str = "generations", **request: Any) -> list[str]:

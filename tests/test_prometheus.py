@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from serve.chunks import Chunk
 from serve.errors import DeadlineExceeded, RequestError
 from serve.prometheus import TextMetrics
+from serve.text.chunks import Chunk
 
 
 class Recorder:

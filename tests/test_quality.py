@@ -1,5 +1,5 @@
-"""Metrics of image quality: against torchmetrics, torch-fidelity and the papers' formulas, and on real
-images, copies and noise."""
+"""Metrics of image quality: against torchmetrics, torch-fidelity and the papers' formulas, and on
+real images, copies and noise."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from models import bundle
 from serve import replicas
-from serve.app import build_app
-from serve.detokenize import token_text
 from serve.errors import Unavailable
+from serve.http.app import build_app
+from serve.http.schemas import CompletionRequest, GenerationsRequest
 from serve.replicas import ImageReplica, TextReplica
-from serve.schemas import CompletionRequest, GenerationsRequest
 from serve.session import ImageSession, TextSession
+from serve.text.detokenize import token_text
 from tests.support.fakes import LocalModel
 from tests.support.served import CONTEXT, PROMPT
 

@@ -9,9 +9,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from serve.app import build_app
-from serve.catalog import Catalog
 from serve.errors import GenerationFailed, Overloaded, Unavailable
+from serve.http.app import build_app
+from serve.http.catalog import Catalog
 from serve.replicas import ImageReplica
 from tests.support.fakes import FailingModel, LocalModel
 from tests.support.served import events

@@ -1,4 +1,4 @@
-"""A run is never started over silently, and has one driver."""
+"""The folder of a run: it resumes or refuses, its config is kept, and it has one driver."""
 
 import os
 import socket
@@ -10,30 +10,30 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from cluster import storage
-from train.config import loader
+from train.config import loader as configs
 from train.config.sections import Config
 from train.run.checkpoint import Checkpointer
 from train.run.folder import open_run
 
 
 def config(**values: Any) -> Config:
-    return loader.load("gpt", "gpt-tiny", {"run.name": "r", **values})
+    return configs.load("gpt", "gpt-tiny", {"run.name": "r", **values})
 
 
-def with_checkpoint(root: Path, made: Config, step: int = 10) -> None:
+def write_checkpoint(root: Path, made: Config, step: int = 10) -> None:
     with open_run(made, str(root), "gpt") as run:
         checkpoints = Checkpointer(
             run.uri, {"kind": made.kind, **made.model_dump()}, driver=run.token
         )
-        import torch
-
         checkpoints.save(step, {"model": {"w": torch.zeros(1)}})
         checkpoints.join()
 
 
 def start(root: Path, made: Config) -> int:
+    """Return the step from which the run would resume."""
     with open_run(made, str(root), "gpt") as run:
         return run.start
 
@@ -43,7 +43,7 @@ def test_resume_auto_never_and_must(tmp_path: Path) -> None:
         start(tmp_path, config(**{"run.resume": "must"}))
     assert not (tmp_path / "runs").exists()
     assert start(tmp_path, config()) == 0
-    with_checkpoint(tmp_path, config())
+    write_checkpoint(tmp_path, config())
     assert start(tmp_path, config()) == 10
     assert start(tmp_path, config(**{"run.resume": "must"})) == 10
     with pytest.raises(
@@ -52,11 +52,9 @@ def test_resume_auto_never_and_must(tmp_path: Path) -> None:
         start(tmp_path, config(**{"run.resume": "never"}))
 
 
-def test_resume_refuses_a_changed_config_except_for_changeable_keys(tmp_path: Path) -> None:
-    with_checkpoint(tmp_path, config())
-    with pytest.raises(
-        ValueError, match=r"run r was started with optim.lr 0.005, and now it is 0.1"
-    ):
+def test_changed_config_is_refused_unless_the_key_may_change(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, config())
+    with pytest.raises(ValueError, match=r"run r was begun with optim.lr 0.005, and now it is 0.1"):
         start(tmp_path, config(**{"optim.lr": 0.1}))
     for key, value in {"run.seed": 5, "parallel.precision": "bf16", "data.vocab_size": 600}.items():
         with pytest.raises(ValueError, match=f"run r was started with {key}"):
@@ -72,13 +70,13 @@ def test_resume_refuses_a_changed_config_except_for_changeable_keys(tmp_path: Pa
         start(tmp_path, config(steps=5))
 
 
-def test_unnamed_run_gets_a_name(tmp_path: Path) -> None:
+def test_unnamed_run_is_named_after_its_preset(tmp_path: Path) -> None:
     with open_run(config(**{"run.name": None}), str(tmp_path), "gpt-tiny") as run:
         assert run.name.startswith("gpt-tiny-")
-        assert loader.load("gpt", f"{run.uri}/run.yaml") == config(**{"run.name": None})
+        assert configs.load("gpt", f"{run.uri}/run.yaml") == config(**{"run.name": None})
 
 
-def test_second_driver_is_refused_while_the_first_is_alive(tmp_path: Path) -> None:
+def test_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     with (
         open_run(config(), str(tmp_path), "gpt"),
         pytest.raises(ValueError, match=rf"run r is driven by process {os.getpid()}"),
@@ -87,12 +85,12 @@ def test_second_driver_is_refused_while_the_first_is_alive(tmp_path: Path) -> No
     assert start(tmp_path, config()) == 0
 
 
-def test_run_of_a_killed_driver_can_be_resumed(tmp_path: Path) -> None:
+def test_run_is_free_after_its_driver_was_killed(tmp_path: Path) -> None:
     holder = f"""
 import time
-from train.config import loader
+from train.config import loader as configs
 from train.run.folder import open_run
-with open_run(loader.load("gpt", "gpt-tiny", {{"run.name": "r"}}), {str(tmp_path)!r}, "gpt"):
+with open_run(configs.load("gpt", "gpt-tiny", {{"run.name": "r"}}), {str(tmp_path)!r}, "gpt"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -109,7 +107,7 @@ with open_run(loader.load("gpt", "gpt-tiny", {{"run.name": "r"}}), {str(tmp_path
     assert start(tmp_path, config()) == 0
 
 
-def test_driver_on_another_host_is_dead_when_its_heartbeat_is_stale(tmp_path: Path) -> None:
+def test_driver_on_another_host_is_dead_after_its_last_heartbeat(tmp_path: Path) -> None:
     elsewhere = {
         "token": "t",
         "host": "another-" + socket.gethostname(),

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from serve.sampling import logprobs, penalize, sample
+from serve.text.sampling import logprobs, penalize, sample
 
 LOGITS = np.random.default_rng(0).normal(0, 2, 50).astype(np.float32)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.sampling import Sampling
-from serve.scheduler import Prefill, Scheduler, Sequence
+from serve.text.sampling import Sampling
+from serve.text.scheduler import Prefill, Scheduler, Sequence
 
 
 def test_clients_are_served_in_turn() -> None:

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from models import bundle
 from models.latents import seeded_latents, truncated
 from models.runtime import choose_providers
-from serve.chunks import Chunk
-from serve.engine import Engine
-from serve.sampling import Sampling
 from serve.session import ImageSession, TextSession
+from serve.text.chunks import Chunk
+from serve.text.engine import Engine
+from serve.text.sampling import Sampling
 from tests.support.bundles import TEXT, tiny_gan_bundle, tiny_gpt_bundle
 
 SLOTS = 6

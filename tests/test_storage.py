@@ -89,7 +89,7 @@ def test_storage_that_cannot_be_opened_is_an_os_error(
     def unreachable(uri: str) -> None:
         raise OSError(f"no route to {uri}")
 
-    monkeypatch.setattr(storage.fs, "FileSystem", SimpleNamespace(from_uri=unreachable))
+    monkeypatch.setattr("cluster.storage.fs.FileSystem", SimpleNamespace(from_uri=unreachable))
     message = r"storage 's3://bucket/x' cannot be opened: no route to s3://bucket/x\. Use a folder"
     with pytest.raises(OSError, match=message):
         storage.read_json("s3://KEY:SECRET@bucket/x")

@@ -223,8 +223,10 @@ def test_only_trial_config_has_run_name_and_rung(tmp_path: Path) -> None:
         base={"steps": 80, "log": {"eval_every": 80}},
     )
     trial = searched.trial_config("search-00001", {"optim.lr": 0.15})
+    assert isinstance(trial, GptConfig)
     assert (trial.run.name, trial.log.eval_every, trial.optim.lr) == ("search-00001", 10, 0.15)
     best = searched.config({"optim.lr": 0.15})
+    assert isinstance(best, GptConfig)
     assert (best.run.name, best.log.eval_every, best.optim.lr) == (None, 80, 0.15)
 
 
@@ -415,7 +417,7 @@ def test_completed_trial_reports_each_of_its_evaluations(
     command: Command, one_cpu: dict[str, str], tmp_path: Path
 ) -> None:
     shared = [
-        "gpt", "--config", "gpt-tiny", "--data.source", "docs/design.md", "--steps", "4",
+        "gpt", "--config", "gpt-tiny", "--data.source", "docs/guides/training.md", "--steps", "4",
         "--storage", str(tmp_path),
     ]  # fmt: skip
     trained = command("train", *shared, "--run.name", "r-00000", "--log.eval_every", "1", **one_cpu)
@@ -442,7 +444,7 @@ def test_killed_search_resumes_and_stopped_trials_free_their_workers(
     # One trial at a time uses the only CPU: if a stopped one kept its worker, the next would hang.
     grid = write(tmp_path, "optim.lr: {grid: [5.0e-3, 4.0e-3, 1.0e-9, 6.0e-3]}")
     arguments = [
-        "gpt", "--config", "gpt-tiny", "--data.source", "docs/design.md", "--steps", "4",
+        "gpt", "--config", "gpt-tiny", "--data.source", "docs/guides/training.md", "--steps", "4",
         "--optim.warmup_steps", "0", "--space", grid, "--num-samples", "1", "--name", "s",
         "--storage", str(tmp_path),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`python -m train gpt | gan | verify-resume | export | extractor`."""
+"""The command line `python -m train gpt | gan | verify-resume | export | extractor`."""
 
 import argparse
 import sys
@@ -11,42 +11,56 @@ from train.config.sections import Config
 from train.kinds import KINDS
 from train.verify import command as verify_resume
 
-DESCRIPTION = "Train models on a Ray cluster, prove their resume, and export them."
+DESCRIPTION = "Train models on a Ray cluster, verify their resume, and export them."
+KEYS_FOLLOW = (
+    "Keys of the config may follow as --KEY VALUE; `python -m train {} --help` lists them."
+)
 
 
 def main(argv: list[str]) -> int:
     """Run the command line."""
-    presets = ", ".join(sorted(file.stem for file in loader.PRESETS.glob("*.yaml")))
-    program = cli.Program("train", DESCRIPTION, epilog=f"Presets: {presets}")
+    program = cli.Program("train", DESCRIPTION, epilog=_presets())
     for kind in KINDS.values():
-        text = f"train a {kind.name.upper()}, or resume it"
-        parser = program.command(kind.name, _train, text, prints_json=True, takes_keys=True)
+        parser = program.command(
+            kind.name,
+            _train,
+            f"train a {kind.name.upper()}, or resume its run",
+            prints_json=True,
+            epilog=f"A list is given as A,B. {_presets(kind.name)}",
+        )
         _add_config(parser)
         parser.add_argument(
-            "--dry-run", action="store_true", help="print the resolved config and the plan"
+            "--dry-run", action="store_true", help="print the resolved config and the plan only"
         )
         if argv[:1] == [kind.name]:
-            keys = loader.KeyOptions(parser, kind.name)
-            keys.check(argv[1:])
-            parser.set_defaults(kind=kind.name, key_options=keys)
+            key_options = loader.KeyOptions(parser, kind.name)
+            key_options.check(argv[1:])
+            parser.set_defaults(kind=kind.name, key_options=key_options)
     parser = program.command(
         "verify-resume",
         lambda arguments: verify_resume.run(arguments, arguments.keys),
-        "prove on your own config that kill -9 and resume change nothing; the config's keys may "
-        "follow",
+        "verify on your own config that a run which is killed and resumed equals an uninterrupted "
+        "one",
         prints_json=True,
         takes_keys=True,
+        epilog=KEYS_FOLLOW.format("|".join(KINDS)),
     )
     verify_resume.add_options(parser)
     _add_export(program.command("export", _export, "publish a run's model", prints_json=True))
     parser = program.command(
         "extractor",
         _extractor,
-        "train the feature extractor of a GAN's data set; the config's keys may follow",
+        "train the feature extractor that evaluates a GAN's images",
         takes_keys=True,
+        epilog=KEYS_FOLLOW.format("gan"),
     )
     _add_config(parser)
     return program.main(argv)
+
+
+def _presets(kind: str = "*") -> str:
+    files = loader.PRESETS.glob(f"{kind}-*.yaml")
+    return f"Presets: {', '.join(sorted(file.stem for file in files))}."
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -62,14 +76,15 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="newest",
         metavar="newest|best|STEP",
-        help="which to publish; best: on held-out data, see checkpoint.keep_best "
-        "(default: %(default)s)",
+        help="which checkpoint to publish; best: on held-out data, of those that "
+        "checkpoint.keep_best kept (default: %(default)s)",
     )
     parser.add_argument(
         "--weights",
         default="fp32",
-        help="of the graph: fp32, or for a GPT int8, faster on a CPU, its cost measured "
-        "(default: %(default)s)",
+        metavar="FORMAT",
+        help="number format of the weights: fp32; or int8 (GPT only), faster on a CPU, whose loss "
+        "on held-out data is measured (default: %(default)s)",
     )
 
 
@@ -115,15 +130,15 @@ def _print_summary(summary: dict[str, Any], root: str) -> None:
 
 
 def plan(config: Config) -> str:
-    """Return what will be done, in one paragraph, derived values included."""
+    """Return what the run will do, derived values included, as one line."""
     parallel = config.parallel
     device = "GPU" if parallel.gpu else "CPU"
     zero = f"DeepSpeed ZeRO {parallel.zero_stage}"
     strategy = zero if parallel.strategy == "deepspeed" else "DDP"
     text = (
         f"plan: {config.steps} steps of {config.batch.global_size} samples on {parallel.workers} "
-        f"{device} worker(s) ({strategy}, {parallel.precision}), micro-batches of "
-        f"{config.micro_size}, {config.accumulation} accumulated"
+        f"{device} worker(s) ({strategy}, {parallel.precision}), in micro-batches of "
+        f"{config.micro_size}, {config.accumulation} per step and worker"
     )
     own = KINDS[config.kind].plan(config)
     return f"{text}; {own}" if own else text
@@ -155,7 +170,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _extractor(arguments: argparse.Namespace) -> int:
-    """Train or find the extractor of a GAN config's data."""
+    """Find the extractor of a config's data set; train it where there is none."""
     overrides = loader.parse("gan", arguments.keys)
     config = loader.load("gan", arguments.config, overrides)
 

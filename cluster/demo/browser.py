@@ -143,7 +143,7 @@ def _find_browser() -> str | None:
 def _end_processes(service: ChromeService, profile: str) -> None:
     """Kill the driver, the browser and every process that they have started."""
     # Crash handlers are in no tree of processes, but have the variable; renderers hide theirs.
-    processes = set(machine.marked(PROFILE_VARIABLE, profile))
+    processes = set(machine.processes_with(PROFILE_VARIABLE, profile))
     for process in list(processes):
         with contextlib.suppress(psutil.NoSuchProcess):
             processes.update(process.children(recursive=True))

@@ -4,14 +4,14 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from serve.chunks import Chunk
 from serve.errors import unwrap
-from serve.protocols import GeneratedImages
-from serve.schemas import CompletionRequest, GenerationsRequest, InterpolationsRequest, Model
+from serve.http.protocols import GeneratedImages
+from serve.http.schemas import CompletionRequest, GenerationsRequest, InterpolationsRequest, Model
+from serve.text.chunks import Chunk
 
 
 class LocalModel:
-    """A replica in this process, as the routes see it (`serve.protocols`)."""
+    """A replica in this process, as the routes see it (`serve.http.protocols`)."""
 
     def __init__(self, replica: Any) -> None:
         self.replica = replica

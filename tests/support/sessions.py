@@ -29,7 +29,7 @@ def logits_after(history: list[int]) -> np.ndarray:
 
 
 class HashSession:
-    """A session whose slots hold lists of tokens (`serve.engine.Session`).
+    """A session whose slots hold lists of tokens (`serve.text.engine.Session`).
 
     An engine that confuses slots, lengths or the order of steps gets other tokens.
 

@@ -1,9 +1,10 @@
-"""Load a config: defaults < preset or file (YAML) < command line, the same dotted keys everywhere.
+"""Load a config: defaults < preset or YAML file < command line, the same dotted keys everywhere.
 
 python -m train gpt --config gpt-tiny --optim.lr 1e-3 --dry-run
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +18,10 @@ from train.kinds import KINDS
 
 PRESETS = Path(__file__).parent.parent / "presets"
 
-# Options of DDP and others that would fail without an error: the refusal gives the reason.
+# Options of other libraries that would give wrong results without an error, and why.
 REFUSED = {
-    "parallel.static_graph": "DDP would plan the exchange of gradients at the first step, and "
-    "leaves out part of those of a critic whose penalty is differentiated twice, without an error",
+    "parallel.static_graph": "DDP would plan the exchange of gradients in the first step and then, "
+    "without an error, leave out gradients of a critic whose penalty is differentiated twice",
 }
 
 Values = dict[str, Any]
@@ -48,7 +49,11 @@ def load(kind: str, config: str | None = None, overrides: Values | None = None) 
 
 
 def read(kind: str, config: str | None) -> tuple[Values, str]:
-    """Return the values of a preset or YAML file, and where they came from."""
+    """Return the values of a preset or YAML file, and where they came from.
+
+    Raises:
+        ValueError: there is no such file, it is invalid, or it is of another kind of run.
+    """
     if config is None:
         return {}, f"{kind} defaults"
     path = PRESETS / f"{config}.yaml"
@@ -74,8 +79,13 @@ def read(kind: str, config: str | None) -> tuple[Values, str]:
 def build(model: type[AnyConfig], values: Values, where: str) -> AnyConfig:
     """Return the validated config.
 
+    Args:
+        model: of the config.
+        values: nested.
+        where: they came from, for error messages.
+
     Raises:
-        ValueError: the first error, with its dotted key, its value and `where` it came from.
+        ValueError: a key or value is invalid; names the first one.
     """
     try:
         return model.model_validate(values)
@@ -83,12 +93,12 @@ def build(model: type[AnyConfig], values: Values, where: str) -> AnyConfig:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"] if not _is_union_branch(part))
         if problem["type"] == "extra_forbidden":
-            sentence = _unknown("key", key, keys(model))
+            message = _unknown("key", key, keys(model))
         elif problem["type"] == "value_error":
-            sentence = problem["msg"].removeprefix("Value error, ")
+            message = problem["msg"].removeprefix("Value error, ")
         else:
-            sentence = f"{key} is {problem['input']!r}: {problem['msg']}"
-        raise ValueError(f"{where}: {sentence}") from None
+            message = f"{key} is {problem['input']!r}: {problem['msg']}"
+        raise ValueError(f"{where}: {message}") from None
 
 
 def merge(below: Values, above: Values) -> Values:
@@ -144,31 +154,41 @@ class KeyOptions:
     """A config's keys as options of a command: `--optim.lr 3e-4`.
 
     Args:
-        parser: gets an option per key, for --help.
+        parser: gets an option per key.
         kind: a name in `train.kinds.KINDS`.
     """
 
     def __init__(self, parser: argparse.ArgumentParser, kind: str) -> None:
         model = KINDS[kind].config
-        self._valid = [*keys(model), *model.model_fields]
+        # A whole section can be given as JSON: --optim '{"lr": 3e-4}'.
+        self._keys = [*keys(model), *model.model_fields]
+        self._others = [name.removeprefix("--") for name in parser._option_string_actions]
         command_line: type[BaseSettings] = type("CommandLine", (BaseSettings, model), {})
-        self._own = set(parser._option_string_actions)
         self._source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
-            command_line, root_parser=parser
+            command_line,
+            root_parser=parser,
+            cli_avoid_json=True,
+            cli_hide_none_type=True,
+            cli_parse_none_str="null",
+            cli_use_class_docs_for_groups=True,
         )
+        parser.usage = "%(prog)s [options] [--KEY VALUE]..."  # all keys would fill a screen
+        defaults = model().model_dump()
+        for action in parser._actions:
+            if action.dest in keys(model):
+                action.help = _with_default(action.help or "", _value(defaults, action.dest))
 
     def check(self, arguments: list[str]) -> None:
         """Check the names of options.
 
         Raises:
-            ValueError: one is unknown; names the nearest key.
+            ValueError: one is unknown; names the nearest.
         """
+        known = [*self._keys, *self._others]
         for argument in arguments:
             option = argument.split("=", 1)[0]
-            if not option.startswith("--") or option in self._own:
-                continue
-            if option.removeprefix("--") not in self._valid:
-                raise ValueError(_unknown("option", option, self._valid))
+            if option.startswith("--") and option.removeprefix("--") not in known:
+                raise ValueError(_unknown("option", option, known))
 
     def values(self, arguments: argparse.Namespace) -> Values:
         """Return the nested values of the keys that were given.
@@ -176,18 +196,35 @@ class KeyOptions:
         Raises:
             ValueError: a value cannot be parsed.
         """
-        given = {name: value for name, value in vars(arguments).items() if name in self._valid}
+        given = {name: value for name, value in vars(arguments).items() if name in self._keys}
         try:
             return self._source(parsed_args=given)()
         except SettingsError as error:
             raise ValueError(str(error).removeprefix("error parsing CLI: ")) from None
 
 
+def _value(values: Values, key: str) -> Any:
+    """Return the value of a dotted key."""
+    value: Any = values
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _with_default(text: str, default: Any) -> str:
+    """Replace the default at the end of a help text, Python's repr, by what one would type."""
+    text = text.rpartition("(default: ")[0].strip()
+    if default is None:
+        return text
+    typed = default if isinstance(default, str) and default.strip() else json.dumps(default)
+    return f"{text} (default: {typed})".strip()
+
+
 def parse(kind: str, arguments: list[str]) -> Values:
-    """Return the nested values of a command line that holds nothing but keys.
+    """Return the nested values of a command line that consists of keys alone.
 
     Raises:
-        ValueError: a key is unknown or a value is missing.
+        ValueError: a key is unknown, or a value is missing.
     """
     parser = Parser(prog=f"python -m train {kind}", allow_abbrev=False)
     options = KeyOptions(parser, kind)

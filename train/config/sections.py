@@ -59,7 +59,8 @@ class Batch(Section):
     global_size: Positive = 32
     """Samples per optimizer step, over all workers."""
     micro_size: Positive = 16
-    """Samples that a worker processes at once; the rest of its part is accumulated."""
+    """Samples that a worker processes at once; it accumulates gradients over the rest of its
+    part."""
 
 
 class Parallel(Section):
@@ -79,8 +80,8 @@ class Parallel(Section):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """Logical CPUs that a worker reserves; also its number of threads."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16, fp16: autocast, fp16 with a gradient scaler; parameters, optimizer state and the GAN's
-    penalty stay fp32."""
+    """bf16 and fp16: autocast (fp16 with a gradient scaler); parameters, optimizer state and the
+    GAN's penalty stay fp32."""
 
     @model_validator(mode="after")
     def _check_deepspeed(self) -> "Parallel":
@@ -128,6 +129,7 @@ class Log(Section):
     """Weights & Biases: online sends while the run trains, offline writes wandb/ into the run's
     folder for `wandb sync`."""
     wandb_project: str = "raykiln"
+    """The project on Weights & Biases."""
 
 
 class Config(Section):
@@ -148,7 +150,7 @@ class Config(Section):
     steps: Positive = 1000
     """Optimizer steps (GAN: generator steps) of the whole run."""
     compile: bool = False
-    """torch.compile for the model: slower to start, then faster; for the GPT."""
+    """torch.compile (GPT only): slower to start, then faster."""
 
     @property
     def micro_size(self) -> int:

@@ -1,1 +1,1 @@
-"""Raw text and images, prepared once; the order in which samples are read."""
+"""Text and images, prepared once, and the order in which samples are read."""

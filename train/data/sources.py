@@ -22,7 +22,7 @@ def identity(uri: str) -> str:
 
 
 def name_of(source: list[str], default: str) -> str:
-    """Return a data set's name: the first source's stem in lower-case letters, digits and dashes."""
+    """Return a data set's name: the first source's stem, in lower-case letters, digits, dashes."""
     stem = Path(source[0].rstrip("/*")).stem
     return re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-").lower() or default
 

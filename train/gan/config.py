@@ -22,6 +22,7 @@ class GanModel(Section):
     """The size and the normalization of generator and critic."""
 
     latent_dim: Positive = 128
+    """Size of the generator's latent vector."""
     width: Positive = 32
     """Channels at the finest resolution; they double with each halving of it."""
     conditional: bool = False
@@ -54,10 +55,13 @@ class GanOptim(Section):
     """Adam for both networks."""
 
     lr: Annotated[float, Field(gt=0)] = 2e-4
+    """The generator's learning rate."""
     critic_lr: Annotated[float, Field(gt=0)] | None = None
-    """Default: the generator's."""
+    """The critic's learning rate (default: the generator's)."""
     beta1: Fraction = 0.0
+    """Adam's decay of the first moment."""
     beta2: Fraction = 0.9
+    """Adam's decay of the second moment."""
 
 
 class Quality(Section):

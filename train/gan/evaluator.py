@@ -1,4 +1,4 @@
-"""Evaluate generated images against held-out real ones (docs/quality.md).
+"""Evaluate generated images against held-out real ones (docs/concepts/quality.md).
 
 A metric by itself says little, so each comes with its baseline: the same metric of as many real
 training images. A generator that has learned the distribution reaches the baseline and, but for

@@ -1,6 +1,5 @@
 """Image grids, interpolations between latents, and the film of a training."""
 
-import io
 import math
 from collections.abc import Sequence
 
@@ -9,13 +8,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from models.images import contact_sheet, png, split_sheet
 from models.latents import walk
 
 GRID_ROWS, GRID_COLUMNS = 10, 10
 GUTTER = 2  # pixels between the images of a grid
 FRAMES = 8  # rows of a film at most
 
-PAPER, INK, RULE = (255, 255, 255), (40, 40, 40), (128, 128, 128)
+GRAY = 128  # level between the images of a grid
+PAPER, INK = (255, 255, 255), (40, 40, 40)
 CELL = 64  # pixels that the images of a film are enlarged to, by whole factors
 MARGIN = 84  # pixels left of a film's images, for the steps
 
@@ -30,38 +31,9 @@ def grid(images: Tensor, columns: int) -> np.ndarray:
     Returns:
         (rows, width, 3) uint8; image i is in row i // columns, column i % columns.
     """
-    pixels = _to_uint8(images)
-    height, width = (size + GUTTER for size in pixels.shape[1:3])
-    rows = math.ceil(len(pixels) / columns)
-    canvas = np.full((rows * height + GUTTER, columns * width + GUTTER, 3), RULE, np.uint8)
-    for index, image in enumerate(pixels):
-        top, left = index // columns * height + GUTTER, index % columns * width + GUTTER
-        canvas[top : top + height - GUTTER, left : left + width - GUTTER] = image
-    return canvas
-
-
-def _to_uint8(images: Tensor) -> np.ndarray:
-    """Return images (N, C, H, W) in [-1, 1] as (N, H, W, C) uint8."""
     scaled = (images.detach().float().clamp(-1, 1) + 1) * 127.5
-    pixels: np.ndarray = scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return pixels
-
-
-def cells(drawn: np.ndarray, columns: int) -> np.ndarray:
-    """Return the images of a `grid`, which must be square: (rows, columns, H, W, 3).
-
-    Raises:
-        ValueError: the pixels are not such a grid.
-    """
-    size, rest = divmod(drawn.shape[1] - GUTTER, columns)
-    rows, left = divmod(drawn.shape[0] - GUTTER, size) if size else (0, 1)
-    if rest or left or size <= GUTTER:
-        raise ValueError(
-            f"an image of {drawn.shape[1]} x {drawn.shape[0]} pixels is not a grid of {columns} "
-            "columns of square images: draw it with `grid`"
-        )
-    with_gutters = drawn[GUTTER:, GUTTER:].reshape(rows, size, columns, size, 3).swapaxes(1, 2)
-    return with_gutters[:, :, : size - GUTTER, : size - GUTTER]
+    pixels = scaled.round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    return contact_sheet(pixels, columns, GUTTER, GRAY)
 
 
 # ---- between latents
@@ -145,7 +117,7 @@ def film(
 
 def _select_images(drawn: np.ndarray, conditional: bool) -> np.ndarray:
     """Return the images (N, H, W, 3) of a grid that the film shows."""
-    images = cells(drawn, GRID_COLUMNS)
+    images = split_sheet(drawn, GRID_COLUMNS, GUTTER)
     return images[:, 0] if conditional else images[0]
 
 
@@ -177,11 +149,3 @@ def _wrap(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
         else:
             lines.append(word)
     return lines
-
-
-def png(image: np.ndarray | Image.Image) -> bytes:
-    """Encode an image, (H, W) or (H, W, 3) uint8 or Pillow's, as PNG."""
-    encoded = io.BytesIO()
-    pillow = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    pillow.save(encoded, "PNG", optimize=True)
-    return encoded.getvalue()

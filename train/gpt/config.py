@@ -14,11 +14,15 @@ class GptModel(Section):
     pretrained: str | None = None
     """A transformers checkpoint folder to start from; its sizes replace the ones below."""
     width: Positive = 768
+    """Size of the embeddings and of the hidden states."""
     layers: Positive = 12
+    """Transformer blocks."""
     heads: Positive = 12
+    """Attention heads per block; they divide the width."""
     context: Annotated[int, Field(ge=8)] = 1024
     """Tokens of a training sample, and the most that the model attends to."""
     dropout: Fraction = 0.0
+    """Dropout of embeddings, attention and residual branches while training."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> "GptModel":
@@ -34,10 +38,13 @@ class GptOptim(Section):
     """AdamW, gradient clipping, the learning rate schedule, and the average of the weights."""
 
     lr: Annotated[float, Field(gt=0)] = 5e-5
+    """The highest learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Of matrices only; biases and norms are not decayed."""
+    """Weight decay of matrices; biases and norms are not decayed."""
     beta1: Fraction = 0.9
+    """AdamW's decay of the first moment."""
     beta2: Fraction = 0.999
+    """AdamW's decay of the second moment."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0: no clipping."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
@@ -55,8 +62,11 @@ class Sample(Section):
     """How the samples of text are drawn."""
 
     prompt: str = "\n"
+    """Text that the samples continue."""
     tokens: Positive = 200
+    """Tokens per sample."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Sampling temperature; 0: the likeliest token."""
     top_k: Annotated[int, Field(ge=0)] = 50
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -15,6 +15,7 @@ from models.nets import gpt
 from train.data import text
 from train.data.dataset import Dataset
 from train.data.order import Order, positions, rng
+from train.data.tokenizer import end_of_text
 from train.gpt.config import GptConfig
 from train.gpt.model import build, build_loss, build_optimizer, step_flops
 from train.gpt.schedule import learning_rate
@@ -168,7 +169,7 @@ def sample(config: GptConfig, model: Any, dataset: Dataset) -> str:
     """Return sample.prompt and the text that the model writes after it."""
     tokenizer = Tokenizer.from_file(str(dataset.fetch() / "tokenizer.json"))
     settings = config.sample
-    ids = [text.end_of_text(tokenizer), *tokenizer.encode(settings.prompt).ids]
+    ids = [end_of_text(tokenizer), *tokenizer.encode(settings.prompt).ids]
     written = gpt.sample(
         model,
         ids,

@@ -1,1 +1,1 @@
-"""The data that ships with raykiln; made by `make.py` and `make_extractor.py`, checked by its sha256 whenever it is read."""
+"""The data that ships with raykiln, made by `make.py` and `make_extractor.py`."""

@@ -1,7 +1,8 @@
-"""Makes the shipped data from its sources: `python -m train.data.shipped.make SOURCE_FOLDER`.
+"""Make the shipped data: `python -m train.data.shipped.make SOURCE_FOLDER`.
 
 SOURCE_FOLDER holds `shakespeare/*.md`, `fashion-mnist/train-{images-idx3,labels-idx1}-ubyte.gz`,
-`emoji-noto-64/emoji.parquet` and `gpt2-bpe/{vocab.json,merges.txt}`. The splits are columns of the files: fixed by the file, not by chance.
+`emoji-noto-64/emoji.parquet` and `gpt2-bpe/{vocab.json,merges.txt}`. A column of each file holds
+the split, so that no random draw decides it.
 """
 
 import gzip
@@ -14,16 +15,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from train.gan.film import png
-
 HERE = Path(__file__).parent
 HELDOUT_PLAYS = {"Hamlet", "Richard III", "The Tempest", "Twelfth Night"}
-PICTURES_PER_CLASS, HELDOUT_PER_CLASS = 1000, 100
+IMAGES_PER_CLASS, HELDOUT_PER_CLASS = 1000, 100
 GARMENTS = [
     "T-shirt",
     "Trouser",
@@ -36,7 +36,7 @@ GARMENTS = [
     "Bag",
     "Ankle boot",
 ]
-# Those of Unicode's groups that show things; skin tones and flags would fill the rest with near copies.
+# Unicode's groups that show things. Skin tones and flags, near copies of each other, fill the rest.
 EMOJI = [
     "Smileys & Emotion",
     "Animals & Nature",
@@ -48,26 +48,21 @@ EMOJI = [
 
 
 def plays(source: Path) -> pa.Table:
-    """One row a play: title, text, split."""
+    """Return one row per play: title, text, split."""
     rows = []
     for file in sorted(source.glob("*.md")):
         text = file.read_text(encoding="utf-8")
         title = text.splitlines()[0].removeprefix("#").strip()
-        rows.append(
-            {
-                "title": title,
-                "text": text,
-                "split": "heldout" if title in HELDOUT_PLAYS else "train",
-            }
-        )
+        split = "heldout" if title in HELDOUT_PLAYS else "train"
+        rows.append({"title": title, "text": text, "split": split})
     missing = HELDOUT_PLAYS - {row["title"] for row in rows if row["split"] == "heldout"}
     if missing:
         raise ValueError(f"{source} lacks the held-out plays {sorted(missing)}")
     return pa.Table.from_pylist(rows)
 
 
-def read_garments(source: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Fashion-MNIST's 60,000 training pictures (N, 28, 28) uint8 and their labels (N) uint8."""
+def read_garments(source: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Return Fashion-MNIST's 60,000 training images (N, 28, 28) and their labels (N)."""
     with gzip.open(source / "train-images-idx3-ubyte.gz") as file:
         _, count, height, width = struct.unpack(">IIII", file.read(16))
         images = np.frombuffer(file.read(), np.uint8).reshape(count, height, width)
@@ -78,59 +73,55 @@ def read_garments(source: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def garments(source: Path) -> pa.Table:
-    """The first 1,000 pictures of each class, the last 100 of which are held out: image (PNG bytes), label, class_name, split."""
+    """Return the first 1,000 images of each class, the last 100 of which are held out.
+
+    Columns: image (PNG bytes), label, class_name, split.
+    """
     images, labels = read_garments(source)
     order = {
-        label: np.flatnonzero(labels == label)[:PICTURES_PER_CLASS]
-        for label in range(len(GARMENTS))
+        label: np.flatnonzero(labels == label)[:IMAGES_PER_CLASS] for label in range(len(GARMENTS))
     }
     rows = []
-    for place in range(
-        PICTURES_PER_CLASS
-    ):  # classes in turn, so that any prefix of the file is balanced
+    for index in range(IMAGES_PER_CLASS):  # one of each class in turn: any prefix is balanced
+        split = "heldout" if index >= IMAGES_PER_CLASS - HELDOUT_PER_CLASS else "train"
         for label, indices in order.items():
-            split = "heldout" if place >= PICTURES_PER_CLASS - HELDOUT_PER_CLASS else "train"
-            rows.append(
-                {
-                    "image": png(images[indices[place]]),
-                    "label": label,
-                    "class_name": GARMENTS[label],
-                    "split": split,
-                }
-            )
+            rows.append(row_of(Image.fromarray(images[indices[index]]), label, GARMENTS, split))
     return pa.Table.from_pylist(rows)
 
 
 def emoji(source: Path) -> pa.Table:
-    """Noto's pictures of `EMOJI` on white; every tenth of a class is held out: image (PNG bytes), label, class_name, split."""
+    """Return Noto's images of `EMOJI` on white; every tenth of a class is held out.
+
+    Columns: image (PNG bytes), label, class_name, split.
+    """
     found = pq.read_table(source / "emoji.parquet", columns=["category", "png"]).to_pylist()
     by_class = [[row["png"] for row in found if row["category"] == name] for name in EMOJI]
     rows = []
-    for place, pngs in enumerate(
-        itertools.zip_longest(*by_class)
-    ):  # classes in turn, as long as they last
-        split = "heldout" if place % 10 == 9 else "train"
-        for label, stored in enumerate(pngs):
-            if stored is not None:
-                rows.append(
-                    {
-                        "image": _on_white(stored),
-                        "label": label,
-                        "class_name": EMOJI[label],
-                        "split": split,
-                    }
-                )
+    # One of each class in turn, as long as they last.
+    for index, stored in enumerate(itertools.zip_longest(*by_class)):
+        split = "heldout" if index % 10 == 9 else "train"
+        for label, content in enumerate(stored):
+            if content is not None:
+                rows.append(row_of(_on_white(content), label, EMOJI, split))
     return pa.Table.from_pylist(rows)
 
 
-def _on_white(stored: bytes) -> bytes:
-    """In colour and opaque: some are stored as grey ones or with a palette."""
-    image = Image.open(io.BytesIO(stored)).convert("RGBA")
-    return png(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+def row_of(image: Image.Image, label: int, names: list[str], split: str) -> dict[str, object]:
+    """Return the row of one image."""
+    # The hashes of the shipped files depend on how Pillow is called here.
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return {"image": file.getvalue(), "label": label, "class_name": names[label], "split": split}
+
+
+def _on_white(content: bytes) -> Image.Image:
+    """Return an image as opaque RGB: some are stored in grayscale or with a palette."""
+    image = Image.open(io.BytesIO(content)).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def gpt2_tokenizer(source: Path) -> str:
-    """GPT-2's byte-level BPE as one `tokenizers` JSON."""
+    """Return GPT-2's byte-level BPE as the JSON of `tokenizers`."""
     vocab = json.loads((source / "vocab.json").read_text(encoding="utf-8"))
     merges = [
         (line.split(" ")[0], line.split(" ")[1])
@@ -146,6 +137,7 @@ def gpt2_tokenizer(source: Path) -> str:
 
 
 def main(source: Path) -> None:
+    """Write the files, and their hashes into sha256.json."""
     pq.write_table(
         plays(source / "shakespeare"),
         HERE / "shakespeare.parquet",
@@ -153,13 +145,13 @@ def main(source: Path) -> None:
         compression_level=19,
         row_group_size=5,
     )
-    for name, pictures in (
+    for name, table in (
         ("fashion-mnist", garments(source / "fashion-mnist")),
         ("emoji", emoji(source / "emoji-noto-64")),
     ):
-        # PNG is compressed already; stored as it is.
+        # PNG is compressed already.
         pq.write_table(
-            pictures,
+            table,
             HERE / f"{name}.parquet",
             compression="none",
             use_dictionary=["class_name", "split"],
@@ -175,7 +167,7 @@ def main(source: Path) -> None:
         "gpt2-tokenizer.json.gz",
     ]
     digests = {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in names}
-    known = json.loads((HERE / "sha256.json").read_text())  # also of files that are made elsewhere
+    known = json.loads((HERE / "sha256.json").read_text())  # of make_extractor.py's file too
     (HERE / "sha256.json").write_text(json.dumps(known | digests, indent=2) + "\n")
     for name in names:
         print(f"{name}: {(HERE / name).stat().st_size:,} bytes, sha256 {digests[name]}")

@@ -4,7 +4,7 @@ from collections import deque
 
 import numpy as np
 
-from serve.schemas import Percentiles
+from serve.http.schemas import Percentiles
 
 WINDOW = 1000  # requests
 

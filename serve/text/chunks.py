@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 class TokenLogprob:
     """A token's log probability, and those of the most likely tokens at its position."""
 
-    token: str  # as `serve.detokenize.token_text` writes it
+    token: str  # as `serve.text.detokenize.token_text` writes it
     logprob: float
     top: dict[str, float]  # the most likely tokens and this one, most likely first
     offset: int  # of the token's first character in the text

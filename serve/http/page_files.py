@@ -6,7 +6,7 @@ from typing import Any
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent.parent / "page"
 # The page loads nothing from other origins, and the text of a prompt can never become a script.
 PAGE_HEADERS = {
     "Content-Security-Policy": (

@@ -23,9 +23,6 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
-from serve.blocklist import Blocklist
-from serve.chunks import Chunk, TokenLogprob
-from serve.detokenize import TextStream, token_text
 from serve.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -35,9 +32,12 @@ from serve.errors import (
     RequestError,
     Unavailable,
 )
-from serve.generation import Generation, Observer, Pace
-from serve.sampling import Sampling, logprobs, penalize, sample
-from serve.scheduler import Scheduler, Sequence
+from serve.text.blocklist import Blocklist
+from serve.text.chunks import Chunk, TokenLogprob
+from serve.text.detokenize import TextStream, token_text
+from serve.text.generation import Generation, Observer, Pace
+from serve.text.sampling import Sampling, logprobs, penalize, sample
+from serve.text.scheduler import Scheduler, Sequence
 
 logger = logging.getLogger(__name__)
 

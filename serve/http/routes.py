@@ -10,10 +10,17 @@ from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from serve.errors import UnknownModel
-from serve.model_lookup import describe_models, find_model, find_registry
-from serve.page_files import page_response
-from serve.protocols import Catalog, Cluster, GeneratedImages, ImageModel, ServedModel, TextModel
-from serve.schemas import (
+from serve.http.model_lookup import describe_models, find_model, find_registry
+from serve.http.page_files import page_response
+from serve.http.protocols import (
+    Catalog,
+    Cluster,
+    GeneratedImages,
+    ImageModel,
+    ServedModel,
+    TextModel,
+)
+from serve.http.schemas import (
     Completion,
     CompletionRequest,
     Error,
@@ -30,7 +37,7 @@ from serve.schemas import (
     ModelVersions,
     Status,
 )
-from serve.streaming import EVENT_STREAM, CompletionWriter, usage
+from serve.http.streaming import EVENT_STREAM, CompletionWriter, usage
 
 PNG: dict[int | str, dict[str, Any]] = {
     200: {

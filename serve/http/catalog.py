@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from cluster import storage
 from models import bundle, registry
 from serve.errors import Unavailable, UnknownModel
-from serve.schemas import ModelVersion
+from serve.http.schemas import ModelVersion
 
 Result = TypeVar("Result")
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Catalog:
-    """Registries, as the routes read them (`serve.protocols.Catalog`)."""
+    """Registries, as the routes read them (`serve.http.protocols.Catalog`)."""
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self.timeout_s = timeout_s

@@ -8,8 +8,8 @@ from typing import TypeVar
 from fastapi import Request
 
 from serve.errors import UnknownModel
-from serve.protocols import ServedModel
-from serve.schemas import Model
+from serve.http.protocols import ServedModel
+from serve.http.schemas import Model
 
 Answer = TypeVar("Answer")
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
-from serve.request_body import Body, OnlyNeutral, Text
+from serve.http.request_body import Body, OnlyNeutral, Text
 
 MAX_CHOICES = 16  # texts per request
 MAX_SEED = 2**53 - 1  # JSON numbers are exact up to here in every library (RFC 8259, section 6)

@@ -10,16 +10,16 @@ from typing import Any
 
 from fastapi import Request
 
-from serve import exception_handlers
-from serve.chunks import Chunk
 from serve.errors import RequestError
-from serve.schemas import (
+from serve.http import exception_handlers
+from serve.http.schemas import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
     Usage,
 )
+from serve.text.chunks import Chunk
 
 # The OpenAPI description of a stream, as FastAPI describes its own.
 MESSAGE = {

@@ -8,7 +8,7 @@ import functools
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from serve.blocklist import Blocklist
+from serve.text.blocklist import Blocklist
 
 
 class TextStream:

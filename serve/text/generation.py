@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 
-from serve.chunks import Chunk
 from serve.errors import RequestError
-from serve.scheduler import Sequence
+from serve.text.chunks import Chunk
+from serve.text.scheduler import Sequence
 
 LONGEST_PAUSE_S = 0.2  # between two chunks of a stream; longer pauses look like stutter
 
@@ -34,7 +34,7 @@ class Pace:
 
 
 class Generation:
-    """One request for text. `serve.engine.Engine.submit` creates it.
+    """One request for text. `serve.text.engine.Engine.submit` creates it.
 
     Args:
         prompt, sequences, timeout_s: of the request.

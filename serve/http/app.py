@@ -3,13 +3,13 @@
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from serve import exception_handlers
-from serve.access_log import AccessLog
-from serve.latency import Latency
-from serve.middleware import BodyLimit
-from serve.page_files import PAGE, PageFiles
-from serve.protocols import Catalog, Cluster, ImageModel, TextModel
-from serve.routes import router
+from serve.http import exception_handlers
+from serve.http.access_log import AccessLog
+from serve.http.latency import Latency
+from serve.http.middleware import BodyLimit
+from serve.http.page_files import PAGE, PageFiles
+from serve.http.protocols import Catalog, Cluster, ImageModel, TextModel
+from serve.http.routes import router
 
 
 class App(FastAPI):
@@ -36,7 +36,7 @@ def build_app(
         text, images: the models; the routes of a model that is None return 404.
         cluster: for /status; None: it lists no deployments.
         catalog: for /v1/models/NAME/versions; None: it returns 404.
-        returns_request_id: see `serve.access_log.AccessLog`.
+        returns_request_id: see `serve.http.access_log.AccessLog`.
     """
     app = App(title="raykiln", summary="Text and images, in OpenAI's shapes.", redoc_url=None)
     app.state.text, app.state.images = text, images

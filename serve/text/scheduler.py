@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from serve.sampling import Sampling
+from serve.text.sampling import Sampling
 
 
 @dataclass(eq=False)

@@ -4,8 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from serve.chunks import Chunk
-from serve.schemas import (
+from serve.http.schemas import (
     CompletionRequest,
     DeploymentStatus,
     GenerationsRequest,
@@ -13,6 +12,7 @@ from serve.schemas import (
     Model,
     ModelVersion,
 )
+from serve.text.chunks import Chunk
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Text generation by continuous batching: engine, scheduler, sampling. No Ray, no HTTP."""
