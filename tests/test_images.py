@@ -347,7 +347,7 @@ INVALID: dict[str, tuple[Callable[[Path], str], str]] = {
     ),
     "images beside class folders": (
         lambda path: folder_of(path, {"a/a.png": png(), "b.png": png()}),
-        "b.png lies beside the class folders a",
+        "b.png is beside the class folders a",
     ),
     "parquet files beside images": (
         lambda path: (

@@ -54,4 +54,4 @@ class ImageData(Section):
     horizontal_flip: bool = True
     """Mirror each image with probability 1/2."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """The fraction of images that is held out where the source holds none out itself."""
+    """The fraction of images that is held out where the source does not hold out any itself."""

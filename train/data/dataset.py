@@ -1,4 +1,4 @@
-"""A prepared data set: where it lies, and what is known about it."""
+"""A prepared data set: its location and its metadata."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ class Dataset:
         """Read the data set at `uri`.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no dataset.json.
         """
         return cls(uri, storage.read_json(storage.join(uri, META)))
 
@@ -65,8 +65,8 @@ class Dataset:
         return replace(self, extractor=extractor)
 
     def fetch(self) -> Path:
-        """Return its folder on this machine: the storage itself where it is mounted, else a copy
-        that is made once per node."""
+        """Return its folder on this machine: on the storage where that is mounted, else a copy
+        that is downloaded once per node."""
         local = storage.local_path(self.uri)
         if local is not None:
             return local

@@ -53,7 +53,7 @@ class Source:
     """(N), in [0, len(classes)); None without classes."""
     classes: list[str]
     heldout: npt.NDArray[np.bool_] | None
-    """(N), as the source marks them; None where it marks none."""
+    """(N), as the source decides; None where it does not."""
 
 
 def find(data: ImageData) -> Source:
@@ -111,7 +111,7 @@ def _from_files(found: dict[str, str]) -> Source:
     if classes and not all(folders):
         stray = next(uri for uri, names in zip(found, folders, strict=True) if not names)
         raise ValueError(
-            f"{stray} lies beside the class folders {', '.join(classes[:5])}: move it into one of "
+            f"{stray} is beside the class folders {', '.join(classes[:5])}: move it into one of "
             "them"
         )
     index = {name: number for number, name in enumerate(classes)}

@@ -107,8 +107,8 @@ def fingerprint(source: Source, data: ImageData) -> str:
 def heldout_mask(source: Source, data: ImageData) -> npt.NDArray[np.bool_]:
     """Return which images are held out (N).
 
-    Where the source marks both splits, it decides. Otherwise a fraction of the images is drawn
-    from their number alone, so that it is the same in every run.
+    A source that marks images of both splits decides itself. Otherwise a fraction of the images is
+    drawn from their number alone, so that it is the same in every run.
 
     Raises:
         ValueError: one of the splits would be empty.

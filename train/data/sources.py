@@ -28,7 +28,7 @@ def name_of(source: list[str], default: str) -> str:
 
 
 def find_files(pattern: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """Return the files that a path, a folder or a glob names, sorted; empty where there are none.
+    """Return the files that a path, a folder or a glob names, sorted; empty without a match.
 
     Hidden files are skipped. In a glob, `*`, `?` and `[...]` stay within one path component, `**`
     is any number of folders.
