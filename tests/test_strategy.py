@@ -19,7 +19,7 @@ from train.data.dataset import Dataset
 from train.gan.config import GanConfig
 from train.gpt.config import GptConfig
 from train.parallel import zero
-from train.parallel.state import Shard
+from train.parallel.state import Shard, State
 from train.run import checkpoint
 
 STEPS = 8
@@ -203,7 +203,8 @@ def offloaded(rank: int, folder: str) -> None:
 
 def steps_of_zero(stage: int, offload: bool, parts: list[int]) -> dict[str, torch.Tensor]:
     strategy = zero.DeepSpeed(stage=stage, offload=offload)
-    state, step = None, 0
+    state: State | None = None
+    step = 0
     for part in parts:
         torch.manual_seed(0)
         model = gpt.build(97, 16, 32, 2, 2)

@@ -18,6 +18,7 @@ from train.config.sections import Config
 from train.data.dataset import Dataset
 from train.gpt import loop
 from train.parallel import backends
+from train.parallel.state import State
 from train.run.checkpoint import Checkpointer
 from train.verify import command as verify
 from train.verify import compare, faults, verdict
@@ -238,7 +239,10 @@ def test_difference_in_any_bit_of_a_state_is_found() -> None:
     tensor = torch.tensor([[1.0, -2.0], [0.0, 4.0]])
     changed_tensor = tensor.clone()
     changed_tensor[0, 1] = -2.5
-    state = {"model": {"a": tensor, "b": torch.tensor(1.0)}, "model_progress": {"updates": 3}}
+    state: State = {
+        "model": {"a": tensor, "b": torch.tensor(1.0)},
+        "model_progress": {"updates": 3},
+    }
 
     def differences(**changed: Any) -> list[tuple[str, str]]:
         return [
@@ -337,7 +341,7 @@ def test_invalid_plan_is_an_error_before_any_run(tmp_path: Path) -> None:
         (): "no kill is planned",
         (Fault(21),): "planned at step 21, and the run has steps 1 to 20",
         (Fault(2, rank=1),): "worker 1 is to be killed, and parallel.workers is 1",
-        (Fault(2, "lunch"),): "has an unknown moment or target",
+        (Fault(2, "lunch"),): "has an unknown moment or target",  # type: ignore[arg-type]
     }.items():
         with pytest.raises(ValueError, match=message):
             verify.verify(config, str(tmp_path), list(plan))

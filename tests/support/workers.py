@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn as spawn_processes
 
 from cluster import storage
 from cluster.machine import free_port
@@ -47,7 +47,7 @@ class MemoryRecorder(NullRecorder):
 
 def spawn(world_size: int, function: Callable[..., None], *args: Any) -> None:
     """Run `function(rank, *args)` in `world_size` processes that form a gloo group."""
-    mp.spawn(_join, (world_size, free_port(), function, args), nprocs=world_size)
+    spawn_processes(_join, (world_size, free_port(), function, args), nprocs=world_size)
 
 
 def _join(
