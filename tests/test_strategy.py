@@ -230,7 +230,7 @@ def steps_of_zero(stage: int, offload: bool, parts: list[int]) -> dict[str, torc
             for name, values in learner.state().items()
         }
     assert state is not None
-    return state["model"] | state["model_optimizer"]
+    return {**state["model"], **state["model_optimizer"]}
 
 
 def whole(value: Any) -> Any:
