@@ -191,7 +191,7 @@ def _train(job: Job, callbacks: list[UserCallback]) -> dict[str, float]:
             name="ray",  # Ray Train's own state; checkpoints are ours (train/run/checkpoint.py)
             storage_path=run.uri,
             failure_config=ray.train.FailureConfig(max_failures=job.config.run.max_failures),
-            callbacks=callbacks,  # type: ignore[arg-type]  # annotated with callbacks of Tune
+            callbacks=callbacks,  # type: ignore[arg-type]  # annotated with Tune's callbacks
         ),
     )
     hint = f"start --run.name {run.name} again to resume from its newest checkpoint"
