@@ -33,7 +33,8 @@ from train.data.image_sources import Read, Source, find
 from train.data.order import Order, rng
 from train.data.sources import identity, name_of
 
-FORMAT = 1  # part of the fingerprint: raise it when decoding, resizing or splitting changes
+# Part of the fingerprint: raise it when decoding, resizing, splitting or dataset.json changes.
+FORMAT = 2
 AUGMENTATION, HELDOUT = 1, 2  # purposes of random draws: parts of their keys
 DECODE_AT_ONCE = 512
 
