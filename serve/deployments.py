@@ -30,8 +30,8 @@ class Options(BaseModel):
         max_replicas: of each model.
         timeout_s: the longest time that a request for text may take, queueing included.
         blocklist: phrases that no prompt and no text may contain (`serve.text.blocklist`).
-        chunks_per_s: see `serve.text.engine.Engine`. Each chunk costs proxy, gateway and replica 1 to
-            2 ms of CPU time together.
+        chunks_per_s: see `serve.text.engine.Engine`. Each chunk costs proxy, gateway and replica
+            1 to 2 ms of CPU time together.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -1,1 +1,1 @@
-"""A package only because torch-fidelity installs a `tests` of its own, which would else be found before this folder."""
+"""A package, because torch-fidelity installs a package `tests` that would be imported instead."""

@@ -127,7 +127,7 @@ def test_training_resume_and_export_on_an_object_store(
         "--storage",
         store,
     ]
-    for steps, line in (("20", "run r: starts"), ("30", "run r: goes on from step 20")):
+    for steps, line in (("20", "run r starts"), ("30", "run r resumes from step 20")):
         done = command(*train, "--steps", steps, RAY_ADDRESS="")
         assert done.returncode == 0, done.stderr
         assert line in done.stdout

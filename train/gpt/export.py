@@ -1,11 +1,11 @@
 """Export a GPT-2 of transformers as an ONNX graph over a slot cache, and compare it with
 transformers.
 
-The graph (docs/reference/storage.md, "A bundle") is transformers' model with another attention function: new
-keys and values are scattered into caches that the caller owns, at each row's own position, so that
-rows of any length share one step and a prompt may come in chunks. It uses standard operators only,
-TensorScatter and Attention of opset 24. With 8-bit weights (train/gpt/quantize.py) its matrix
-products become ONNX Runtime's MatMulNBits.
+The graph (docs/reference/storage.md, "A bundle") is transformers' model with another attention
+function: new keys and values are scattered into caches that the caller owns, at each row's own
+position, so that rows of any length share one step and a prompt may come in chunks. It uses
+standard operators only, TensorScatter and Attention of opset 24. With 8-bit weights
+(train/gpt/quantize.py) its matrix products become ONNX Runtime's MatMulNBits.
 """
 
 import tempfile
