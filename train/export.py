@@ -1,6 +1,6 @@
 """Publish a checkpoint of a run as a version in the registry.
 
-python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--weights fp32|int8]
+`python -m train export RUN [--name NAME] [--checkpoint newest|best|STEP] [--weights fp32|int8]`
 """
 
 import tempfile
