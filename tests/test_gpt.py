@@ -177,7 +177,7 @@ def test_missing_data_workers_and_cluster_are_one_line_errors(kiln: str, command
         "train", "gpt", "--config", "gpt-tiny", "--data.source", "nowhere.txt", "--storage", kiln
     )
     assert missing.returncode == 2
-    assert "nothing is there at nowhere.txt" in missing.stderr
+    assert "there are no files at nowhere.txt" in missing.stderr
     assert "Traceback" not in missing.stderr + missing.stdout
     many = ["--parallel.workers", "4096", "--batch.global_size", "4096"]
     alone = command(

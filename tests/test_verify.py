@@ -360,5 +360,5 @@ def test_invalid_plan_is_an_error_before_any_run(tmp_path: Path) -> None:
 
 def test_error_of_a_driver_is_the_error_of_the_command(kiln: str) -> None:
     config = config_of(kiln, **{"data.source": f"{kiln}/nowhere.txt"})
-    with pytest.raises(ValueError, match=r"^data.source: nothing is there at .*nowhere.txt"):
+    with pytest.raises(ValueError, match=r"^data.source: there are no files at .*nowhere.txt"):
         verify.verify(config, kiln, [Fault(2)])
