@@ -134,6 +134,17 @@ def test_serve_never_loads_torch() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_commands_load_neither_torch_nor_ray_before_they_need_it(package: str) -> None:
+    """Otherwise --help, --dry-run and a misspelt option take seconds."""
+    heavy = {"torch", "ray", "matplotlib"}
+    code = f"import sys, {package}.__main__\nprint({heavy} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
+
+
 def test_the_top_level_is_fixed() -> None:
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -23,6 +23,7 @@ from train.run.checkpoint import Checkpointer
 from train.verify import command as verify
 from train.verify import compare, faults, verdict
 from train.verify.faults import Fault
+from train.verify.options import BROKEN_RESTORES
 
 DROPOUT = {"model.dropout": 0.1}
 TWO_WORKERS = {"parallel.workers": 2, "batch.global_size": 8, "batch.micro_size": 2}
@@ -130,7 +131,7 @@ def test_broken_restore_of_shards_is_found(kiln: str, stage: int) -> None:
     strategy = {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage}
     config = verify.shortened(config_of(kiln, **TWO_WORKERS, **strategy), 8)
     plan, uninterrupted = verify.plan_kills(["upload"], config), None
-    for what in faults.BROKEN_RESTORES:
+    for what in BROKEN_RESTORES:
         broken = verify.verify(config, kiln, plan, uninterrupted=uninterrupted, broken_restore=what)
         uninterrupted = broken.uninterrupted
         assert not broken.equal

@@ -9,7 +9,7 @@ from cluster import cli, storage
 from train.config import loader
 from train.config.sections import Config
 from train.kinds import KINDS
-from train.verify import command as verify_resume
+from train.verify import options as verify_options
 
 DESCRIPTION = "Train models on a Ray cluster, verify their resume, and export them."
 KEYS_FOLLOW = (
@@ -38,14 +38,14 @@ def main(argv: list[str]) -> int:
             parser.set_defaults(kind=kind.name, key_options=key_options)
     parser = program.command(
         "verify-resume",
-        lambda arguments: verify_resume.run(arguments, arguments.keys),
+        _verify_resume,
         "verify on your own config that a run which is killed and resumed equals an uninterrupted "
         "one",
         prints_json=True,
         takes_keys=True,
         epilog=KEYS_FOLLOW.format("|".join(KINDS)),
     )
-    verify_resume.add_options(parser)
+    verify_options.add_options(parser)
     _add_export(program.command("export", _export, "publish a run's model", prints_json=True))
     parser = program.command(
         "extractor",
@@ -142,6 +142,12 @@ def plan(config: Config) -> str:
     )
     own = KINDS[config.kind].plan(config)
     return f"{text}; {own}" if own else text
+
+
+def _verify_resume(arguments: argparse.Namespace) -> int:
+    from train.verify import command
+
+    return command.run(arguments, arguments.keys)
 
 
 def _export(arguments: argparse.Namespace) -> int:

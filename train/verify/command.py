@@ -16,16 +16,13 @@ from cluster import cli, storage
 from train.config import loader
 from train.config.sections import Config
 from train.data.order import rng
-from train.kinds import KINDS
 from train.verify import faults
 from train.verify.driver import Say, run_to_end, with_values
 from train.verify.faults import Fault
+from train.verify.options import GPU_TOLERANCE, KILLS
 from train.verify.verdict import Unproven, Verdict, compare_runs, describe, kills_of, table
 
-STEPS = 24
 MIN_STEPS = 8
-GPU_TOLERANCE = 1e-3  # CUDA does not fix the order of a summation
-KILLS = ("upload", "worker", "driver", "random")
 
 
 def verify(
@@ -52,7 +49,7 @@ def verify(
         keep: keep the runs; otherwise those made here are deleted when they are equal.
         uninterrupted: the name of an earlier uninterrupted run of the same config; by default one
             is made.
-        broken_restore: what each restore gets wrong, one of `faults.BROKEN_RESTORES`.
+        broken_restore: what each restore gets wrong, one of `options.BROKEN_RESTORES`.
         say: is called with progress messages.
 
     Raises:
@@ -182,35 +179,6 @@ def _recording_all(config: Config, name: str, kills: int = 0) -> Config:
 
 
 # ---- the command
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `verify-resume` but --storage."""
-    parser.add_argument("kind", choices=list(KINDS))
-    parser.add_argument("--config", help="a preset, or a YAML file with the same keys")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=STEPS,
-        help="of each run, with four checkpoints (default %(default)s)",
-    )
-    parser.add_argument(
-        "--kills",
-        default=",".join(KILLS),
-        help=f"which, in any number: {', '.join(KILLS)} (default: each once)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the random kills")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        help=f"relative (default 0, bit for bit; {GPU_TOLERANCE:g} on GPUs)",
-    )
-    parser.add_argument("--keep", action="store_true", help="keep both runs where they are equal")
-    parser.add_argument(
-        "--break-restore",
-        choices=faults.BROKEN_RESTORES,
-        help="break the resume on purpose, to see that the difference is found",
-    )
 
 
 def run(arguments: argparse.Namespace, keys: list[str]) -> int:

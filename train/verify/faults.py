@@ -26,7 +26,6 @@ Target = Literal["worker", "driver"]
 # is not); upload: a checkpoint's files are on storage and its manifest is not.
 MOMENTS: tuple[Moment, ...] = ("update", "upload")
 TARGETS: tuple[Target, ...] = ("worker", "driver")
-BROKEN_RESTORES = ("optimizer", "order", "weights")
 DRIVER_LIMIT_S = 600  # within which a driver that is to be killed must be gone
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -54,7 +53,8 @@ class Faults(Hooks):
 
     Args:
         plan: the faults; each happens once in a run.
-        broken_restore: what each restore gets wrong, one of `BROKEN_RESTORES`; None: nothing.
+        broken_restore: what each restore gets wrong, one of `options.BROKEN_RESTORES`; None:
+            nothing.
     """
 
     def __init__(self, plan: Sequence[Fault] = (), broken_restore: str | None = None) -> None:
