@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torchvision.utils import save_image
 
 from cluster import storage
+from models.images import contact_sheet, png
 from models.latents import seeded_latents
 from models.nets.dcgan import Generator
 from models.runtime import ImageGraph, signature
@@ -157,5 +157,6 @@ def _write_sample(generator: Generator, graph: ImageGraph, path: Path) -> None:
         labels = np.repeat(np.arange(classes), SAMPLE_COLUMNS)
     else:
         latents, labels = seeded_latents(0, SAMPLE_ROWS * SAMPLE_COLUMNS, latent_dim), None
-    images = torch.from_numpy(graph.run(latents, labels))
-    save_image(images, path, nrow=SAMPLE_COLUMNS, normalize=True, value_range=(-1, 1))
+    levels = np.rint((graph.run(latents, labels) + 1) * 127.5).clip(0, 255).astype(np.uint8)
+    sheet = contact_sheet(levels.transpose(0, 2, 3, 1), SAMPLE_COLUMNS, gutter=2, background=0)
+    path.write_bytes(png(sheet))
