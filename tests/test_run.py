@@ -54,7 +54,9 @@ def test_resume_auto_never_and_must(tmp_path: Path) -> None:
 
 def test_changed_config_is_refused_unless_the_key_may_change(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, config())
-    with pytest.raises(ValueError, match=r"run r was begun with optim.lr 0.005, and now it is 0.1"):
+    with pytest.raises(
+        ValueError, match=r"run r was started with optim.lr 0.005, and now it is 0.1"
+    ):
         start(tmp_path, config(**{"optim.lr": 0.1}))
     for key, value in {"run.seed": 5, "parallel.precision": "bf16", "data.vocab_size": 600}.items():
         with pytest.raises(ValueError, match=f"run r was started with {key}"):
