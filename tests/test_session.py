@@ -303,7 +303,7 @@ def test_invalid_slots_and_lengths_are_refused(session: TextSession) -> None:
         session.prefill(-1, [1])
     with pytest.raises(ValueError, match="at least one token"):
         session.prefill(0, [])
-    with pytest.raises(ValueError, match="name a slot twice"):
+    with pytest.raises(ValueError, match="list a slot twice"):
         session.decode([1, 1], [1, 1], [0, 0])
 
 
