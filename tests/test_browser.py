@@ -17,8 +17,8 @@ from cluster import machine
 from cluster.demo import browser
 from cluster.demo.demo import Demo
 from tests.support.browser import require_browser
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 MARKER = "RAYKILN_TEST_BROWSER"  # an environment variable of every process that a test starts
 PAGE = "data:text/html,<title>page</title>"
 

@@ -17,6 +17,7 @@ import yaml
 from ray.tune.search.sample import Domain
 
 from cluster import local
+from tests.support.paths import ROOT
 from train.config import loader as configs
 from train.gpt.config import GptConfig
 from tune import __main__ as command_line
@@ -26,7 +27,6 @@ from tune.resources import Node
 from tune.results import Outcome, Summary
 from tune.table import Progress
 
-ROOT = Path(__file__).resolve().parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -26,7 +26,7 @@ from cluster import storage
 from train.config.data import ImageData
 from train.data.hub import download_parquet
 from train.data.shipped.files import shipped
-from train.data.sources import HELDOUT_NAMES, find_files
+from train.data.sources import HELDOUT_NAMES, find_files, open_parquet
 
 SHIPPED = ("fashion-mnist", "emoji")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -165,14 +165,7 @@ def _open_parquet(uri: str, data: ImageData) -> pq.ParquetFile:
     Raises:
         ValueError: it cannot be read, or has no images in data.image_column.
     """
-    filesystem, path = storage.locate(uri)
-    try:
-        file = pq.ParquetFile(path, filesystem=filesystem)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{uri} is not a readable parquet file (truncated, or of another format): "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+    file = open_parquet(uri)
     schema = file.schema_arrow
     if data.image_column not in schema.names:
         raise ValueError(

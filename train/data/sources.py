@@ -5,6 +5,9 @@ import os
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from cluster import storage
 
 HELDOUT_NAMES = {"heldout", "test", "val", "valid", "validation", "dev"}
@@ -19,6 +22,22 @@ def identity(uri: str) -> str:
     filesystem, path = storage.locate(uri)
     info = filesystem.get_file_info(path)
     return f"{uri} {info.size} {info.mtime_ns}"
+
+
+def open_parquet(uri: str) -> pq.ParquetFile:
+    """Open a parquet file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    filesystem, path = storage.locate(uri)
+    try:
+        return pq.ParquetFile(path, filesystem=filesystem)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{uri} is not a readable parquet file (truncated, or of another format): "
+            f"{str(error).splitlines()[0]}"
+        ) from None
 
 
 def name_of(source: list[str], default: str) -> str:

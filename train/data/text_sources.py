@@ -18,7 +18,7 @@ from cluster import storage
 from train.config.data import TextData
 from train.data.hub import download_parquet
 from train.data.shipped.files import shipped
-from train.data.sources import HELDOUT_NAMES, find_files
+from train.data.sources import HELDOUT_NAMES, find_files, open_parquet
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
@@ -101,14 +101,7 @@ def _parts_of(uri: str, column: str, heldout: bool | None) -> list[Part]:
         heldout = True  # the hub's files are CONFIG/SPLIT/NNNN.parquet
     if not uri.lower().endswith(".parquet"):
         return [Part(uri, None, heldout)]
-    filesystem, path = storage.locate(uri)
-    try:
-        file = pq.ParquetFile(path, filesystem=filesystem)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"{uri} is not a readable parquet file (truncated, or of another format): "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+    file = open_parquet(uri)
     names = file.schema_arrow.names
     if column not in names:
         raise ValueError(f"{uri} has no column {column!r}: data.text_column must be one of {names}")
