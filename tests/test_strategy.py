@@ -280,7 +280,13 @@ def gan_config(**values: Any) -> GanConfig:
     config = loader.load(
         "gan",
         "gan-tiny",
-        {**shape, "quality.samples": 50, "checkpoint.every": STEPS // 2, **values},
+        {
+            **shape,
+            "quality.samples": 50,
+            "checkpoint.every": 1,
+            "checkpoint.keep_last": STEPS,
+            **values,
+        },
     )
     assert isinstance(config, GanConfig)
     return config
@@ -333,12 +339,25 @@ def test_three_workers_resume_bit_for_bit(three: str, variant: str) -> None:
 @pytest.mark.parametrize("variant", GANS)
 def test_three_workers_train_the_gan_like_one(three: str, variant: str) -> None:
     alone = "gan batch alone" if variant.endswith("batch") else "gan alone"
+    one, other = (
+        checkpoint.read(f"{three}/{run}", checkpoint.complete(f"{three}/{run}")[-1])
+        for run in (alone, variant)
+    )
+    assert other["gan_cadence"]["critic_updates"] == 2, "not the checkpoint of the first step"
+    for net in ("generator", "critic"):
+        # With beta1 = 0 this is the last update's gradient: Adam has changed nothing of it.
+        gradients = [name for name in one[f"{net}_optimizer"] if name.startswith("exp_avg/")]
+        assert gradients
+        for name in gradients:
+            expected = one[f"{net}_optimizer"][name]
+            found = other[f"{net}_optimizer"][name]
+            assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max()), name
     for metric in ("critic_loss", "gradient_penalty", "generator_loss"):
-        expected, found = recorded(three, alone, metric), recorded(three, variant, metric)
-        # The second step's metrics depend on both nets' first updates. Later ones are not compared:
-        # Adam turns the last bits of a gradient into full steps.
-        assert found[0] == pytest.approx(expected[0], abs=1e-5)
-        assert found[1] == pytest.approx(expected[1], rel=1e-4)
-        assert expected[0] != pytest.approx(expected[1], rel=1e-2), (
+        losses_alone, losses_of_three = (recorded(three, run, metric) for run in (alone, variant))
+        assert losses_of_three[0] == pytest.approx(losses_alone[0], abs=1e-5)
+        # The second step follows both nets' first updates, in which Adam turns the last bits of
+        # the smallest gradients into whole steps: 1.6e-4 with batch statistics on an AVX-512 CPU.
+        assert losses_of_three[1] == pytest.approx(losses_alone[1], rel=1e-3)
+        assert losses_alone[0] != pytest.approx(losses_alone[1], rel=1e-2), (
             "without learning the comparison means nothing"
         )
