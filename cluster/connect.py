@@ -16,6 +16,8 @@ from ray._raylet import (  # type: ignore[attr-defined]  # compiled, without ann
     Config,
 )
 
+from cluster import machine
+
 HINT = "start one with `python -m cluster up` and source its env file, or unset RAY_ADDRESS"
 
 
@@ -57,13 +59,14 @@ def connect(num_cpus: int | None = None, **private_options: Any) -> bool:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     _reload_token()
     private_options.setdefault("include_dashboard", False)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        logging_level=logging.WARNING,
-        log_to_driver=log_to_driver,
-        **private_options,
-    )
+    with machine.starting_ray():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            logging_level=logging.WARNING,
+            log_to_driver=log_to_driver,
+            **private_options,
+        )
     return True
 
 

@@ -148,17 +148,16 @@ def up(
             _wait_until_ready(head)
             return head, False
         _end_and_remove(storage_uri)  # what a crashed cluster left behind
-        port = machine.choose_port("--port", port, GCS_PORT)
-        dashboard_port = machine.choose_port("--dashboard-port", dashboard_port, DASHBOARD_PORT)
-        planned = _write_plan(storage_uri, port, dashboard_port)
-        try:
-            head = _launch(planned, num_cpus)
-            _wait_until_ready(head)
-            _write_private(head.folder / "env", _env_file(head))
-        except BaseException:
-            _end_and_remove(storage_uri)
-            raise
-        return head, True
+        with machine.starting_ray():
+            planned = _choose_ports(storage_uri, port, dashboard_port)
+            try:
+                return _start(planned, num_cpus), True
+            except ValueError:
+                chosen = ((port, planned.port), (dashboard_port, planned.dashboard_port))
+                if all(wanted is not None or machine.is_free(found) for wanted, found in chosen):
+                    raise
+            # Another process took a port after it was chosen.
+            return _start(_choose_ports(storage_uri, port, dashboard_port), num_cpus), True
 
 
 def down(storage_uri: str) -> int:
@@ -228,6 +227,27 @@ def _read_state(storage_uri: str) -> Head | None:
             "--storage of its own on this machine; if that machine no longer exists or was "
             "renamed, delete the file"
         )
+    return head
+
+
+def _choose_ports(storage_uri: str, port: int | None, dashboard_port: int | None) -> Head:
+    """Return the head to start, and write it down."""
+    return _write_plan(
+        storage_uri,
+        machine.choose_port("--port", port, GCS_PORT),
+        machine.choose_port("--dashboard-port", dashboard_port, DASHBOARD_PORT),
+    )
+
+
+def _start(planned: Head, num_cpus: int | None) -> Head:
+    """Start a head and wait until it accepts jobs; leave nothing of one that fails."""
+    try:
+        head = _launch(planned, num_cpus)
+        _wait_until_ready(head)
+        _write_private(head.folder / "env", _env_file(head))
+    except BaseException:
+        _end_and_remove(planned.storage)
+        raise
     return head
 
 

@@ -1,14 +1,30 @@
 """The ports and processes of this machine."""
 
 import contextlib
+import os
 import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
+from filelock import FileLock
+
+
+@contextlib.contextmanager
+def starting_ray() -> Iterator[None]:
+    """Hold the lock under which the user's clusters on this machine start one after the other.
+
+    Ray looks for free ports and listens on them seconds later, so two clusters that start at the
+    same time can choose the same ports: one of them then ends, or never answers.
+    """
+    with FileLock(Path(tempfile.gettempdir(), f"raykiln-{os.getuid()}.lock")):
+        yield
 
 
 def free_port(preferred: int | None = None) -> int:
     """Return `preferred` if it is free, else a free TCP port that the system picks."""
-    if preferred is not None and _is_free(preferred):
+    if preferred is not None and is_free(preferred):
         return preferred
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -28,7 +44,7 @@ def choose_port(option: str, wanted: int | None, preferred: int) -> int:
     """
     if wanted is None:
         return free_port(preferred)
-    if not _is_free(wanted):
+    if not is_free(wanted):
         raise ValueError(
             f"{option} {wanted} is taken by another process: choose another port, or omit {option} "
             "to use a free one"
@@ -36,7 +52,8 @@ def choose_port(option: str, wanted: int | None, preferred: int) -> int:
     return wanted
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Return whether no process listens on a TCP port."""
     with socket.socket() as probe:
         # A listening socket still makes bind fail; a closed one in TIME_WAIT does not.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

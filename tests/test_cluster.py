@@ -165,6 +165,41 @@ def test_interrupted_start_leaves_no_process(
     assert state_files(tmp_path) == {"head.log"}
 
 
+def test_port_that_is_taken_during_the_start_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports: list[int] = []
+
+    def fail_once(planned: local.Head, num_cpus: int | None) -> local.Head:
+        ports.append(planned.port)
+        if len(ports) == 1:
+            other.bind(("", planned.port))
+            other.listen()
+            raise ValueError("the Ray head ended while it started")
+        return planned
+
+    monkeypatch.setattr(local, "_launch", fail_once)
+    monkeypatch.setattr(local, "_wait_until_ready", lambda head: None)
+    monkeypatch.setattr(local, "_env_file", lambda head: "")
+    with socket.socket() as other:
+        head, started = local.up(str(tmp_path))
+    assert started
+    assert ports == [ports[0], head.port]
+    assert head.port != ports[0]
+
+
+def test_requested_port_that_is_taken_during_the_start_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(planned: local.Head, num_cpus: int | None) -> local.Head:
+        raise ValueError("the Ray head ended while it started")
+
+    monkeypatch.setattr(local, "_launch", fail)
+    with pytest.raises(ValueError, match="ended while it started"):
+        local.up(str(tmp_path), port=machine.free_port(), dashboard_port=machine.free_port())
+    assert state_files(tmp_path) <= {"head.log"}
+
+
 def test_two_concurrent_ups_start_one_head(tmp_path: Path) -> None:
     up = f"python -m cluster up --storage {tmp_path} --num-cpus 1"
     both = shell(f"{up} & {up}; wait")

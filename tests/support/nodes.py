@@ -72,16 +72,17 @@ class Nodes:
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
     def start_head(self) -> None:
-        self._start(
-            "head",
-            "--head",
-            f"--port={self._port}",
-            "--num-cpus=0",
-            "--include-dashboard=false",
-            f"--ray-client-server-port={machine.free_port(10101)}",
-            f"--system-config={json.dumps(HEALTH)}",
-        )
-        self._wait("head")
+        with machine.starting_ray():
+            self._start(
+                "head",
+                "--head",
+                f"--port={self._port}",
+                "--num-cpus=0",
+                "--include-dashboard=false",
+                f"--ray-client-server-port={machine.free_port(10101)}",
+                f"--system-config={json.dumps(HEALTH)}",
+            )
+            self._wait("head")
 
     def add(self, count: int = 1) -> None:
         """Start nodes and wait until they have joined."""
