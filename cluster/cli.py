@@ -130,6 +130,19 @@ def storage_default() -> str:
     return os.environ.get("KILN_STORAGE") or DEFAULT_STORAGE
 
 
+Say = Callable[[str], None]
+"""Is called with progress messages."""
+
+
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def say_nothing(line: str) -> None:
+    """Print nothing: with --json, the result is all that a command prints."""
+
+
 def print_json(value: object) -> None:
     """Print a command's result as JSON on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -7,8 +7,9 @@ written last: a folder without a valid manifest is not a bundle.
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from cluster import storage
 
@@ -40,6 +41,64 @@ HEADLINE_METRICS = (
 )
 
 Manifest = dict[str, Any]  # the parsed manifest.json
+
+
+class TensorSpec(TypedDict):
+    """An input or output of a graph; a dimension that may vary is a name."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class ParityCase(TypedDict):
+    """A case in which the graph's outputs were compared with torch's."""
+
+    name: str
+    max_abs_diff: float
+
+
+class Parity(TypedDict):
+    """The manifest's `parity`: how far the graph's outputs are from torch's."""
+
+    max_abs_diff: float
+    tolerance: float
+    cases: list[ParityCase]
+
+
+class Quantization(TypedDict):
+    """The manifest's `quantization`: what 8-bit weights cost on held-out text."""
+
+    weights: str
+    block_size: int
+    evaluated_tokens: int
+    bits_per_byte: float
+    bits_per_byte_fp32: float
+
+
+class ModelEntries(TypedDict):
+    """The manifest's entries about the model."""
+
+    kind: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    opset: int
+    parity: Parity
+    quantization: NotRequired[Quantization | None]
+    model: Mapping[str, object]
+    """Its shape, as its kind's sessions read it."""
+
+
+class OriginEntries(TypedDict):
+    """The manifest's entries about where the bundle comes from."""
+
+    created: str
+    """ISO 8601, UTC."""
+    run: Mapping[str, object]
+    commit: str | None
+    dataset: Mapping[str, str]
+    metrics: Mapping[str, float]
+    libraries: Mapping[str, str]
 
 
 def write(folder: str | os.PathLike[str], manifest: Manifest) -> None:

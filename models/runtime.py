@@ -8,11 +8,12 @@ outputs are bound to the same memory, so that a step writes its new keys and val
 
 import os
 from collections.abc import Sequence
-from typing import TypedDict
 
 import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+from models.bundle import TensorSpec
 
 # Execution providers, the preferred ones first.
 PROVIDERS = {
@@ -23,14 +24,6 @@ PROVIDERS = {
 # TensorFloat-32 keeps three decimal digits, enough to change the tokens from those of a CPU.
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 INITIAL_CAPACITY = 128  # tokens of a slot's cache
-
-
-class TensorSpec(TypedDict):
-    """An input or output of a graph; a dimension that may vary is a name."""
-
-    name: str
-    dtype: str
-    shape: list[int | str]
 
 
 def choose_providers(wanted: Sequence[str] | None = None) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster import storage
-from train.data.dataset import Dataset
+from train.data.dataset import Dataset, ExtractorEntry
 
 META = {"name": "plays", "fingerprint": "0123456789ab", "classes": []}
 
@@ -26,9 +26,19 @@ def test_write_find_and_open(tmp_path: Path) -> None:
 
 def test_with_extractor_leaves_the_data_set_unchanged(tmp_path: Path) -> None:
     dataset = Dataset.write(f"{tmp_path}/x", META)
-    extended = dataset.with_extractor({"uri": "extractor.safetensors", "sha256": "00"})
+    extractor: ExtractorEntry = {
+        "uri": "extractor.safetensors",
+        "sha256": "00",
+        "task": "classes",
+        "accuracy": 0.9,
+        "heldout": 10,
+        "train": 20,
+        "classes": ["a", "b"],
+        "dataset": "0123456789ab",
+    }
+    extended = dataset.with_extractor(extractor)
     assert dataset.extractor is None
-    assert extended.extractor == {"uri": "extractor.safetensors", "sha256": "00"}
+    assert extended.extractor == extractor
     assert (extended.uri, extended.meta) == (dataset.uri, dataset.meta)
 
 

@@ -3,7 +3,6 @@
 import io
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +13,10 @@ from PIL import Image
 from cluster import storage
 from train.gan import film
 from train.kinds import KINDS
-from train.run import report
+from train.run import records, report
 from train.run.panels import Scale
 from train.run.recorder import RunRecorder
+from train.run.summary import Summary
 
 CLASSES = ["Ankle boot", "Bag"]
 QUALITY = {
@@ -43,7 +43,7 @@ QUALITY = {
 }
 
 
-def summary_of(kind: str, **metrics: float) -> dict[str, Any]:
+def summary_of(kind: str, **metrics: float) -> Summary:
     return {
         "run": "watched",
         "kind": kind,
@@ -227,10 +227,11 @@ def test_alarms_are_lines_in_every_panel() -> None:
         {"step": step, "critic_loss": 1.0 / step, "wasserstein_distance": 1.0}
         for step in range(1, 40)
     ]
-    alarm = {"step": 20, "kind": "collapse", "message": "of recall"}
+    alarm: records.Alarm = {"step": 20, "kind": "collapse", "message": "of recall"}
+    later: records.Alarm = {"step": 30, "kind": "collapse", "message": "of recall"}
     without, one, two = (
         reddish(report.curves(rows, KINDS["gan"].panels, "r", alarms))
-        for alarms in ([], [alarm], [alarm, {**alarm, "step": 30}])
+        for alarms in ([], [alarm], [alarm, later])
     )
     assert without == 0
     assert one > 2 * 100, "at least a hundred pixels in each of two panels"
@@ -299,7 +300,7 @@ def test_report_shows_where_time_went_and_each_resume(tmp_path: Path) -> None:
         recorder.text(stop, "text", f"written at step {stop}")
         recorder.close()
     spent = {"train_s": 1234.56, "data_s": 2.5, "eval_s": 3.0, "checkpoint_s": 0.25}
-    summary = {
+    summary: Summary = {
         "run": "watched",
         "kind": "gpt",
         "steps": 6,

@@ -19,8 +19,14 @@ from cluster import storage
 from train.run import records
 from train.run import wandb_mirror as mirror
 from train.run.recorder import RunRecorder
+from train.run.wandb_mirror import Options
 
-WANDB = {"mode": "offline", "project": "kiln", "name": "watched", "config": {"optim": {"lr": 0.1}}}
+WANDB: Options = {
+    "mode": "offline",
+    "project": "kiln",
+    "name": "watched",
+    "config": {"optim": {"lr": 0.1}},
+}
 
 
 def history(run: Path) -> dict[int, dict[str, Any]]:
@@ -132,6 +138,7 @@ def test_offline_resume_restores_what_a_killed_process_had_not_written(
     code = f"""
 import os, signal
 from train.run.recorder import RunRecorder
+from train.run.wandb_mirror import Options
 recorder = RunRecorder({str(tmp_path)!r}, wandb={WANDB!r})
 for step in range(1, 6):
     recorder.metrics(step, {{"loss": 1 / step}})

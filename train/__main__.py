@@ -3,13 +3,16 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster import cli, storage
 from train.config import loader
 from train.config.sections import Config
 from train.kinds import KINDS
 from train.verify import options as verify_options
+
+if TYPE_CHECKING:
+    from train.run.summary import Summary
 
 DESCRIPTION = "Train models on a Ray cluster, verify their resume, and export them."
 KEYS_FOLLOW = (
@@ -116,7 +119,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_summary(summary: dict[str, Any], root: str) -> None:
+def _print_summary(summary: "Summary", root: str) -> None:
     kind = KINDS[summary["kind"]]
     metrics = "  ".join(
         f"{name} {value:,.4g}"

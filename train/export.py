@@ -16,7 +16,7 @@ from models import bundle, registry
 from train.config import loader
 from train.data.dataset import Dataset
 from train.kinds import KINDS, Kind
-from train.run import checkpoint, lineage
+from train.run import checkpoint, lineage, summary
 from train.run.meter import TIMES
 
 LIBRARIES = ("torch", "onnx", "onnxruntime", "transformers")
@@ -71,7 +71,7 @@ def export(
         folder = Path(scratch)
         state = checkpoint.read(run_uri, saved)
         entries = kind.export(config, state, dataset, folder, weights)
-        bundle.write(folder, _origin_entries(root, run, saved.step, origin) | entries)
+        bundle.write(folder, {**_origin_entries(root, run, saved.step, origin), **entries})
         models, name = storage.join(root, "models"), name or kind.name
         version = registry.publish(models, name, folder)
     uri = storage.join(models, name, str(version))
@@ -134,12 +134,13 @@ def _dataset(root: str, run: str, origin: lineage.Lineage) -> Dataset:
     return dataset
 
 
-def _origin_entries(root: str, run: str, step: int, origin: lineage.Lineage) -> dict[str, Any]:
+def _origin_entries(
+    root: str, run: str, step: int, origin: lineage.Lineage
+) -> bundle.OriginEntries:
     """Return the manifest's entries on where the bundle comes from."""
-    uri = storage.join(root, "runs", run, "summary.json")
-    summary = storage.read_json(uri) if storage.exists(uri) else {}
+    done = summary.read(storage.join(root, "runs", run))
     # A run that has been resumed since, and has not ended, was evaluated with other weights.
-    metrics = summary["metrics"] if summary.get("steps") == step else {}
+    metrics = done["metrics"] if done and done["steps"] == step else {}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": {
@@ -148,7 +149,10 @@ def _origin_entries(root: str, run: str, step: int, origin: lineage.Lineage) -> 
             "storage": storage.without_secrets(storage.absolute(root)),
         },
         "commit": origin["commit"],
-        "dataset": {key: origin["dataset"][key] for key in ("name", "fingerprint")},
+        "dataset": {
+            "name": origin["dataset"]["name"],
+            "fingerprint": origin["dataset"]["fingerprint"],
+        },
         "metrics": {name: value for name, value in metrics.items() if name not in TIMES},
         "libraries": {library: metadata.version(library) for library in LIBRARIES},
     }

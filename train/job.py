@@ -20,6 +20,7 @@ from train.run.folder import Run
 from train.run.hooks import Hooks
 from train.run.progress import DriverHandler, Feed
 from train.run.recorder import NullRecorder, Recorder, RunRecorder
+from train.run.wandb_mirror import Options
 from train.run.worker import Worker
 
 
@@ -36,7 +37,7 @@ class Job:
     hooks: Hooks
 
 
-def work(config: dict[str, Job]) -> dict[str, Any]:
+def work(config: dict[str, Job]) -> dict[str, float] | dict[str, str]:
     """Run the training loop on this worker; Ray Train's `train_loop_per_worker`.
 
     Args:
@@ -100,19 +101,17 @@ def _recorder(job: Job, strategy: Strategy, resumed: tuple[int, State] | None) -
     problem = None
     if strategy.rank == 0:
         log = job.config.log
-        wandb = {
-            "mode": log.wandb,
-            "project": log.wandb_project,
-            "name": job.run.name,
-            "config": job.config.model_dump(),
-        }
+        wandb: Options | None = None
+        if log.wandb != "off":
+            wandb = {
+                "mode": log.wandb,
+                "project": log.wandb_project,
+                "name": job.run.name,
+                "config": job.config.model_dump(),
+            }
         try:
-            recorder = RunRecorder(
-                job.run.uri,
-                resumed[0] if resumed else 0,
-                job.feed,
-                wandb if log.wandb != "off" else None,
-            )
+            start = resumed[0] if resumed else 0
+            recorder = RunRecorder(job.run.uri, start, job.feed, wandb)
         except OSError as error:
             problem = error
     (failed,) = strategy.sum([float(problem is not None)])

@@ -15,6 +15,7 @@ from train.gpt.kind import Gpt
 from train.run.panels import Panel
 
 if TYPE_CHECKING:
+    from models.bundle import ModelEntries
     from train.parallel.state import State
     from train.run.worker import Worker
 
@@ -92,7 +93,7 @@ class Kind(Protocol[C]):
 
     def export(
         self, config: C, state: "State", dataset: Dataset, folder: Path, weights: str
-    ) -> dict[str, Any]:
+    ) -> "ModelEntries":
         """Write a bundle's files, all but the manifest, into `folder`.
 
         Args:

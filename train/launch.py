@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -12,19 +11,16 @@ from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from cluster import storage
+from cluster import cli, storage
 from cluster.connect import connect
 from train.config.sections import Config
-from train.data.dataset import META, Dataset
+from train.data.dataset import Dataset
 from train.job import Job, work
 from train.kinds import KINDS, Kind
-from train.run import lineage, progress, records, report, wandb_mirror
+from train.run import lineage, progress, records, report, summary, wandb_mirror
 from train.run.folder import Run, open_run
 from train.run.hooks import Hooks
-
-SUMMARY = "summary.json"
-
-Say = Callable[[str], None]
+from train.run.summary import Summary
 
 
 class TrainingFailed(RuntimeError):
@@ -42,7 +38,7 @@ def fit(
     quiet: bool = False,
     hooks: Hooks | None = None,
     kind: Kind[Any] | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Train the run that `config` describes, or resume it.
 
     Args:
@@ -64,17 +60,17 @@ def fit(
     """
     root = storage.absolute(root)  # workers run in other directories, on other machines
     kind = kind or KINDS[config.kind]
-    say: Say = _say_nothing if quiet else print
+    say = cli.say_nothing if quiet else cli.say
     check_environment(kind, config)
     with open_run(config, root, stem or config.kind) as run:
         state = f"resumes from step {run.start}" if run.start else "starts"
         say(f"run {run.name} {state}, in {run.uri}")
-        if summary := _completed(config, run):
+        if completed := _completed(config, run):
             say(
                 f"it has completed its {config.steps} steps: nothing to do (use more --steps, or "
                 "another --run.name)"
             )
-            return summary
+            return completed
         check_resources(config, connect())
         dataset = _prepare(kind, config, run, root, say)
         begin = time.monotonic()
@@ -83,14 +79,15 @@ def fit(
                 job = Job(kind, config, run, dataset, feed, hooks or Hooks())
                 final = _train(job, callbacks or [])
         except TrainingFailed as failure:
-            summary = _summary(config, run, dataset, begin, {}) | {"failed": str(failure)}
+            failed = _summary(config, run, dataset, begin, {})
+            failed["failed"] = str(failure)
             with suppress(OSError):  # the disk may be full
-                report.write(run.uri, summary, kind)
+                report.write(run.uri, failed, kind)
             raise
-        summary = _summary(config, run, dataset, begin, final)
-        storage.write_json(storage.join(run.uri, SUMMARY), summary)
-        report.write(run.uri, summary, kind)
-        return summary
+        done = _summary(config, run, dataset, begin, final)
+        summary.write(run.uri, done)
+        report.write(run.uri, done, kind)
+        return done
 
 
 def check_environment(kind: Kind[Any], config: Config) -> None:
@@ -128,7 +125,7 @@ def check_resources(config: Config, private: bool) -> None:
         print(f"{sentence}: waiting for nodes to join", flush=True)
 
 
-def _prepare(kind: Kind[Any], config: Config, run: Run, root: str, say: Say) -> Dataset:
+def _prepare(kind: Kind[Any], config: Config, run: Run, root: str, say: cli.Say) -> Dataset:
     """Return the run's data set with what evaluation needs, and write its lineage."""
     begin = time.monotonic()
     dataset = kind.prepare(config, root)
@@ -145,7 +142,7 @@ def _prepare(kind: Kind[Any], config: Config, run: Run, root: str, say: Say) -> 
 
 def _summary(
     config: Config, run: Run, dataset: Dataset, begin: float, final: dict[str, float]
-) -> dict[str, Any]:
+) -> Summary:
     """Return the summary of a run that has ended, or failed before its workers wrote anything."""
     starts = records.starts(run.uri)
     return {
@@ -160,17 +157,13 @@ def _summary(
     }
 
 
-def _completed(config: Config, run: Run) -> dict[str, Any] | None:
+def _completed(config: Config, run: Run) -> Summary | None:
     """Return the summary of a run that has completed its steps and whose data set still exists."""
-    uri = storage.join(run.uri, SUMMARY)
-    if run.start < config.steps or not storage.exists(uri):
+    completed = summary.read(run.uri) if run.start >= config.steps else None
+    if completed is None or completed["steps"] != config.steps:
         return None
-    summary: dict[str, Any] = storage.read_json(uri)
     origin = lineage.read(run.uri)
-    dataset = storage.join(origin["dataset"]["uri"], META) if origin else None
-    if summary["steps"] != config.steps or dataset is None or not storage.exists(dataset):
-        return None
-    return summary
+    return completed if origin and Dataset.find(origin["dataset"]["uri"]) else None
 
 
 def _train(job: Job, callbacks: list[UserCallback]) -> dict[str, float]:
@@ -219,7 +212,3 @@ def _cause(error: Exception) -> str:
     for rank, failure in failures.items():
         return f"worker {rank}: {str(failure).strip().splitlines()[-1]}"
     return str(error).strip().splitlines()[-1]
-
-
-def _say_nothing(message: str) -> None:
-    pass

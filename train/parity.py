@@ -1,13 +1,13 @@
 """Compare an exported graph's outputs with torch's before anything is published."""
 
-from typing import Any
+from models.bundle import Parity, ParityCase
 
 VERSIONS = "check the versions of torch, onnxscript and onnxruntime against requirements.lock"
 
 
 def check_parity(
     differences: dict[str, float], tolerance: float, what: str, hint: str = VERSIONS
-) -> dict[str, Any]:
+) -> Parity:
     """Return a manifest's `parity`.
 
     Args:
@@ -28,5 +28,7 @@ def check_parity(
             f"the exported graph's {what} differ from torch's by {differences[worst]:.2g} "
             f"({worst}), and {tolerance:.2g} is allowed: nothing is published; {hint}"
         )
-    cases = [{"name": case, "max_abs_diff": value} for case, value in differences.items()]
+    cases: list[ParityCase] = [
+        {"name": case, "max_abs_diff": value} for case, value in differences.items()
+    ]
     return {"max_abs_diff": differences[worst], "tolerance": tolerance, "cases": cases}

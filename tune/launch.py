@@ -5,7 +5,6 @@ workers at once or waits, so no trial holds some of its workers while it waits f
 """
 
 import os
-from typing import Any
 
 import ray
 import ray.tune
@@ -16,8 +15,9 @@ from ray.tune.search import BasicVariantGenerator
 
 from cluster import storage
 from train import launch
+from train.config.sections import Values
 from train.kinds import KINDS
-from train.run import records
+from train.run import records, summary
 from tune import resources, results
 from tune import space as spaces
 from tune.plan import Plan
@@ -65,7 +65,7 @@ def search(plan: Plan, root: str) -> Summary:
         return _write_results(plan, result_grid, root, uri)
 
 
-def run_trial(values: dict[str, Any], plan: Plan, root: str) -> None:
+def run_trial(values: Values, plan: Plan, root: str) -> None:
     """Train a trial's run and report its metrics to Tune, which calls this function.
 
     Args:
@@ -75,10 +75,11 @@ def run_trial(values: dict[str, Any], plan: Plan, root: str) -> None:
     """
     run = ray.tune.get_context().get_trial_name()
     # A run that was completed just before the search was killed, so Tune did not record it.
-    if results.run_summary(root, run):
+    uri = storage.join(root, "runs", run)
+    if summary.read(uri):
         # The scheduler compares trials at equal steps, so each evaluation is reported, not only
         # the last.
-        for row in records.metrics(storage.join(root, "runs", run)):
+        for row in records.metrics(uri):
             if plan.metric in row:
                 ray.tune.report(row)
         return

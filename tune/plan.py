@@ -1,10 +1,9 @@
 """A search's plan: the config that trials share, the space they draw from, and their rungs."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from train.config import loader as configs
-from train.config.sections import Config
+from train.config.sections import Config, Values
 from train.kinds import KINDS
 from tune import space as spaces
 
@@ -30,7 +29,7 @@ class Plan:
     """
 
     kind: str
-    base: dict[str, Any]
+    base: Values
     space: spaces.Space
     num_samples: int
     name: str
@@ -49,16 +48,16 @@ class Plan:
         self.trial_config(f"{self.name}-00000", {})
         spaces.check(self.space, self.kind, self.base)
 
-    def config(self, values: dict[str, Any] | None = None) -> Config:
+    def config(self, values: Values | None = None) -> Config:
         """Return the base config, with `values` (by dotted key) drawn from the space."""
         return self._build(configs.merge(self.base, configs.nested(values or {})))
 
-    def trial_config(self, run: str, values: dict[str, Any]) -> Config:
+    def trial_config(self, run: str, values: Values) -> Config:
         """Return the config of a trial: with its run's name, evaluated at each rung."""
         own = {**values, "run.name": run, "log.eval_every": self.rung}
         return self._build(configs.merge(self.base, configs.nested(own)))
 
-    def _build(self, values: dict[str, Any]) -> Config:
+    def _build(self, values: Values) -> Config:
         return configs.build(KINDS[self.kind].config, values, f"search {self.name}")
 
     @property
@@ -81,7 +80,7 @@ class Plan:
         """Every combination of the grids, `num_samples` times."""
         return spaces.size(self.space, self.num_samples)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return, as JSON, what must be the same when a search is resumed."""
         space = {
             key: {distribution.name: list(distribution.values)}

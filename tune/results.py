@@ -6,11 +6,13 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ray.tune import Result, ResultGrid
 
 from cluster import storage
+from train.config.sections import Values
+from train.run import summary
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Outcome:
     step: int
     score: float | None
     seconds: float
-    values: dict[str, Any]
+    values: Values
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,10 @@ def _outcome(result: Result, metric: str, root: str) -> Outcome:
     reported = result.metrics or {}
     seconds = round(reported.get("time_total_s", 0.0), 1)
     values = result.config or {}
-    summary = run_summary(root, run)
-    if summary and not result.error:
-        score = summary["metrics"].get(metric)
-        return Outcome(run, "finished", summary["steps"], score, seconds, values)
+    done = summary.read(storage.join(root, "runs", run))
+    if done and not result.error:
+        score = done["metrics"].get(metric)
+        return Outcome(run, "finished", done["steps"], score, seconds, values)
     step, score = int(reported.get("step", 0)), reported.get(metric)
     return Outcome(run, "failed" if result.error else "stopped", step, score, seconds, values)
 
@@ -85,12 +87,6 @@ def run_name(trial_folder: str) -> str:
     Tune appends a suffix where a killed search has left a folder of the same name.
     """
     return re.sub(r"(-\d{5})_\w+$", r"\1", Path(trial_folder).name)
-
-
-def run_summary(root: str, run: str) -> dict[str, Any] | None:
-    """Return the summary that a complete run wrote, or None for an incomplete run."""
-    uri = storage.join(root, "runs", run, "summary.json")
-    return dict(storage.read_json(uri)) if storage.exists(uri) else None
 
 
 def best(trials: list[Outcome]) -> Outcome | None:

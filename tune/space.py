@@ -20,6 +20,7 @@ from ray.tune.search.sample import Domain
 
 from cluster import cli
 from train.config import loader as configs
+from train.config.sections import Values
 from train.kinds import KINDS
 
 SPACES = Path(__file__).parent / "spaces"
@@ -86,7 +87,7 @@ def read(name: str) -> Space:
     return {key: _distribution(entry, f"{path}: {key}") for key, entry in entries.items()}
 
 
-def check(space: Space, kind: str, base: dict[str, Any]) -> None:
+def check(space: Space, kind: str, base: Values) -> None:
     """Check that every value the space can draw gives a valid config.
 
     Args:

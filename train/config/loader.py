@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from cluster.cli import Parser, nearest
-from train.config.sections import Config
+from train.config.sections import Config, Values
 from train.kinds import KINDS
 
 PRESETS = Path(__file__).parent.parent / "presets"
@@ -24,7 +24,6 @@ REFUSED = {
     "without an error, leave out gradients of a critic whose penalty is differentiated twice",
 }
 
-Values = dict[str, Any]
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
@@ -203,7 +202,7 @@ class KeyOptions:
             raise ValueError(str(error).removeprefix("error parsing CLI: ")) from None
 
 
-def _value(values: Values, key: str) -> Any:
+def _value(values: Values, key: str) -> object:
     """Return the value of a dotted key."""
     value: Any = values
     for part in key.split("."):
@@ -211,7 +210,7 @@ def _value(values: Values, key: str) -> Any:
     return value
 
 
-def _with_default(text: str, default: Any) -> str:
+def _with_default(text: str, default: object) -> str:
     """Replace the default at the end of a help text, Python's repr, by what one would type."""
     text = text.rpartition("(default: ")[0].strip()
     if default is None:

@@ -4,26 +4,29 @@ A field's docstring is its help text. Derived values are properties.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
-def as_list(value: Any) -> Any:
+def as_list(value: object) -> object:
     """Accept one path where a list of paths is expected."""
     return [value] if isinstance(value, str) else value
 
 
-def as_integer(value: Any) -> Any:
+def as_integer(value: object) -> object:
     """Accept the command line's digits where a literal integer is expected."""
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
-def as_absolute_path(value: Any) -> Any:
+def as_absolute_path(value: object) -> object:
     """Make a path absolute: workers run in other directories."""
     return str(Path(str(value)).absolute()) if value else value
 
+
+Values: TypeAlias = dict[str, Any]
+"""The values of a config, nested by section or flat by dotted key."""
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -3,15 +3,29 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from filelock import FileLock
 
 from cluster import storage
 
 META = "dataset.json"
+
+
+class ExtractorEntry(TypedDict):
+    """The feature extractor that evaluates images (see `train.gan.extractor_file.Card`)."""
+
+    uri: str
+    sha256: str
+    task: str
+    accuracy: float
+    heldout: int
+    train: int
+    classes: list[str]
+    dataset: str
 
 
 @dataclass(frozen=True)
@@ -21,14 +35,13 @@ class Dataset:
     Attributes:
         uri: its folder.
         meta: the content of its dataset.json, which is written last: a folder without it holds no
-            data set.
-        extractor: the feature extractor that evaluates images of it, once there is one: "uri",
-            "sha256" and what its file says about it.
+            data set. Its type is `train.data.text.Meta` or `train.data.images.Meta`.
+        extractor: the feature extractor that evaluates images of it, once there is one.
     """
 
     uri: str
-    meta: dict[str, Any]
-    extractor: dict[str, Any] | None = None
+    meta: Mapping[str, Any]
+    extractor: ExtractorEntry | None = None
 
     @classmethod
     def open(cls, uri: str) -> "Dataset":
@@ -45,7 +58,7 @@ class Dataset:
         return cls.open(uri) if storage.exists(storage.join(uri, META)) else None
 
     @classmethod
-    def write(cls, uri: str, meta: dict[str, Any]) -> "Dataset":
+    def write(cls, uri: str, meta: Mapping[str, object]) -> "Dataset":
         """Complete the data set at `uri`, whose other files are there."""
         storage.write_json(storage.join(uri, META), meta)
         return cls(uri, meta)
@@ -60,7 +73,7 @@ class Dataset:
         """12 hex digits that change with the source data and with how they are prepared."""
         return str(self.meta["fingerprint"])
 
-    def with_extractor(self, extractor: dict[str, Any]) -> "Dataset":
+    def with_extractor(self, extractor: ExtractorEntry) -> "Dataset":
         """Return the data set with its extractor."""
         return replace(self, extractor=extractor)
 

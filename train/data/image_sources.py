@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from train.config.data import ImageData
 from train.data.hub import download_parquet
 from train.data.shipped.files import shipped
 from train.data.sources import HELDOUT_NAMES, find_files, open_parquet
+
+if TYPE_CHECKING:
+    from torchvision.datasets import VisionDataset
 
 SHIPPED = ("fashion-mnist", "emoji")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -282,7 +285,7 @@ def _from_torchvision(name: str) -> Source:
     )
 
 
-def _torchvision_splits(name: str, root: Path) -> tuple[Any, Any]:
+def _torchvision_splits(name: str, root: Path) -> "tuple[VisionDataset, VisionDataset]":
     """Download a data set; return its train and test splits."""
     import torchvision
 
@@ -315,6 +318,6 @@ def _torchvision_splits(name: str, root: Path) -> tuple[Any, Any]:
     return train, test
 
 
-def _image(dataset: Any, index: int) -> Image.Image:
+def _image(dataset: "VisionDataset", index: int) -> Image.Image:
     image: Image.Image = dataset[index][0]
     return image

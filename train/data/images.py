@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,34 @@ DECODE_AT_ONCE = 512
 Pixels = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.int64]
+
+
+class Split(TypedDict):
+    """What dataset.json says about a split."""
+
+    images: int
+    sha256: dict[str, str]
+    """By file."""
+
+
+class Meta(TypedDict):
+    """The content of dataset.json."""
+
+    kind: str
+    name: str
+    fingerprint: str
+    source: list[str]
+    size: int
+    """Height and width of the stored images in pixels."""
+    channels: int
+    classes: list[str]
+    """By label; empty without classes."""
+    splits: dict[str, Split]
+
+
+def meta_of(dataset: Dataset) -> Meta:
+    """Return the dataset.json of a data set of images."""
+    return cast(Meta, dataset.meta)
 
 
 # ---- preparing
@@ -75,7 +103,7 @@ def prepare(data: ImageData, root: str, conditional: bool = False) -> Dataset:
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=target and target.parent) as scratch:
         folder = Path(scratch) / "dataset"
         folder.mkdir()
-        meta = {
+        meta: Meta = {
             "kind": "images",
             "name": name,
             "fingerprint": digest,
@@ -134,7 +162,7 @@ def stored_size(data: ImageData) -> int:
     return data.size + (max(4, data.size // 8) if data.random_crop else 0)
 
 
-def _decode_all(source: Source, data: ImageData, folder: Path) -> dict[str, Any]:
+def _decode_all(source: Source, data: ImageData, folder: Path) -> dict[str, Split]:
     """Write the images of both splits, (N, S, S, C) uint8, and their labels, (N) int64.
 
     Returns:
@@ -232,7 +260,7 @@ def decode(content: bytes | Image.Image, name: str, size: int, channels: int) ->
     return np.asarray(image).reshape(size, size, channels)
 
 
-def _publish(folder: Path, uri: str, meta: dict[str, Any]) -> None:
+def _publish(folder: Path, uri: str, meta: Meta) -> None:
     """Move a finished folder to `uri`: rename it, or upload it with dataset.json last."""
     target = storage.local_path(uri)
     if target is None:
@@ -267,7 +295,7 @@ class Images:
         self, dataset: Dataset, split: str, size: int, horizontal_flip: bool = False
     ) -> None:
         folder = dataset.fetch()
-        self.meta = dataset.meta
+        self.meta = meta_of(dataset)
         self.size, self.horizontal_flip = size, horizontal_flip
         stored, channels = self.meta["size"], self.meta["channels"]
         self.margin = stored - size

@@ -15,7 +15,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,43 @@ class Shard(TypedDict):
     documents: int
     text_bytes: int
     sha256: str
+
+
+class Split(TypedDict):
+    """What dataset.json says about a split: totals, and its shards."""
+
+    tokens: int
+    documents: int
+    text_bytes: int
+    shards: list[Shard]
+
+
+class Meta(TypedDict):
+    """The content of dataset.json."""
+
+    kind: str
+    name: str
+    fingerprint: str
+    source: list[str]
+    dtype: str
+    """Of a token in the shards, e.g. uint16."""
+    vocab_size: int
+    eos_token_id: int
+    splits: dict[str, Split]
+
+
+class _Task(TypedDict):
+    """A row of the Ray Data pipeline: a `Part` and its position."""
+
+    index: int
+    uri: str
+    row_group: int | None
+    heldout: bool | None
+
+
+def meta_of(dataset: Dataset) -> Meta:
+    """Return the dataset.json of a data set of text."""
+    return cast(Meta, dataset.meta)
 
 
 # ---- preparing
@@ -78,7 +115,7 @@ def prepare(data: TextData, root: str) -> Dataset:
                 f"data.source {data.source}: the {split} split has no text: give more documents, "
                 "data.heldout, or another data.heldout_fraction"
             )
-    meta = {
+    meta: Meta = {
         "kind": "text",
         "name": name,
         "fingerprint": digest,
@@ -125,7 +162,7 @@ def _pack_all(
     return [row["shards"] for row in sorted(rows, key=lambda row: int(row["index"]))]
 
 
-def _pack(task: dict[str, Any], data: dict[str, Any], uri: str, tokenizer: str) -> dict[str, str]:
+def _pack(task: _Task, data: dict[str, object], uri: str, tokenizer: str) -> dict[str, str]:
     """Tokenize one part and write its shards; the function of a Ray Data task.
 
     Args:
@@ -179,8 +216,7 @@ def _tokenize(
     return tokens, text_bytes
 
 
-def _split(split: str, packed: list[dict[str, Shard]]) -> dict[str, Any]:
-    """Return what dataset.json says about a split: totals, and its shards."""
+def _split(split: str, packed: list[dict[str, Shard]]) -> Split:
     shards = [part[split] for part in packed if split in part]
     return {
         "tokens": sum(shard["tokens"] for shard in shards),
@@ -190,7 +226,7 @@ def _split(split: str, packed: list[dict[str, Shard]]) -> dict[str, Any]:
     }
 
 
-def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+def _dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
     return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
 
 
@@ -211,7 +247,7 @@ class Tokens:
 
     def __init__(self, dataset: Dataset, split: str, context: int) -> None:
         folder = dataset.fetch()
-        self.meta = dataset.meta
+        self.meta = meta_of(dataset)
         self.split = self.meta["splits"][split]
         self.context = context
         dtype = np.dtype(self.meta["dtype"])

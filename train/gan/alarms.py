@@ -46,7 +46,7 @@ class Alarms:
         self._constant_loss = CONSTANT_CRITIC_LOSS.get(objective)
         self._history = History(**copy.deepcopy(dict(saved or {})))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return what `saved` takes, JSON-compatible."""
         return asdict(self._history)
 

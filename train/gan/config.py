@@ -1,6 +1,6 @@
 """The config of a GAN's run."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -8,7 +8,7 @@ from train.config.data import ImageData
 from train.config.sections import Config, Fraction, OptionalPath, Positive, Section
 
 
-def _refuse_batch_norm(value: Any) -> Any:
+def _refuse_batch_norm(value: object) -> object:
     if value == "batch":
         raise ValueError(
             "model.critic_norm batch is unsupported: the critic's score of an image would depend "

@@ -3,18 +3,20 @@
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from cluster import storage
+from models.bundle import ModelEntries, Parity
 from models.images import contact_sheet, png
 from models.latents import seeded_latents
 from models.nets.dcgan import Generator
 from models.runtime import ImageGraph, signature
 from train.data.dataset import Dataset
+from train.data.images import meta_of
 from train.gan.config import GanConfig
 from train.gan.trainer import net_config
 from train.parallel.state import State
@@ -28,16 +30,26 @@ GOLDEN_SEED, GOLDEN_IMAGES = 7, 2
 SAMPLE_ROWS, SAMPLE_COLUMNS = 10, 8
 
 
+class Golden(TypedDict):
+    """The content of golden.json."""
+
+    seed: int
+    labels: list[int] | None
+    latents: list[list[float]]
+    images: list[list[list[list[float]]]]
+    """(N, C, H, W), rounded to 5 decimals."""
+
+
 def export_checkpoint(
     config: GanConfig, state: State, dataset: Dataset, folder: Path
-) -> dict[str, Any]:
+) -> ModelEntries:
     """Write the bundle of a checkpoint's averaged generator. See `train.kinds.Kind.export`."""
     generator = Generator(net_config(config, dataset))
     generator.load_state_dict(dict(state["generator_ema"]))
-    return export_gan(generator, dataset.meta["classes"], folder)
+    return export_gan(generator, meta_of(dataset)["classes"], folder)
 
 
-def export_gan(generator: Generator, class_names: list[str], folder: Path) -> dict[str, Any]:
+def export_gan(generator: Generator, class_names: list[str], folder: Path) -> ModelEntries:
     """Write a GAN bundle's files, all but the manifest, into `folder`.
 
     Args:
@@ -110,7 +122,7 @@ def write_graph(generator: Generator, path: Path) -> None:
     program.save(path)
 
 
-def measure_parity(generator: Generator, graph: ImageGraph) -> dict[str, Any]:
+def measure_parity(generator: Generator, graph: ImageGraph) -> Parity:
     """Return the largest difference between the graph's images and torch's, for each batch size of
     `BATCHES`.
 
@@ -136,7 +148,7 @@ def _inputs(generator: Generator, seed: int, count: int) -> tuple[np.ndarray, np
     return latents, np.arange(count) % num_classes if num_classes else None
 
 
-def _golden(generator: Generator, graph: ImageGraph) -> dict[str, Any]:
+def _golden(generator: Generator, graph: ImageGraph) -> Golden:
     latents, labels = _inputs(generator, GOLDEN_SEED, GOLDEN_IMAGES)
     images = graph.run(latents, labels)
     return {

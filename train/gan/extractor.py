@@ -12,6 +12,7 @@ import ray
 import torch
 
 from cluster.connect import connect
+from train.data import images
 from train.data.dataset import Dataset
 from train.data.shipped.files import shipped
 from train.gan import extractor_file, extractor_training
@@ -35,11 +36,11 @@ def prepare(config: GanConfig, dataset: Dataset, say: Callable[[str], None] = pr
     """
     _check_size(dataset)
     uri = extractor_file.find(dataset.uri, config.data.size)
-    if uri is None and dataset.meta["source"] == ["fashion-mnist"]:
+    if uri is None and images.meta_of(dataset)["source"] == ["fashion-mnist"]:
         content = shipped("fashion-mnist-extractor.safetensors").read_bytes()
         uri = extractor_file.publish(content, dataset.uri, config.data.size)
     if uri is None:
-        count = dataset.meta["splits"]["train"]["images"]
+        count = images.meta_of(dataset)["splits"]["train"]["images"]
         say(f"extractor: training on {count:,} images, once for this data set")
         uri = _train_on_cluster(config, dataset)
     _, card = extractor_file.read(uri)
@@ -49,7 +50,7 @@ def prepare(config: GanConfig, dataset: Dataset, say: Callable[[str], None] = pr
 
 
 def _check_size(dataset: Dataset) -> None:
-    for split, facts in dataset.meta["splits"].items():
+    for split, facts in images.meta_of(dataset)["splits"].items():
         if facts["images"] < MIN_IMAGES:
             raise ValueError(
                 f"{dataset.uri} has {facts['images']} images in its {split} split, and an "

@@ -6,7 +6,7 @@ The hash in the name makes a file complete and undamaged, or refused.
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from cluster import storage
 from models.nets.features import Extractor, ExtractorConfig
+from train.data.dataset import ExtractorEntry
 
 VERSION = 1  # part of the file's name: increase it when the net or its training changes
 
@@ -118,11 +119,20 @@ def load(uri: str, device: torch.device | str) -> Extractor:
     return read(uri)[0].to(device)
 
 
-def lineage_entry(uri: str) -> dict[str, Any]:
-    """Return what a run's lineage says about its extractor: "uri", "sha256" and its `Card`."""
+def lineage_entry(uri: str) -> ExtractorEntry:
+    """Return what a run's lineage says about its extractor."""
     content = _read_content(uri)
     _, card = unpack(content, uri)
-    return {"uri": uri, "sha256": hashlib.sha256(content).hexdigest(), **asdict(card)}
+    return {
+        "uri": uri,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "task": card.task,
+        "accuracy": card.accuracy,
+        "heldout": card.heldout,
+        "train": card.train,
+        "classes": card.classes,
+        "dataset": card.dataset,
+    }
 
 
 def _read_content(uri: str) -> bytes:

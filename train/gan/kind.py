@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from train.data.dataset import Dataset
 from train.gan.config import GanConfig
@@ -11,6 +11,7 @@ from train.run.meter import TIMES
 from train.run.panels import Panel, Scale
 
 if TYPE_CHECKING:
+    from models.bundle import ModelEntries
     from train.parallel.state import State
     from train.run.worker import Worker
 
@@ -85,7 +86,7 @@ class Gan:
 
     def export(
         self, config: GanConfig, state: "State", dataset: Dataset, folder: Path, weights: str
-    ) -> dict[str, Any]:
+    ) -> "ModelEntries":
         """Write a bundle's files, all but the manifest, into `folder`."""
         from train.gan import export
 

@@ -1,7 +1,6 @@
 """The GAN's own part of a run's report: alarms, a film of the training, samples, quality."""
 
 import io
-from typing import Any
 
 import numpy as np
 import yaml
@@ -9,6 +8,7 @@ from PIL import Image
 
 from cluster import storage
 from train.data.dataset import Dataset
+from train.data.images import meta_of
 from train.gan import film
 from train.gan.metrics import QUALITY, QUALITY_METRICS
 from train.run import lineage, records
@@ -36,7 +36,7 @@ def sections(run_uri: str, metrics: dict[str, float]) -> list[str]:
     ]
 
 
-def _alarms(alarms: list[dict[str, Any]] | None) -> list[str]:
+def _alarms(alarms: list[records.Alarm] | None) -> list[str]:
     if alarms is None:
         return []
     lines = [
@@ -89,7 +89,7 @@ def _class_names(run_uri: str) -> list[str] | None:
         return None
     origin = lineage.read(run_uri)
     dataset = Dataset.find(origin["dataset"]["uri"]) if origin else None
-    return dataset.meta["classes"][: film.GRID_ROWS] if dataset else []
+    return meta_of(dataset)["classes"][: film.GRID_ROWS] if dataset else []
 
 
 def _generated_and_real(samples: Samples) -> list[str]:
@@ -151,9 +151,10 @@ def _quality(run_uri: str, metrics: dict[str, float]) -> list[str]:
 
 def _extractor(run_uri: str) -> list[str]:
     """Say which extractor computed the features: metrics of different ones are not comparable."""
-    extractor = (lineage.read(run_uri) or {}).get("extractor")
-    if extractor is None:
+    origin = lineage.read(run_uri)
+    if origin is None or "extractor" not in origin:
         return []
+    extractor = origin["extractor"]
     accuracy = f"{extractor['accuracy']:.1%} of held-out images right"
     return [
         f"Features: from an extractor trained on {extractor['task']} ({accuracy}), sha256 "

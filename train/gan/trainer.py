@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.nets.dcgan import Critic, DcganConfig, Generator
 from models.nets.losses import OBJECTIVES
 from train.data.dataset import Dataset
-from train.data.images import Images
+from train.data.images import Images, meta_of
 from train.data.order import Order, positions, rng
 from train.gan.config import GanConfig
 from train.parallel.average import Average
@@ -24,7 +24,7 @@ CRITIC, GENERATOR, SAMPLES, EVALUATION = 2, 3, 4, 5
 
 def net_config(config: GanConfig, dataset: Dataset) -> DcganConfig:
     """Return the shape of both networks for a run's config and data set."""
-    classes = dataset.meta["classes"]
+    classes = meta_of(dataset)["classes"]
     assert classes or not config.model.conditional, "images.prepare refuses this"
     return DcganConfig(
         image_size=config.data.size,

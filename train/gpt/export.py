@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from cluster import storage
+from models.bundle import ModelEntries, Parity, Quantization
 from models.nets import gpt
 from models.runtime import TextGraph, signature
 from train.data import text
@@ -48,6 +49,17 @@ PROMPT_TOKENS, GOLDEN_TOKENS, SAMPLE_TOKENS = 8, 32, 300
 # Enough to measure the cost of 8-bit weights to four digits: both graphs get the same tokens.
 HELDOUT_TOKENS = 8192
 
+
+class Golden(TypedDict):
+    """The content of golden.json: a greedy continuation."""
+
+    prompt: str
+    ids: list[int]
+    max_tokens: int
+    tokens: list[int]
+    text: str
+
+
 # What parity is measured on: for each row of a batch, the sizes of the chunks that its tokens come
 # in.
 CASES: dict[str, list[list[int]]] = {
@@ -63,7 +75,7 @@ CASES: dict[str, list[list[int]]] = {
 
 def export_checkpoint(
     config: GptConfig, state: State, dataset: Dataset, folder: Path, weights: str
-) -> dict[str, Any]:
+) -> ModelEntries:
     """Write the bundle of a checkpoint: the averaged weights where the run has them.
 
     See `train.kinds.Kind.export`.
@@ -88,7 +100,7 @@ def export_gpt(
     heldout: np.ndarray,
     folder: Path,
     weights: str = "fp32",
-) -> dict[str, Any]:
+) -> ModelEntries:
     """Write a GPT bundle's files, all but the manifest, into `folder`.
 
     Args:
@@ -151,7 +163,7 @@ def export_gpt(
 
 def _write_int8_graph(
     model: GPT2LMHeadModel, tokenizer: Tokenizer, heldout: np.ndarray, path: Path
-) -> dict[str, Any]:
+) -> Quantization:
     """Write the graph with 8-bit weights, made from a float32 graph whose parity was checked.
 
     Returns:
@@ -188,7 +200,7 @@ def slot_attention(
     *,
     scaling: float,
     slot_cache: SlotCache,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Compute attention with ONNX operators, through transformers' attention interface.
 
@@ -309,7 +321,7 @@ def write_graph(model: GPT2LMHeadModel, path: Path) -> None:
 
 def measure_parity(
     model: GPT2LMHeadModel, graph: TextGraph, heldout: np.ndarray, weights: str = "fp32"
-) -> dict[str, Any]:
+) -> Parity:
     """Compare the graph's logits with those of transformers and its own cache, in all `CASES`.
 
     Returns:
@@ -377,7 +389,7 @@ def golden_answer(
     heldout: np.ndarray,
     eos: int,
     weights: str = "fp32",
-) -> dict[str, Any]:
+) -> Golden:
     """Return the graph's greedy continuation of the first words of the held-out text.
 
     Raises:

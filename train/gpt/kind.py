@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster import storage
 from train.data.dataset import Dataset
@@ -12,6 +12,7 @@ from train.run.panels import Panel
 from train.run.tables import metrics_table
 
 if TYPE_CHECKING:
+    from models.bundle import ModelEntries
     from train.parallel.state import State
     from train.run.worker import Worker
 
@@ -82,7 +83,7 @@ class Gpt:
 
     def export(
         self, config: GptConfig, state: "State", dataset: Dataset, folder: Path, weights: str
-    ) -> dict[str, Any]:
+    ) -> "ModelEntries":
         """Write a bundle's files, all but the manifest, into `folder`."""
         from train.gpt import export
 

@@ -3,7 +3,6 @@
 import itertools
 import math
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +63,7 @@ def train(worker: Worker[GptConfig], resumed: tuple[int, State] | None) -> dict[
     averaged_weights = average.applied if average else nullcontext
     model.train()
 
-    flops = step_flops(config, model, worker.dataset.meta["vocab_size"])
+    flops = step_flops(config, model, tokens.meta["vocab_size"])
     peak = peak_flops(strategy.device, strategy.precision) * strategy.world_size
     meter = Meter("tokens_per_s", config.tokens_per_step, flops, peak)
 
@@ -165,7 +164,7 @@ def evaluate(model: GPT2LMHeadModel, heldout: text.Tokens, strategy: Strategy) -
     }
 
 
-def sample(config: GptConfig, model: Any, dataset: Dataset) -> str:
+def sample(config: GptConfig, model: GPT2LMHeadModel, dataset: Dataset) -> str:
     """Return sample.prompt and the text that the model writes after it."""
     tokenizer = Tokenizer.from_file(str(dataset.fetch() / "tokenizer.json"))
     settings = config.sample

@@ -9,6 +9,7 @@ from transformers import GPT2LMHeadModel
 
 from models.nets import gpt
 from train.data.dataset import Dataset
+from train.data.text import meta_of
 from train.gpt.config import GptConfig
 from train.parallel.state import Halt
 from train.parallel.strategy import Strategy
@@ -22,7 +23,8 @@ def check(config: GptConfig, dataset: Dataset) -> None:
         ValueError: there are fewer tokens than one sample has, or the pretrained model has other
             sizes.
     """
-    sizes, tokens = config.model, dataset.meta["splits"]["train"]["tokens"]
+    sizes, meta = config.model, meta_of(dataset)
+    tokens = meta["splits"]["train"]["tokens"]
     if tokens < 2 * sizes.context + 1:
         raise ValueError(
             f"the data have {tokens} tokens to train on, and model.context is {sizes.context}: use "
@@ -31,10 +33,10 @@ def check(config: GptConfig, dataset: Dataset) -> None:
     if sizes.pretrained is None:
         return
     pretrained = gpt.read_config(sizes.pretrained)
-    if pretrained.vocab_size != dataset.meta["vocab_size"]:
+    if pretrained.vocab_size != meta["vocab_size"]:
         raise ValueError(
             f"model.pretrained {sizes.pretrained} has {pretrained.vocab_size} tokens and the "
-            f"tokenizer {dataset.meta['vocab_size']}: use the tokenizer it was trained with, e.g. "
+            f"tokenizer {meta['vocab_size']}: use the tokenizer it was trained with, e.g. "
             f"--data.tokenizer {sizes.pretrained}"
         )
     if pretrained.n_positions < sizes.context:
@@ -49,17 +51,17 @@ def build(config: GptConfig, dataset: Dataset) -> GPT2LMHeadModel:
 
     See `check` for what must fit together.
     """
-    sizes = config.model
+    sizes, meta = config.model, meta_of(dataset)
     if sizes.pretrained is not None:
         return gpt.load(sizes.pretrained, sizes.dropout)
     return gpt.build(
-        dataset.meta["vocab_size"],
+        meta["vocab_size"],
         sizes.context,
         sizes.width,
         sizes.layers,
         sizes.heads,
         sizes.dropout,
-        dataset.meta["eos_token_id"],
+        meta["eos_token_id"],
     )
 
 

@@ -10,11 +10,11 @@ scale per tensor. Embeddings, norms and biases stay in float32.
 import logging
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from models.bundle import Quantization
 from models.runtime import TextGraph
 
 BLOCK_SIZE = 32
@@ -48,7 +48,7 @@ def quantize(source: Path, target: Path) -> None:
 
 def measure(
     reference: Path, quantized: Path, context: int, heldout: np.ndarray, tokenizer: Tokenizer
-) -> dict[str, Any]:
+) -> Quantization:
     """Measure what 8-bit weights cost.
 
     Args:

@@ -163,7 +163,7 @@ class Learner:
             gradient_as_bucket_view=True,
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         return self.module(*args, **kwargs)
 
     def set_lr(self, lr: float) -> None:

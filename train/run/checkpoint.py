@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypedDict, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cluster import storage
+from train.config.sections import Values
 from train.parallel.state import Halt, Shard, State
 from train.run.hooks import Hooks
 
@@ -39,6 +40,14 @@ UPLOAD_LIMIT = timedelta(hours=12)  # how long the workers wait for the slowest 
 T = TypeVar("T")
 
 
+class FileEntry(TypedDict):
+    """What a manifest says about a file."""
+
+    bytes: int
+    sha256: str
+    part: str
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of a complete checkpoint's manifest.json."""
@@ -49,9 +58,9 @@ class Manifest:
     strategy: str
     score: float | None
     """On held-out data at this step, smaller is better; None: not evaluated."""
-    files: dict[str, dict[str, Any]]
-    """By name: "bytes", "sha256" and "part"."""
-    config: dict[str, Any]
+    files: dict[str, FileEntry]
+    """By name."""
+    config: Values
 
     @property
     def folder(self) -> str:
@@ -216,9 +225,9 @@ def read(run_uri: str, manifest: Manifest) -> State:
         raise ValueError(f"{uri} is damaged ({error})") from None
 
 
-def _read_part(files: list[Path], owner: object) -> Mapping[str, Any]:
+def _read_part(files: list[Path], owner: object) -> Mapping[str, object]:
     if files[0].suffix == ".json":
-        values: dict[str, Any] = storage.read_json(files[0])
+        values: dict[str, object] = storage.read_json(files[0])
         return values
     return Part(sorted(files), owner)
 
@@ -244,7 +253,7 @@ class Checkpointer:
     def __init__(
         self,
         run_uri: str,
-        config: dict[str, Any],
+        config: Values,
         strategy: str = "ddp",
         keep_last: int = 2,
         keep_best: int = 0,
@@ -345,7 +354,7 @@ class Checkpointer:
                 "the older ones are untouched"
             )
 
-    def _copy(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _copy(self, values: Mapping[str, object]) -> dict[str, object]:
         """Return a copy on the CPU of what this worker writes of a part; training changes the
         original meanwhile."""
         if not _is_tensors(values):
@@ -358,7 +367,7 @@ class Checkpointer:
 
     # ---- in the background
 
-    def _write(self, step: int, state: dict[str, dict[str, Any]], score: float | None) -> None:
+    def _write(self, step: int, state: dict[str, dict[str, object]], score: float | None) -> None:
         """Write this worker's part of a checkpoint; keep the error for `join`."""
         uri = storage.join(self.run_uri, "checkpoints", _folder(step))
         try:
@@ -384,9 +393,9 @@ class Checkpointer:
         self._check_driver()
         storage.delete(uri)
 
-    def _upload(self, uri: str, state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _upload(self, uri: str, state: dict[str, dict[str, object]]) -> dict[str, FileEntry]:
         """Write this worker's files; return their entries in the manifest."""
-        files: dict[str, dict[str, Any]] = {}
+        files: dict[str, FileEntry] = {}
         with tempfile.TemporaryDirectory(prefix="raykiln-checkpoint-") as scratch:
             for part, values in state.items():
                 path = self._write_part(Path(scratch), part, values)
@@ -402,23 +411,26 @@ class Checkpointer:
                 storage.upload(scratch, uri)
         return files
 
-    def _write_part(self, folder: Path, part: str, values: dict[str, Any]) -> Path:
+    def _write_part(self, folder: Path, part: str, values: Mapping[str, object]) -> Path:
         """Write this worker's file of a part, and return its path."""
         if not _is_tensors(values):
             path = folder / f"{part}.json"
             storage.write_json(path, values)
             return path
         shards = {name: value for name, value in values.items() if isinstance(value, Shard)}
+        tensors = {
+            name: value.values if isinstance(value, Shard) else value
+            for name, value in values.items()
+        }
         if not shards:
             path = folder / f"{part}.safetensors"
-            save_file(values, path)
+            save_file(tensors, path)
             return path
         path = folder / f"{part}-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
         positions = {
             name: {"start": shard.start, "shape": list(shard.shape)}
             for name, shard in shards.items()
         }
-        tensors = values | {name: shard.values for name, shard in shards.items()}
         save_file(tensors, path, metadata={"shards": json.dumps(positions)})
         return path
 
@@ -498,7 +510,7 @@ class Checkpointer:
         return values
 
 
-def _is_tensors(values: Mapping[str, Any]) -> bool:
+def _is_tensors(values: Mapping[str, object]) -> TypeGuard[Mapping[str, torch.Tensor | Shard]]:
     return bool(values) and all(
         isinstance(value, (torch.Tensor, Shard)) for value in values.values()
     )

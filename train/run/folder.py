@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import psutil
 import yaml
 
 from cluster import storage
-from train.config.sections import Config
+from train.config.sections import Config, Values
 from train.run import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _start(config: Config, name: str, uri: str) -> int:
     return newest.step
 
 
-def _check_config(config: Config, name: str, before: dict[str, Any]) -> None:
+def _check_config(config: Config, name: str, before: Values) -> None:
     """Check that the config differs only in keys that may change.
 
     Raises:
@@ -131,9 +131,9 @@ def _check_config(config: Config, name: str, before: dict[str, Any]) -> None:
             )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Values, prefix: str = "") -> Values:
     """Return nested values by dotted keys."""
-    flat: dict[str, Any] = {}
+    flat: Values = {}
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
@@ -143,6 +143,18 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # ---- one driver
+
+
+class DriverFile(TypedDict):
+    """The content of driver.json: the process that drives the run."""
+
+    token: str
+    host: str
+    pid: int
+    started: float
+    """When the process was created: Unix, seconds. Another process may get the same pid later."""
+    heartbeat: float
+    """When the process was last alive: Unix, seconds; 0 once it has ended."""
 
 
 @contextmanager
@@ -195,7 +207,7 @@ def _driver(name: str, uri: str) -> Iterator[str]:
                 storage.write_json(file, {**driver, "heartbeat": 0})
 
 
-def _check_dead(name: str, other: dict[str, Any]) -> None:
+def _check_dead(name: str, other: DriverFile) -> None:
     """Check that the driver of another driver.json has ended.
 
     Raises:

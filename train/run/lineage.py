@@ -3,13 +3,27 @@
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 from cluster import storage
-from train.data.dataset import Dataset
+from train.data.dataset import Dataset, ExtractorEntry
 from train.run.folder import Run
 
-Lineage = dict[str, Any]
+
+class DatasetEntry(TypedDict):
+    """What lineage.json says about the data set."""
+
+    name: str
+    fingerprint: str
+    uri: str
+
+
+class Lineage(TypedDict):
+    """The content of lineage.json."""
+
+    dataset: DatasetEntry
+    commit: str | None
+    extractor: NotRequired[ExtractorEntry]
 
 
 def uri_of(run_uri: str) -> str:
@@ -20,7 +34,7 @@ def uri_of(run_uri: str) -> str:
 def read(run_uri: str) -> Lineage | None:
     """Return a run's lineage, or None where it has none yet."""
     uri = uri_of(run_uri)
-    return storage.read_json(uri) if storage.exists(uri) else None
+    return cast(Lineage, storage.read_json(uri)) if storage.exists(uri) else None
 
 
 def check_dataset(run: Run, dataset: Dataset) -> Lineage:
@@ -49,13 +63,13 @@ def check_dataset(run: Run, dataset: Dataset) -> Lineage:
     return lineage
 
 
-def check_extractor(run: Run, lineage: Lineage, extractor: dict[str, Any]) -> Lineage:
+def check_extractor(run: Run, lineage: Lineage, extractor: ExtractorEntry) -> Lineage:
     """Return the lineage with the extractor that evaluates the run's images.
 
     Args:
         run: the run.
         lineage: its lineage so far.
-        extractor: "uri", "sha256" and more.
+        extractor: the one that evaluates it now.
 
     Raises:
         ValueError: the run was evaluated by another extractor.
@@ -67,7 +81,7 @@ def check_extractor(run: Run, lineage: Lineage, extractor: dict[str, Any]) -> Li
             f"{extractor['uri']}, whose metrics are not comparable: restore that file, or use "
             "another --run.name"
         )
-    return lineage | {"extractor": extractor}
+    return {**lineage, "extractor": extractor}
 
 
 def write(run: Run, lineage: Lineage) -> None:

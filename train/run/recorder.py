@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,7 @@ from PIL import Image
 from cluster import storage
 from train.parallel.state import Halt
 from train.run import records
-from train.run.wandb_mirror import Mirror
+from train.run.wandb_mirror import Mirror, Options
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -76,8 +76,7 @@ class RunRecorder:
         run_uri: the run's folder; a remote one is written to at each `flush`.
         start: the step resumed from. What an interrupted run recorded beyond it is dropped.
         feed: the driver's feed actor (see `train.run.progress`), or None.
-        wandb: for a copy in Weights & Biases: mode ("online" or "offline"), project, name and
-            config of the run.
+        wandb: for a copy in Weights & Biases.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class RunRecorder:
         run_uri: str,
         start: int = 0,
         feed: "ActorHandle[Feed] | None" = None,
-        wandb: dict[str, Any] | None = None,
+        wandb: Options | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -118,7 +117,7 @@ class RunRecorder:
             # The time distinguishes it from an earlier run of this name: W&B would take the steps
             # of one for those of the other.
             run_id = f"{wandb['name'][:48]}-{int(starts[0]['time'] * 1000):x}"
-            self._mirror = Mirror(run_uri, {**wandb, "id": run_id})
+            self._mirror = Mirror(run_uri, wandb, run_id)
             self._mirror.replay(kept, start)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:

@@ -3,8 +3,9 @@
 import contextlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from cluster import storage
 
@@ -15,9 +16,17 @@ METRICS, STARTS, ALARMS = "metrics.jsonl", "starts.jsonl", "alarms.jsonl"
 Row = dict[str, float]
 
 
+class Alarm(TypedDict):
+    """A line of alarms.jsonl."""
+
+    step: int
+    kind: str
+    message: str
+
+
 def metrics(run_uri: str) -> list[Row]:
     """Return the rows of metrics.jsonl: {"step", "time" (Unix, seconds), metric: value, ...}."""
-    return _read(storage.join(run_uri, METRICS))
+    return cast(list[Row], _read(storage.join(run_uri, METRICS)))
 
 
 def starts(run_uri: str) -> list[Row]:
@@ -26,23 +35,22 @@ def starts(run_uri: str) -> list[Row]:
     The first row is the run's beginning.
     """
     uri = storage.join(run_uri, STARTS)
-    return _read(uri) if storage.exists(uri) else []
+    return cast(list[Row], _read(uri)) if storage.exists(uri) else []
 
 
-def alarms(run_uri: str) -> list[dict[str, Any]] | None:
-    """Return the run's alarms, {"step", "kind", "message"}; None where the file is missing, as in
-    runs of an older version."""
+def alarms(run_uri: str) -> list[Alarm] | None:
+    """Return the run's alarms; None where the file is missing, as in runs of an older version."""
     uri = storage.join(run_uri, ALARMS)
-    return _read(uri) if storage.exists(uri) else None
+    return cast(list[Alarm], _read(uri)) if storage.exists(uri) else None
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows as JSON lines to a local file, atomically."""
     storage.write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def _read(uri: str) -> list[dict[str, Any]]:
-    rows = []
+def _read(uri: str) -> list[object]:
+    rows: list[object] = []
     for line in storage.read_bytes(uri).decode().splitlines():
         with contextlib.suppress(json.JSONDecodeError):  # a killed process was writing this line
             rows.append(json.loads(line))

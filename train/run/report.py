@@ -16,6 +16,7 @@ from train.kinds import Kind
 from train.run import records
 from train.run.meter import TIMES
 from train.run.panels import Panel, Scale
+from train.run.summary import Summary
 
 COLUMNS = 3  # panels side by side
 # Peaks above this multiple of the median would flatten the rest on a linear scale.
@@ -30,7 +31,7 @@ ALARMS = {
 OTHER_ALARM = ("tab:gray", 1.5)
 
 
-def write(uri: str, summary: dict[str, Any], kind: Kind[Any]) -> None:
+def write(uri: str, summary: Summary, kind: Kind[Any]) -> None:
     """Write curves.png and report.md into the run's folder, with the files that its kind adds.
 
     Args:
@@ -52,7 +53,7 @@ def curves(
     rows: list[records.Row],
     panels: Sequence[Panel],
     title: str,
-    alarms: Sequence[dict[str, Any]] = (),
+    alarms: Sequence[records.Alarm] = (),
 ) -> bytes:
     """Plot a run's metrics over its steps; a PNG.
 
@@ -126,7 +127,7 @@ def _set_scale(axes: Axes, values: np.ndarray, logarithmic: bool) -> None:
 # ---- report.md
 
 
-def _head(uri: str, summary: dict[str, Any]) -> list[str]:
+def _head(uri: str, summary: Summary) -> list[str]:
     """Say what ran, from where it was resumed, and where its time went."""
     steps = f"{summary['steps']} steps on {summary['workers']} worker(s)"
     seconds = f"the last command took {summary['seconds']:,} s"

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from PIL import Image
 
@@ -67,17 +67,26 @@ def check_wandb(mode: str) -> None:
         )
 
 
+class Options(TypedDict):
+    """What W&B is told about a run."""
+
+    mode: Literal["online", "offline"]
+    project: str
+    name: str
+    config: dict[str, Any]
+
+
 class Mirror:
     """W&B's copy of a run, new or resumed.
 
     Args:
         run_uri: the run's folder. W&B's files are in its wandb/; where the folder is remote they
             are uploaded when the run ends.
-        options: mode ("online" or "offline"), project, name, config, and id: the same at each
-            start of a run.
+        options: of the run.
+        run_id: the same at each start of a run.
     """
 
-    def __init__(self, run_uri: str, options: dict[str, Any]) -> None:
+    def __init__(self, run_uri: str, options: Options, run_id: str) -> None:
         self._run_uri = run_uri
         local = storage.local_path(run_uri)
         # Uploaded at the end only: W&B's service writes and renames files at any time.
@@ -93,6 +102,7 @@ class Mirror:
             _delete_offline_runs(run_uri)
             self._run = wandb.init(
                 **options,
+                id=run_id,
                 dir=str(self._folder),
                 resume="allow" if options["mode"] == "online" else None,
                 # Otherwise a later recorder in this process would get this run again, even a
@@ -174,7 +184,7 @@ class Mirror:
                 storage.upload(self._folder / "wandb", self._remote)
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _log(self, step: int, values: dict[str, Any]) -> None:
+    def _log(self, step: int, values: dict[str, object]) -> None:
         # Steps before W&B's own start are there already.
         if self._run is not None and step >= self._run.starting_step:
             self._run.log(values, step=step)

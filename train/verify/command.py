@@ -16,8 +16,9 @@ from cluster import cli, storage
 from train.config import loader
 from train.config.sections import Config
 from train.data.order import rng
+from train.run import summary
 from train.verify import faults
-from train.verify.driver import Say, run_to_end, with_values
+from train.verify.driver import run_to_end, with_values
 from train.verify.faults import Fault
 from train.verify.options import GPU_TOLERANCE, KILLS
 from train.verify.verdict import Unproven, Verdict, compare_runs, describe, kills_of, table
@@ -33,7 +34,7 @@ def verify(
     keep: bool = False,
     uninterrupted: str | None = None,
     broken_restore: str | None = None,
-    say: Say = lambda _: None,
+    say: cli.Say = cli.say_nothing,
 ) -> Verdict:
     """Train `config` with the faults of `plan` and compare it with an uninterrupted run.
 
@@ -154,8 +155,8 @@ def _check_plan(config: Config, plan: Sequence[Fault]) -> None:
 
 
 def _check_complete(config: Config, root: str, uninterrupted: str) -> None:
-    uri = storage.join(_uri(root, uninterrupted), "summary.json")
-    steps = storage.read_json(uri)["steps"] if storage.exists(uri) else 0
+    done = summary.read(_uri(root, uninterrupted))
+    steps = done["steps"] if done else 0
     if steps != config.steps:
         raise ValueError(
             f"run {uninterrupted} in {root} has completed {steps} steps, and {config.steps} are to "
@@ -203,7 +204,7 @@ def run(arguments: argparse.Namespace, keys: list[str]) -> int:
     tolerance = arguments.tolerance
     if tolerance is None:
         tolerance = GPU_TOLERANCE if config.parallel.gpu else 0.0
-    say = _say_nothing if arguments.json else _say
+    say = cli.say_nothing if arguments.json else cli.say
     for fault in plan:
         say(f"planned: kill -9 of {describe(fault)}")
     # The driver that runs must end too.
@@ -226,11 +227,3 @@ def run(arguments: argparse.Namespace, keys: list[str]) -> int:
         )
         return 1
     return 0 if verdict.equal else 1
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _say_nothing(line: str) -> None:
-    pass

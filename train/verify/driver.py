@@ -5,13 +5,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import IO, Any
+from typing import IO
 
 from cluster import cli, storage
 from train.config import loader
-from train.config.sections import Config
+from train.config.sections import Config, Values
 from train.kinds import KINDS
 from train.run import checkpoint
 from train.verify import faults
@@ -21,10 +21,8 @@ from train.verify.verdict import Unproven
 POLL_S = 0.2
 TERMINATE_S = 20  # within which a driver ends its private cluster
 
-Say = Callable[[str], None]
 
-
-def with_values(config: Config, values: dict[str, Any]) -> Config:
+def with_values(config: Config, values: Values) -> Config:
     """Return the config with other values, by dotted keys."""
     merged = loader.merge(config.model_dump(), loader.nested(values))
     return loader.build(KINDS[config.kind].config, merged, "verify-resume")
@@ -35,7 +33,7 @@ def run_to_end(
     root: str,
     plan: Sequence[Fault] = (),
     broken_restore: str | None = None,
-    say: Say = lambda _: None,
+    say: cli.Say = cli.say_nothing,
 ) -> None:
     """Train a run to its end; start it again each time the plan kills its driver.
 
