@@ -25,8 +25,10 @@ demo: setup
 quick: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not ray and not slow" --numprocesses 2 --dist loadfile --quiet
 
+# Bytecode is kept, because the tests start some hundreds of Python processes.
 test: setup
-	$(RUN) -m pytest --cov --cov-report=term:skip-covered --durations=25 --durations-min=5
+	PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest --cov --cov-report=term:skip-covered \
+		--durations=25 --durations-min=5
 
 test-slow: setup
 	$(RUN) -m pytest -m slow

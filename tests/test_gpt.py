@@ -10,14 +10,18 @@ from transformers import GPT2LMHeadModel
 
 from cluster import storage
 from models.nets import gpt
+from tests.support import workers
 from train import launch
 from train.config import loader
+from train.config.sections import Config
 from train.data.dataset import Dataset
 from train.gpt.config import GptConfig
 from train.gpt.model import build
 from train.gpt.schedule import learning_rate
 from train.run import checkpoint, records
+from train.run.summary import Summary
 
+DROPOUT = {"model.dropout": 0.1}
 VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
 
 
@@ -116,8 +120,8 @@ def kiln(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
-def run(root: str, name: str, **values: Any) -> dict[str, Any]:
-    config = loader.load(
+def config_of(root: str, name: str, **values: Any) -> Config:
+    return loader.load(
         "gpt",
         "gpt-tiny",
         {
@@ -132,7 +136,10 @@ def run(root: str, name: str, **values: Any) -> dict[str, Any]:
             **values,
         },
     )
-    return launch.fit(config, root, quiet=True)
+
+
+def run(root: str, name: str, **values: Any) -> Summary:
+    return launch.fit(config_of(root, name, **values), root, quiet=True)
 
 
 def weights(root: str, name: str) -> dict[str, torch.Tensor]:
@@ -141,50 +148,56 @@ def weights(root: str, name: str) -> dict[str, torch.Tensor]:
     return load_file(f"{root}/runs/{name}/checkpoints/{newest.folder}/model.safetensors")
 
 
-def losses(root: str, name: str) -> dict[int, float]:
-    return {
-        int(row["step"]): row["loss"]
-        for row in records.metrics(f"{root}/runs/{name}")
-        if "loss" in row
-    }
+def losses(rows: list[records.Row]) -> dict[int, float]:
+    return {int(row["step"]): row["loss"] for row in rows if "loss" in row}
 
 
-def test_resume_equals_uninterrupted_run_bit_for_bit(kiln: str) -> None:
-    dropout = {"model.dropout": 0.1}
-    run(kiln, "uninterrupted", steps=10, **dropout)
-    run(kiln, "halved", steps=4, **dropout)
-    summary = run(kiln, "halved", steps=10, **{"run.resume": "must"}, **dropout)
-    assert summary["resumed_from"] == 4
-    assert losses(kiln, "halved") == losses(kiln, "uninterrupted")
+@pytest.fixture(scope="module")
+def halved(kiln: str) -> Summary:
+    """Train the run "halved" for 4 steps and resume it for 6 more; return its summary."""
+    run(kiln, "halved", steps=4, **DROPOUT)
+    return run(kiln, "halved", steps=10, **{"run.resume": "must"}, **DROPOUT)
+
+
+def train_without_ray(rank: int, config: Config, dataset: Dataset, run_uri: str) -> None:
+    workers.run(config, dataset, run_uri)
+
+
+def test_resume_equals_uninterrupted_run_bit_for_bit(kiln: str, halved: Summary) -> None:
+    config, uri = (
+        config_of(kiln, "uninterrupted", steps=10, **DROPOUT),
+        f"{kiln}/runs/uninterrupted",
+    )
+    workers.spawn(1, train_without_ray, config, workers.prepare(config, kiln), uri)
+    assert halved["resumed_from"] == 4
+    assert losses(records.metrics(f"{kiln}/runs/halved")) == losses(
+        storage.read_json(f"{uri}/rows.json")
+    )
     assert all(
         torch.equal(value, weights(kiln, "halved")[name])
         for name, value in weights(kiln, "uninterrupted").items()
     )
 
 
-def test_run_writes_summary_samples_tensorboard_and_lineage(kiln: str) -> None:
-    summary = run(kiln, "watched", steps=2)
-    uri = f"{kiln}/runs/watched"
-    assert storage.read_json(f"{uri}/summary.json") == summary
-    assert 0 < summary["metrics"]["heldout_bits_per_byte"] < 10
-    assert (Path(uri) / "samples/text_000002.txt").read_text()
+def test_run_writes_summary_samples_tensorboard_and_lineage(kiln: str, halved: Summary) -> None:
+    uri = f"{kiln}/runs/halved"
+    assert storage.read_json(f"{uri}/summary.json") == halved
+    assert 0 < halved["metrics"]["heldout_bits_per_byte"] < 10
+    assert (Path(uri) / "samples/text_000010.txt").read_text()
     assert list((Path(uri) / "tensorboard").glob("events*"))
-    assert storage.read_json(f"{uri}/lineage.json")["dataset"]["fingerprint"] in summary["dataset"]
+    assert storage.read_json(f"{uri}/lineage.json")["dataset"]["fingerprint"] in halved["dataset"]
 
 
 def test_missing_data_workers_and_cluster_are_one_line_errors(kiln: str, command: Any) -> None:
-    missing = command(
-        "train", "gpt", "--config", "gpt-tiny", "--data.source", "nowhere.txt", "--storage", kiln
-    )
-    assert missing.returncode == 2
-    assert "there are no files at nowhere.txt" in missing.stderr
-    assert "Traceback" not in missing.stderr + missing.stdout
+    with pytest.raises(ValueError, match=r"^data.source: there are no files at nowhere.txt[^\n]*$"):
+        run(kiln, "missing", **{"data.source": "nowhere.txt"})
     many = ["--parallel.workers", "4096", "--batch.global_size", "4096"]
     alone = command(
         "train", "gpt", "--config", "gpt-tiny", *many, "--storage", kiln, RAY_ADDRESS=""
     )
     assert alone.returncode == 2
     assert "parallel.workers 4096 need 4096 CPUs, and this machine has" in alone.stderr
+    assert "Traceback" not in alone.stderr + alone.stdout
     nowhere = command(
         "train", "gpt", "--config", "gpt-tiny", "--storage", kiln, RAY_ADDRESS="127.0.0.1:1"
     )
@@ -192,21 +205,26 @@ def test_missing_data_workers_and_cluster_are_one_line_errors(kiln: str, command
     assert "no Ray cluster answers at RAY_ADDRESS='127.0.0.1:1'" in nowhere.stderr
 
 
-def test_run_resumes_only_with_its_own_data(kiln: str, tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text(VERSE * 100)
-    own = {"data.source": str(corpus), "steps": 2}
-    first = run(kiln, "data", **own)
-    assert run(kiln, "data", **own) == first  # complete, so nothing is trained again
+def test_complete_run_is_not_trained_again(kiln: str, halved: Summary) -> None:
+    assert run(kiln, "halved", steps=10, **DROPOUT) == halved
     # Interrupted between its last checkpoint and its end: it is evaluated, not started over.
-    (Path(kiln) / "runs/data/summary.json").unlink()
-    again = run(kiln, "data", **own)
-    assert again["metrics"]["heldout_loss"] == pytest.approx(first["metrics"]["heldout_loss"])
-    corpus.write_text(VERSE * 99)
-    with pytest.raises(
-        ValueError, match=r"run data was started with data \w+, and data.source now gives"
-    ):
-        run(kiln, "data", **(own | {"steps": 4}))
+    (Path(kiln) / "runs/halved/summary.json").unlink()
+    again = run(kiln, "halved", steps=10, **DROPOUT)
+    assert again["resumed_from"] == 10
+    assert again["metrics"]["heldout_loss"] == pytest.approx(halved["metrics"]["heldout_loss"])
+
+
+def test_run_resumes_only_with_its_own_data(kiln: str, halved: Summary) -> None:
+    corpus = Path(kiln, "corpus.txt")
+    own = corpus.read_text()
+    corpus.write_text(own + VERSE)
+    try:
+        with pytest.raises(
+            ValueError, match=r"run halved was started with data \w+, and data.source now gives"
+        ):
+            run(kiln, "halved", steps=14, **DROPOUT)
+    finally:
+        corpus.write_text(own)
 
 
 def test_config_that_does_not_fit_the_data_is_an_error_before_any_worker_starts(
@@ -271,20 +289,12 @@ def test_divergence_ends_the_run_with_one_line(kiln: str, command: Any) -> None:
     assert "training has diverged" in report
 
 
-def test_run_folder_that_cannot_be_written_is_a_one_line_error(kiln: str, command: Any) -> None:
+def test_run_folder_that_cannot_be_written_is_a_one_line_error(kiln: str) -> None:
     """A file is in the place of its samples/ folder."""
-    run = Path(kiln, "runs", "blocked")
-    run.mkdir(parents=True)
-    (run / "samples").touch()
-    words = (
-        "--config",
-        "gpt-tiny",
-        "--data.source",
-        f"{kiln}/corpus.txt",
-        "--data.vocab_size",
-        "300",
-    )
-    failed = command("train", "gpt", *words, "--run.name", "blocked", "--storage", kiln)
-    assert failed.returncode == 1
-    assert f"nothing can be written to {run}" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    folder = Path(kiln, "runs", "blocked")
+    folder.mkdir(parents=True)
+    (folder / "samples").touch()
+    with pytest.raises(launch.TrainingFailed) as failed:
+        run(kiln, "blocked", steps=2)
+    assert f"nothing can be written to {folder}" in str(failed.value)
+    assert "\n" not in str(failed.value)

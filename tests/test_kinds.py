@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster import storage
+from models.bundle import ModelEntries
+from tests.support import workers
 from tests.support.paths import ROOT
 from train import __main__ as command
 from train import launch
@@ -22,6 +24,8 @@ from train.kinds import KINDS, Kind
 from train.parallel.state import State
 from train.run import records
 from train.run.panels import Panel
+from train.run.recorder import NullRecorder, RunRecorder
+from train.run.summary import Summary
 from train.run.worker import Worker
 from train.verify import compare
 
@@ -104,7 +108,7 @@ class Toy:
 
     def export(
         self, config: ToyConfig, state: State, dataset: Dataset, folder: Path, weights: str
-    ) -> dict[str, Any]:
+    ) -> ModelEntries:
         raise ValueError("a toy cannot be exported")
 
     def report(self, run_uri: str, metrics: dict[str, float]) -> list[str]:
@@ -121,8 +125,8 @@ def _inputs(indices: list[int]) -> Tensor:
     )
 
 
-def train(root: str, name: str, steps: int, resume: str = "never") -> dict[str, Any]:
-    config = ToyConfig.model_validate(
+def config_of(name: str, steps: int, resume: str = "never") -> ToyConfig:
+    return ToyConfig.model_validate(
         {
             "run": {"name": name, "resume": resume},
             "parallel": {"workers": 2},
@@ -132,14 +136,26 @@ def train(root: str, name: str, steps: int, resume: str = "never") -> dict[str, 
             "steps": steps,
         }
     )
-    return launch.fit(config, root, quiet=True, kind=Toy())
+
+
+def train(root: str, name: str, steps: int, resume: str = "never") -> Summary:
+    return launch.fit(config_of(name, steps, resume), root, quiet=True, kind=Toy())
+
+
+def train_without_ray(rank: int, root: str) -> None:
+    """Train the run "uninterrupted" on one of two workers."""
+    config, toy, uri = config_of("uninterrupted", 12), Toy(), f"{root}/runs/uninterrupted"
+    recorder = RunRecorder(uri) if rank == 0 else NullRecorder()
+    workers.train(config, toy.prepare(config, root), uri, recorder, toy)
+    recorder.close()
 
 
 @pytest.fixture(scope="module")
 def root(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a storage with two runs of 12 steps: one uninterrupted, one resumed at step 4."""
+    """Return a storage with two runs of 12 steps: one uninterrupted and without Ray, one on Ray
+    and resumed at step 4."""
     folder = str(tmp_path_factory.mktemp("toys"))
-    train(folder, "uninterrupted", 12)
+    workers.spawn(2, train_without_ray, folder)
     train(folder, "resumed", 4)
     summary = train(folder, "resumed", 12, resume="must")
     assert (summary["kind"], summary["resumed_from"]) == ("toy", 4)

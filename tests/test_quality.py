@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from models.nets.features import Extractor
+from train import __main__ as train
 from train.config.data import ImageData
 from train.data.images import Images, prepare
 from train.data.shipped.files import shipped
@@ -18,6 +19,7 @@ from train.gan import distances, evaluator, inception
 from train.gan.alarms import Alarms
 from train.gan.evaluator import Evaluator
 from train.gan.extractor_file import unpack
+from tune import __main__ as tune
 
 Generate = Callable[[np.ndarray], Tensor]
 Evaluate = Callable[[Generate], dict[str, float]]
@@ -476,22 +478,12 @@ def test_unusable_inception_weights_are_refused_in_one_line(
     refused(weights, r"needs torch-fidelity: install it with `pip install 'raykiln\[inception\]'`")
 
 
+@pytest.mark.parametrize("main", [train.main, tune.main], ids=["train", "tune"])
 def test_run_and_search_check_inception_weights_before_they_start(
-    command: Callable, tmp_path: Path
+    main: Callable[[list[str]], int], tmp_path: Path
 ) -> None:
-    for verb in ("train", "tune"):
-        done = command(
-            verb,
-            "gan",
-            "--config",
-            "gan-tiny",
-            "--storage",
-            str(tmp_path),
-            "--quality.inception",
-            "/nowhere/weights.pth",
-        )
-        assert done.returncode == 2
-        assert done.stderr.startswith(
-            "error: quality.inception is /nowhere/weights.pth, which is no file: give"
-        )
-        assert not list(tmp_path.iterdir())
+    words = ["gan", "--config", "gan-tiny", "--storage", str(tmp_path)]
+    message = r"^quality\.inception is /nowhere/weights\.pth, which is no file: give"
+    with pytest.raises(ValueError, match=message):
+        main([*words, "--quality.inception", "/nowhere/weights.pth"])
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ import yaml
 from ray.tune.search.sample import Domain
 
 from cluster import local
+from tests.support import workers
 from tests.support.paths import ROOT
 from train.config import loader as configs
+from train.config.sections import Config
 from train.gpt.config import GptConfig
+from train.run import summary
+from train.run.recorder import RunRecorder
 from tune import __main__ as command_line
 from tune import launch, resources, results, space
 from tune.plan import Plan
@@ -33,8 +37,13 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def private(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let commands start a cluster of their own, so that the machine has two."""
+    without_cluster(monkeypatch)
+
+
+def without_cluster(patch: pytest.MonkeyPatch) -> None:
+    """Remove the session's cluster from the environment."""
     for name in [name for name in os.environ if name.startswith("RAY_")]:
-        monkeypatch.delenv(name)
+        patch.delenv(name)
 
 
 def write(folder: Path, text: str) -> str:
@@ -392,17 +401,43 @@ def scores(lines: str) -> list[tuple[int, float]]:
     return [(row["step"], row[metric]) for row in parsed if metric in row]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_cpu(
-    command: Command, private: None, ray_address: str, tmp_path: Path
+    command: Command, ray_address: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
     """The environment of a cluster with one logical CPU; the session's is a second one."""
-    storage = str(tmp_path / "cluster")
-    assert command("cluster", "up", "--storage", storage, "--num-cpus", "1").returncode == 0
+    storage = str(tmp_path_factory.mktemp("cluster"))
+    with pytest.MonkeyPatch.context() as patch:
+        without_cluster(patch)
+        assert command("cluster", "up", "--storage", storage, "--num-cpus", "1").returncode == 0
     head = local.find(storage)
     assert head is not None
     yield head.variables
-    assert command("cluster", "down", "--storage", storage).returncode == 0
+    with pytest.MonkeyPatch.context() as patch:
+        without_cluster(patch)
+        assert command("cluster", "down", "--storage", storage).returncode == 0
+
+
+def complete(config: Config, root: Path) -> None:
+    """Train a run without Ray, and leave what a search reads of a complete run."""
+    uri = str(root / "runs" / str(config.run.name))
+    dataset = workers.prepare(config, root)
+    recorder = RunRecorder(uri)
+    metrics = workers.train(config, dataset, uri, recorder)
+    recorder.close()
+    summary.write(
+        uri,
+        {
+            "run": str(config.run.name),
+            "kind": config.kind,
+            "steps": config.steps,
+            "workers": 1,
+            "seconds": 1.0,
+            "dataset": dataset.uri.rsplit("/", 1)[-1],
+            "resumed_from": 0,
+            "metrics": metrics,
+        },
+    )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -413,83 +448,98 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
     assert condition()
 
 
-def test_completed_trial_reports_each_of_its_evaluations(
-    command: Command, one_cpu: dict[str, str], tmp_path: Path
-) -> None:
-    shared = [
-        "gpt", "--config", "gpt-tiny", "--data.source", "docs/guides/training.md", "--steps", "4",
-        "--storage", str(tmp_path),
-    ]  # fmt: skip
-    trained = command("train", *shared, "--run.name", "r-00000", "--log.eval_every", "1", **one_cpu)
-    assert trained.returncode == 0, trained.stderr[-3000:]
-    written = (tmp_path / "runs" / "r-00000" / "metrics.jsonl").read_text()
-
-    answer = command(
-        "tune", *shared, "--space", write(tmp_path, "optim.lr: {grid: [5.0e-3]}"),
-        "--name", "r", "--num-samples", "1", **one_cpu,
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    reported = (tmp_path / "searches" / "r" / "r-00000" / "result.json").read_text()
-    evaluations = scores(written)
-    assert scores(reported) == evaluations
-    assert len(evaluations) == 4
-    assert (tmp_path / "runs" / "r-00000" / "metrics.jsonl").read_text() == written, (
-        "the run was trained again"
-    )
+GRID = "optim.lr: {grid: [5.0e-3, 4.0e-3, 1.0e-9, 6.0e-3]}"
+SEARCHED = {
+    "data.source": "docs/guides/training.md",
+    "steps": 4,
+    "optim.warmup_steps": 0,
+    "optim.lr": 5e-3,
+}
 
 
-def test_killed_search_resumes_and_stopped_trials_free_their_workers(
-    command: Command, one_cpu: dict[str, str], tmp_path: Path
-) -> None:
+@dataclass(frozen=True)
+class Resumed:
+    """A search that was killed during its second trial and has completed after its resume."""
+
+    root: Path
+    arguments: list[str]
+    output: str
+    recorded: str
+    """The metrics of the first trial's run, which was complete before the search started."""
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    command: Command, one_cpu: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Resumed:
     # One trial at a time uses the only CPU: if a stopped one kept its worker, the next would hang.
-    grid = write(tmp_path, "optim.lr: {grid: [5.0e-3, 4.0e-3, 1.0e-9, 6.0e-3]}")
-    arguments = [
-        "gpt", "--config", "gpt-tiny", "--data.source", "docs/guides/training.md", "--steps", "4",
-        "--optim.warmup_steps", "0", "--space", grid, "--num-samples", "1", "--name", "s",
-        "--storage", str(tmp_path),
-    ]  # fmt: skip
-    first = subprocess.Popen(
-        [sys.executable, "-m", "tune", *arguments],
-        cwd=ROOT,
-        env=os.environ | one_cpu | {"TUNE_GLOBAL_CHECKPOINT_S": "0"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    root = tmp_path_factory.mktemp("kiln")
+    arguments = ["gpt", "--config", "gpt-tiny", "--num-samples", "1", "--name", "s"]
+    for key in ("data.source", "steps", "optim.warmup_steps"):
+        arguments += [f"--{key}", str(SEARCHED[key])]
+    arguments += ["--space", write(root, GRID), "--storage", str(root)]
+    complete(
+        configs.load("gpt", "gpt-tiny", {**SEARCHED, "run.name": "s-00000", "log.eval_every": 1}),
+        root,
     )
-    try:
-        wait_for(lambda: (tmp_path / "runs" / "s-00001" / "run.yaml").exists(), first)
-        # Tune runs a trial again unless its end is in the stored state; the scheduler would then
-        # count its evaluations.
-        wait_for(
-            lambda: any(
-                "TERMINATED" in state.read_text()
-                for state in (tmp_path / "searches" / "s").glob("experiment_state-*")
-            ),
-            first,
+    recorded = (root / "runs" / "s-00000" / "metrics.jsonl").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        without_cluster(patch)
+        first = subprocess.Popen(
+            [sys.executable, "-m", "tune", *arguments],
+            cwd=ROOT,
+            env=os.environ | one_cpu | {"TUNE_GLOBAL_CHECKPOINT_S": "0"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-    finally:
-        first.kill()
-        first.wait()
-    done = (tmp_path / "runs" / "s-00000" / "summary.json").stat()
-    assert (
-        tmp_path / "runs" / "s-00000" / "checkpoints" / "step_000004" / "manifest.json"
-    ).exists()
-
-    answer = command("tune", *arguments, "--max-concurrent", "2", **one_cpu)
+        try:
+            wait_for(lambda: (root / "runs" / "s-00001" / "run.yaml").exists(), first)
+            # Tune runs a trial again unless its end is in the stored state; the scheduler would
+            # then count its evaluations.
+            wait_for(
+                lambda: any(
+                    "TERMINATED" in state.read_text()
+                    for state in (root / "searches" / "s").glob("experiment_state-*")
+                ),
+                first,
+            )
+        finally:
+            first.kill()
+            first.wait()
+        answer = command("tune", *arguments, "--max-concurrent", "2", **one_cpu)
     assert answer.returncode == 0, answer.stderr[-3000:]
-    assert "search s resumes in" in answer.stdout
-    assert "--max-concurrent applies only to a new search" in answer.stdout
-    trials = {row["run"]: row["status"] for row in rows(tmp_path / "searches" / "s")}
+    return Resumed(root, arguments, answer.stdout, recorded)
+
+
+def test_killed_search_resumes_and_stopped_trials_free_their_workers(resumed: Resumed) -> None:
+    assert "search s resumes in" in resumed.output
+    assert "--max-concurrent applies only to a new search" in resumed.output
+    trials = {row["run"]: row["status"] for row in rows(resumed.root / "searches" / "s")}
     assert trials == {
         "s-00000": "finished",
         "s-00001": "finished",
         "s-00002": "stopped",
         "s-00003": "finished",
     }
-    assert (
-        tmp_path / "runs" / "s-00000" / "summary.json"
-    ).stat().st_mtime_ns == done.st_mtime_ns, "a finished trial ran again"
+    checkpoints = resumed.root / "runs" / "s-00001" / "checkpoints"
+    assert (checkpoints / "step_000004" / "manifest.json").exists()
 
-    refused = command("tune", *arguments, "--optim.clip", "2", **one_cpu)
+
+def test_completed_run_is_not_trained_again_and_reports_each_of_its_evaluations(
+    resumed: Resumed,
+) -> None:
+    reported = (resumed.root / "searches" / "s" / "s-00000" / "result.json").read_text()
+    evaluations = scores(resumed.recorded)
+    assert scores(reported) == evaluations
+    assert len(evaluations) == 4
+    written = (resumed.root / "runs" / "s-00000" / "metrics.jsonl").read_text()
+    assert written == resumed.recorded, "the run was trained again"
+
+
+def test_search_with_another_config_is_not_resumed(
+    resumed: Resumed, command: Command, private: None, one_cpu: dict[str, str]
+) -> None:
+    refused = command("tune", *resumed.arguments, "--optim.clip", "2", **one_cpu)
     assert refused.returncode == 2
     assert "search s was started with another config" in refused.stderr
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 # Fixtures that start Ray, a command, an S3 server or a browser; or that train a model.
-FIXTURES = {"ray_address", "command", "bucket", "browser", "garments"}
-# Names in the code of a test, or of its fixtures, that start other processes.
-STARTERS = {"spawn", "subprocess"}
+FIXTURES = {"ray_address", "command", "bucket", "browser", "garments", "registry_root"}
+# Names in the code of a test, or of its fixtures, that start other processes, or train and export.
+STARTERS = {"spawn", "subprocess", "learnt_gpt", "tiny_gan_bundle", "tiny_gpt_bundle"}
 # Beginnings of the names of test files that start clusters, train, export or plot.
 FILES = (
+    "test_api",
+    "test_blocklist",
     "test_browser",
     "test_cluster",
     "test_demo",
@@ -25,7 +27,9 @@ FILES = (
     "test_gan",
     "test_page",
     "test_quality",
+    "test_replicas",
     "test_report",
+    "test_routes",
     "test_serve",
     "test_session",
     "test_strategy",

@@ -1,5 +1,6 @@
 """Training loops in processes without Ray, for tests of many short runs."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,16 +8,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn as spawn_processes
+from torch.multiprocessing.spawn import start_processes
 
 from cluster import storage
 from cluster.machine import free_port
 from train.config.sections import Config
 from train.data.dataset import Dataset
-from train.kinds import KINDS
+from train.kinds import KINDS, Kind
 from train.parallel import backends
 from train.run.checkpoint import Checkpointer
-from train.run.recorder import NullRecorder
+from train.run.recorder import NullRecorder, Recorder
 from train.run.worker import Worker
 
 
@@ -46,14 +47,33 @@ class MemoryRecorder(NullRecorder):
 
 
 def spawn(world_size: int, function: Callable[..., None], *args: Any) -> None:
-    """Run `function(rank, *args)` in `world_size` processes that form a gloo group."""
-    spawn_processes(_join, (world_size, free_port(), function, args), nprocs=world_size)
+    """Run `function(rank, *args)` in `world_size` processes that form a gloo group.
+
+    They are forked from a server that has imported the training loops, which takes most of the
+    time of a short run.
+    """
+    multiprocessing.set_forkserver_preload(["tests.support.loops"])
+    environment = {
+        **os.environ,  # the server keeps the one that it was started with
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    start_processes(
+        _join,
+        (world_size, environment, function, args),
+        nprocs=world_size,
+        start_method="forkserver",
+    )
 
 
 def _join(
-    rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    environment: dict[str, str],
+    function: Callable[..., None],
+    args: tuple[Any, ...],
 ) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    os.environ |= {**environment, "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     function(rank, *args)
@@ -68,6 +88,22 @@ def prepare(config: Config, root: str | Path) -> Dataset:
 
 def run(config: Config, dataset: Dataset, run_uri: str | Path) -> MemoryRecorder:
     """Train as one worker, resuming from the newest checkpoint; return what was recorded."""
+    recorder = MemoryRecorder()
+    train(config, dataset, run_uri, recorder)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        storage.write_json(storage.join(run_uri, "rows.json"), recorder.rows)
+    return recorder
+
+
+def train(
+    config: Config,
+    dataset: Dataset,
+    run_uri: str | Path,
+    recorder: Recorder,
+    kind: Kind[Any] | None = None,
+) -> dict[str, float]:
+    """Train as one worker, resuming from the newest checkpoint; return the final metrics."""
+    kind = kind or KINDS[config.kind]
     strategy = backends.build(config)
     checkpoints = Checkpointer(
         str(run_uri),
@@ -76,11 +112,6 @@ def run(config: Config, dataset: Dataset, run_uri: str | Path) -> MemoryRecorder
         config.checkpoint.keep_last,
         config.checkpoint.keep_best,
     )
-    recorder = MemoryRecorder()
-    kind = KINDS[config.kind]
     dataset = kind.prepare_evaluation(config, dataset, lambda line: None)
     worker = LocalWorker(config, strategy, checkpoints, recorder, dataset)
-    kind.train(worker, checkpoints.load())
-    if strategy.rank == 0:
-        storage.write_json(storage.join(run_uri, "rows.json"), recorder.rows)
-    return recorder
+    return kind.train(worker, checkpoints.load())
