@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from cluster import storage
+from cluster import cli, storage
 from models.nets.features import MIN_CONFIDENCE, Extractor, ExtractorConfig
 from train.config.data import ImageData
 from train.data import images
@@ -63,7 +63,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prepared_uri(config: GanConfig, dataset: Dataset) -> str:
     """The URI of the extractor that `prepare` adds to the data set."""
-    found = extractor.prepare(config, dataset, lambda line: None).extractor
+    found = extractor.prepare(config, dataset, cli.say_nothing).extractor
     assert found is not None
     return str(found["uri"])
 

@@ -1,5 +1,6 @@
 """The GPT, and its runs on Ray (strategies: test_strategy.py; kills: test_verify.py)."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
-from cluster import storage
+from cluster import cli, storage
 from models.nets import gpt
 from tests.support import workers
+from train import __main__ as train
 from train import launch
 from train.config import loader
 from train.config.sections import Config
@@ -188,9 +190,14 @@ def test_run_writes_summary_samples_tensorboard_and_lineage(kiln: str, halved: S
     assert storage.read_json(f"{uri}/lineage.json")["dataset"]["fingerprint"] in halved["dataset"]
 
 
-def test_missing_data_workers_and_cluster_are_one_line_errors(kiln: str, command: Any) -> None:
-    with pytest.raises(ValueError, match=r"^data.source: there are no files at nowhere.txt[^\n]*$"):
-        run(kiln, "missing", **{"data.source": "nowhere.txt"})
+def test_missing_data_workers_and_cluster_are_one_line_errors(
+    kiln: str, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["gpt", "--config", "gpt-tiny", "--data.source", "nowhere.txt", "--storage", kiln]
+    assert cli.run(train.main, words) == 2
+    missing = capsys.readouterr()
+    assert "there are no files at nowhere.txt" in missing.err
+    assert "Traceback" not in missing.err + missing.out
     many = ["--parallel.workers", "4096", "--batch.global_size", "4096"]
     alone = command(
         "train", "gpt", "--config", "gpt-tiny", *many, "--storage", kiln, RAY_ADDRESS=""
@@ -208,8 +215,9 @@ def test_missing_data_workers_and_cluster_are_one_line_errors(kiln: str, command
 def test_complete_run_is_not_trained_again(kiln: str, halved: Summary) -> None:
     assert run(kiln, "halved", steps=10, **DROPOUT) == halved
     # Interrupted between its last checkpoint and its end: it is evaluated, not started over.
-    (Path(kiln) / "runs/halved/summary.json").unlink()
-    again = run(kiln, "halved", steps=10, **DROPOUT)
+    shutil.copytree(f"{kiln}/runs/halved", f"{kiln}/runs/unfinished")
+    Path(kiln, "runs", "unfinished", "summary.json").unlink()
+    again = run(kiln, "unfinished", steps=10, **DROPOUT)
     assert again["resumed_from"] == 10
     assert again["metrics"]["heldout_loss"] == pytest.approx(halved["metrics"]["heldout_loss"])
 
@@ -289,12 +297,16 @@ def test_divergence_ends_the_run_with_one_line(kiln: str, command: Any) -> None:
     assert "training has diverged" in report
 
 
-def test_run_folder_that_cannot_be_written_is_a_one_line_error(kiln: str) -> None:
+def test_run_folder_that_cannot_be_written_is_a_one_line_error(
+    kiln: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A file is in the place of its samples/ folder."""
     folder = Path(kiln, "runs", "blocked")
     folder.mkdir(parents=True)
     (folder / "samples").touch()
-    with pytest.raises(launch.TrainingFailed) as failed:
-        run(kiln, "blocked", steps=2)
-    assert f"nothing can be written to {folder}" in str(failed.value)
-    assert "\n" not in str(failed.value)
+    words = ["gpt", "--config", "gpt-tiny", "--data.source", f"{kiln}/corpus.txt"]
+    words += ["--data.vocab_size", "300", "--run.name", "blocked", "--storage", kiln]
+    assert cli.run(train.main, words) == 1
+    failed = capsys.readouterr().err
+    assert f"nothing can be written to {folder}" in failed
+    assert "Traceback" not in failed

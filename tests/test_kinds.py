@@ -1,7 +1,7 @@
 """A third kind of model is one object; no other file decides by the kind."""
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster import storage
+from cluster import cli, storage
 from models.bundle import ModelEntries
 from tests.support import workers
 from tests.support.paths import ROOT
@@ -63,9 +63,7 @@ class Toy:
     def check(self, config: ToyConfig, dataset: Dataset) -> None:
         pass
 
-    def prepare_evaluation(
-        self, config: ToyConfig, dataset: Dataset, say: Callable[[str], None]
-    ) -> Dataset:
+    def prepare_evaluation(self, config: ToyConfig, dataset: Dataset, say: cli.Say) -> Dataset:
         return dataset
 
     def train(

@@ -466,6 +466,8 @@ class Resumed:
     output: str
     recorded: str
     """The metrics of the first trial's run, which was complete before the search started."""
+    completed_ns: int
+    """When the summary of that run was written."""
 
 
 @pytest.fixture(scope="module")
@@ -482,7 +484,9 @@ def resumed(
         configs.load("gpt", "gpt-tiny", {**SEARCHED, "run.name": "s-00000", "log.eval_every": 1}),
         root,
     )
-    recorded = (root / "runs" / "s-00000" / "metrics.jsonl").read_text()
+    first_run = root / "runs" / "s-00000"
+    recorded = (first_run / "metrics.jsonl").read_text()
+    completed_ns = (first_run / "summary.json").stat().st_mtime_ns
     with pytest.MonkeyPatch.context() as patch:
         without_cluster(patch)
         first = subprocess.Popen(
@@ -508,7 +512,7 @@ def resumed(
             first.wait()
         answer = command("tune", *arguments, "--max-concurrent", "2", **one_cpu)
     assert answer.returncode == 0, answer.stderr[-3000:]
-    return Resumed(root, arguments, answer.stdout, recorded)
+    return Resumed(root, arguments, answer.stdout, recorded, completed_ns)
 
 
 def test_killed_search_resumes_and_stopped_trials_free_their_workers(resumed: Resumed) -> None:
@@ -521,8 +525,11 @@ def test_killed_search_resumes_and_stopped_trials_free_their_workers(resumed: Re
         "s-00002": "stopped",
         "s-00003": "finished",
     }
-    checkpoints = resumed.root / "runs" / "s-00001" / "checkpoints"
-    assert (checkpoints / "step_000004" / "manifest.json").exists()
+    for run in ("s-00000", "s-00001"):
+        checkpoints = resumed.root / "runs" / run / "checkpoints"
+        assert (checkpoints / "step_000004" / "manifest.json").exists()
+    summary_file = resumed.root / "runs" / "s-00000" / "summary.json"
+    assert summary_file.stat().st_mtime_ns == resumed.completed_ns, "a finished trial ran again"
 
 
 def test_completed_run_is_not_trained_again_and_reports_each_of_its_evaluations(

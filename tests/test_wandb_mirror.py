@@ -138,7 +138,6 @@ def test_offline_resume_restores_what_a_killed_process_had_not_written(
     code = f"""
 import os, signal
 from train.run.recorder import RunRecorder
-from train.run.wandb_mirror import Options
 recorder = RunRecorder({str(tmp_path)!r}, wandb={WANDB!r})
 for step in range(1, 6):
     recorder.metrics(step, {{"loss": 1 / step}})

@@ -4,10 +4,11 @@ To add a kind, write a folder like `train/gpt/` and add its object to `KINDS`. N
 which kind a run is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from cluster import cli
 from train.config.sections import Config
 from train.data.dataset import Dataset
 from train.gan.kind import Gan
@@ -69,9 +70,7 @@ class Kind(Protocol[C]):
             ValueError: they do not fit together.
         """
 
-    def prepare_evaluation(
-        self, config: C, dataset: Dataset, say: Callable[[str], None]
-    ) -> Dataset:
+    def prepare_evaluation(self, config: C, dataset: Dataset, say: cli.Say) -> Dataset:
         """Return the data set together with what evaluation needs; make that where it is missing.
 
         Args:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from cluster import storage
+from cluster import cli, storage
 from cluster.machine import free_port
 from train.config.sections import Config
 from train.data.dataset import Dataset
@@ -83,7 +83,7 @@ def _join(
 def prepare(config: Config, root: str | Path) -> Dataset:
     """Return the prepared data set of a config, with what evaluation needs."""
     kind = KINDS[config.kind]
-    return kind.prepare_evaluation(config, kind.prepare(config, str(root)), lambda line: None)
+    return kind.prepare_evaluation(config, kind.prepare(config, str(root)), cli.say_nothing)
 
 
 def run(config: Config, dataset: Dataset, run_uri: str | Path) -> MemoryRecorder:
@@ -112,6 +112,6 @@ def train(
         config.checkpoint.keep_last,
         config.checkpoint.keep_best,
     )
-    dataset = kind.prepare_evaluation(config, dataset, lambda line: None)
+    dataset = kind.prepare_evaluation(config, dataset, cli.say_nothing)
     worker = LocalWorker(config, strategy, checkpoints, recorder, dataset)
     return kind.train(worker, checkpoints.load())

@@ -6,11 +6,10 @@
 It is trained once per data set, and lies beside it.
 """
 
-from collections.abc import Callable
-
 import ray
 import torch
 
+from cluster import cli
 from cluster.connect import connect
 from train.data import images
 from train.data.dataset import Dataset
@@ -21,7 +20,7 @@ from train.gan.config import GanConfig
 MIN_IMAGES = 10
 
 
-def prepare(config: GanConfig, dataset: Dataset, say: Callable[[str], None] = print) -> Dataset:
+def prepare(config: GanConfig, dataset: Dataset, say: cli.Say = cli.say) -> Dataset:
     """Return the data set with its extractor; train one where there is none yet.
 
     The shipped data come with an extractor. For others, training takes minutes.

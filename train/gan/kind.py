@@ -1,9 +1,9 @@
 """The GAN as a kind of model (see `train.kinds`)."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster import cli
 from train.data.dataset import Dataset
 from train.gan.config import GanConfig
 from train.gan.metrics import BEST, HEADLINES, QUALITY_METRICS
@@ -68,9 +68,7 @@ class Gan:
     def check(self, config: GanConfig, dataset: Dataset) -> None:
         """Check nothing: `prepare` has refused images that do not fit the config."""
 
-    def prepare_evaluation(
-        self, config: GanConfig, dataset: Dataset, say: Callable[[str], None]
-    ) -> Dataset:
+    def prepare_evaluation(self, config: GanConfig, dataset: Dataset, say: cli.Say) -> Dataset:
         """Return the data set with its feature extractor; train one where there is none yet."""
         from train.gan import extractor
 

@@ -1,10 +1,9 @@
 """The GPT as a kind of model (see `train.kinds`)."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster import storage
+from cluster import cli, storage
 from train.data.dataset import Dataset
 from train.gpt.config import GptConfig
 from train.run.meter import TIMES
@@ -67,9 +66,7 @@ class Gpt:
 
         model.check(config, dataset)
 
-    def prepare_evaluation(
-        self, config: GptConfig, dataset: Dataset, say: Callable[[str], None]
-    ) -> Dataset:
+    def prepare_evaluation(self, config: GptConfig, dataset: Dataset, say: cli.Say) -> Dataset:
         """Return the data set: evaluation needs nothing else."""
         return dataset
 
