@@ -21,14 +21,17 @@ $(VENV)/.installed: requirements.lock
 demo: setup
 	$(RUN) -m cluster demo
 
+# Two pytest processes share the files in the order of tests/support/groups.py.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 # Tests that start no Ray, no other process and no browser, on two cores (tests/support/marks.py).
 quick: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not ray and not slow" --numprocesses 2 --dist loadfile --quiet
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not ray and not slow" $(PARALLEL) --quiet
 
 # Bytecode is kept, because the tests start some hundreds of Python processes.
 test: setup
-	PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest --cov --cov-report=term:skip-covered \
-		--durations=25 --durations-min=5
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest $(PARALLEL) \
+		--cov --cov-report=term:skip-covered --durations=25 --durations-min=5
 
 test-slow: setup
 	$(RUN) -m pytest -m slow

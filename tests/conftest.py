@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.marks import (  # noqa: F401  # hooks
-    pytest_collection_modifyitems,
-    pytest_ignore_collect,
-)
 from tests.support.paths import ROOT
+
+pytest_plugins = ["tests.support.groups", "tests.support.marks"]
 
 
 @pytest.fixture(scope="session")

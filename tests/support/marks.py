@@ -1,7 +1,4 @@
-"""Which tests are left out by `make quick`: they get the marker `ray` when they are collected.
-
-tests/conftest.py imports the two hooks.
-"""
+"""Which tests are left out by `make quick`: they get the marker `ray` when they are collected."""
 
 import inspect
 from pathlib import Path
