@@ -25,12 +25,13 @@ def program() -> cli.Program:
     command.add_argument(
         "--port",
         type=cli.port,
-        help=f"of Ray's control service (default: {local.GCS_PORT}, or a free port)",
+        help=f"port of Ray's control service (default: {local.GCS_PORT}, or a free port)",
     )
     command.add_argument(
         "--dashboard-port",
         type=cli.port,
-        help=f"of the dashboard, on 127.0.0.1 (default: {local.DASHBOARD_PORT}, or a free port)",
+        help="port of the dashboard, on 127.0.0.1 "
+        f"(default: {local.DASHBOARD_PORT}, or a free port)",
     )
     command.add_argument("--num-cpus", type=int, help="logical CPUs (default: the machine's)")
 
@@ -52,13 +53,16 @@ def program() -> cli.Program:
         storage=jobs_storage,
     )
     command.add_argument(
-        "entrypoint", nargs="+", metavar="COMMAND", help="after --, as in: -- python -m train gpt"
+        "entrypoint",
+        nargs="+",
+        metavar="COMMAND",
+        help="command to run, after --, as in: -- python -m train gpt",
     )
 
     cluster.command(
         "doctor",
         check_nodes,
-        "check versions, disk, accelerators and storage on every node",
+        "check package versions, free disk and access to the storage on every node",
         storage="the storage that every node should see",
         prints_json=True,
     )
@@ -88,7 +92,7 @@ def up(arguments: argparse.Namespace) -> int:
         cli.storage_of(arguments), arguments.port, arguments.dashboard_port, arguments.num_cpus
     )
     verb = "Ray is up" if started else "Ray runs already"
-    token, env = _relative(head.folder / "token"), _relative(head.folder / "env")
+    token, env = cli.typed(head.folder / "token"), cli.typed(head.folder / "env")
     option = "" if arguments.storage is None else f" --storage {arguments.storage}"
     print(f"{verb} at {head.address}; jobs store their files in {head.storage}")
     print(f"  dashboard  {head.dashboard.url} (asks for the token in {token})")
@@ -193,11 +197,6 @@ def _running_head(storage_uri: str) -> local.Head:
             "or source a cluster's env file"
         )
     return head
-
-
-def _relative(path: Path) -> str:
-    """Return a path as a user would type it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 DEFAULT_STORAGE = "kiln"
@@ -99,12 +100,22 @@ class Program:
         """Parse `argv`, run its command and return the exit code. Without arguments, print help.
 
         Raises:
-            ValueError: an unknown command or option (the message names the nearest known one), or
-                an invalid value.
+            ValueError: as `parse` does, or bad input to the command.
         """
         if not argv:
             self.parser.print_help()
             return 2
+        arguments = self.parse(argv)
+        function: Command = arguments.function
+        return function(arguments)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Return the parsed arguments of a command line that is not empty.
+
+        Raises:
+            ValueError: an unknown command or option (the message names the nearest known one), or
+                an invalid value.
+        """
         if not argv[0].startswith("-") and argv[0] not in self._parsers:
             hint = nearest(argv[0], list(self._parsers)) or f": use {', '.join(self._parsers)}"
             raise ValueError(f"unknown command {argv[0]}{hint}; see `{self.parser.prog} --help`")
@@ -116,8 +127,7 @@ class Program:
             known = list(arguments.parser._option_string_actions)
             hint = nearest(name, known) if name.startswith("--") else ""
             raise ValueError(f"unknown argument {name}{hint}; see `{arguments.parser.prog} --help`")
-        function: Command = arguments.function
-        return function(arguments)
+        return arguments
 
 
 def storage_of(arguments: argparse.Namespace) -> str:
@@ -130,17 +140,22 @@ def storage_default() -> str:
     return os.environ.get("KILN_STORAGE") or DEFAULT_STORAGE
 
 
-Say = Callable[[str], None]
-"""Is called with progress messages."""
+Log = Callable[[str], None]
+"""Called with each progress message."""
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line at once, also into a pipe."""
     print(line, flush=True)
 
 
-def say_nothing(line: str) -> None:
+def no_log(line: str) -> None:
     """Print nothing: with --json, the result is all that a command prints."""
+
+
+def typed(path: str | os.PathLike[str]) -> str:
+    """Return a path as a user would type it: below the working directory without that."""
+    return os.fspath(path).removeprefix(f"{Path.cwd()}/")
 
 
 def print_json(value: object) -> None:

@@ -94,7 +94,7 @@ class Dashboard:
             )
         if response.is_error:
             raise ValueError(
-                f"{self.url}{path} answers with status {response.status_code}: check that a Ray "
+                f"{self.url}{path} responds with status {response.status_code}: check that a Ray "
                 "dashboard listens there"
             )
         return response.json()

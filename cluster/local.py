@@ -97,13 +97,7 @@ class Head:
         environment.update(self.variables)
 
     def is_running(self) -> bool:
-        try:
-            process = psutil.Process(self.pid)
-            # The kernel counts in ticks since boot: the start time varies by fractions of a second.
-            same_start = abs(process.create_time() - self.started) < 1
-            return machine.is_running(process) and same_start
-        except psutil.NoSuchProcess:
-            return False
+        return machine.is_same_process(self.pid, self.started)
 
 
 def state_folder(storage_uri: str) -> Path:
@@ -149,7 +143,7 @@ def up(
             return head, False
         _end_and_remove(storage_uri)  # what a crashed cluster left behind
         with machine.starting_ray():
-            planned = _choose_ports(storage_uri, port, dashboard_port)
+            planned = _plan(storage_uri, port, dashboard_port)
             try:
                 return _start(planned, num_cpus), True
             except ValueError:
@@ -157,7 +151,7 @@ def up(
                 if all(wanted is not None or machine.is_free(found) for wanted, found in chosen):
                     raise
             # Another process took a port after it was chosen.
-            return _start(_choose_ports(storage_uri, port, dashboard_port), num_cpus), True
+            return _start(_plan(storage_uri, port, dashboard_port), num_cpus), True
 
 
 def down(storage_uri: str) -> int:
@@ -230,8 +224,8 @@ def _read_state(storage_uri: str) -> Head | None:
     return head
 
 
-def _choose_ports(storage_uri: str, port: int | None, dashboard_port: int | None) -> Head:
-    """Return the head to start, and write it down."""
+def _plan(storage_uri: str, port: int | None, dashboard_port: int | None) -> Head:
+    """Choose the ports and record the head, so that `down` can end an interrupted start."""
     return _write_plan(
         storage_uri,
         machine.choose_port("--port", port, GCS_PORT),

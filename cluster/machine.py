@@ -85,6 +85,21 @@ def is_running(process: psutil.Process) -> bool:
         return False
 
 
+def is_same_process(pid: int, created: float) -> bool:
+    """Return whether the process `pid` that was created at `created` still runs.
+
+    Args:
+        pid: of the process; another process may have it by now.
+        created: psutil's `create_time()`.
+    """
+    try:
+        process = psutil.Process(pid)
+        # The kernel counts in ticks since boot: the start time varies by fractions of a second.
+        return is_running(process) and abs(process.create_time() - created) < 1
+    except psutil.NoSuchProcess:
+        return False
+
+
 def end_processes(variable: str, value: str, grace_s: float) -> int:
     """End the processes that `processes_with` finds: SIGTERM, after `grace_s` SIGKILL.
 

@@ -35,7 +35,8 @@ def read(dashboard: Dashboard) -> Status:
         "resources": {
             name: {"used": used, "total": total}
             for name, (used, total) in sorted(dashboard.usage().items())
-            if not name.startswith("node:")  # with these Ray pins tasks; they are not used up
+            # Ray uses these to pin tasks to a node; they show no load.
+            if not name.startswith("node:")
         },
         "jobs": sorted(dashboard.jobs(), key=lambda job: job["start_time"] or 0),
     }

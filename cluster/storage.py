@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 
 def locate(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
@@ -100,9 +100,14 @@ def _entries(uri: str | os.PathLike[str], recursive: bool) -> tuple[str, list[fs
     )
 
 
-def read_bytes(uri: str | os.PathLike[str]) -> bytes:
+def _open(uri: str | os.PathLike[str]) -> NativeFile:
     filesystem, path = locate(uri)
-    with filesystem.open_input_stream(path) as stream:
+    # By default pyarrow unpacks a file whose name ends with .gz, and packs what it writes there.
+    return filesystem.open_input_stream(path, compression=None)
+
+
+def read_bytes(uri: str | os.PathLike[str]) -> bytes:
+    with _open(uri) as stream:
         return bytes(stream.read())
 
 
@@ -110,7 +115,7 @@ def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
     """Write a file atomically, creating the folders above it."""
     filesystem, path = locate(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):  # object stores write atomically
-        with filesystem.open_output_stream(path) as stream:
+        with filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(data)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -200,7 +205,10 @@ def delete(uri: str | os.PathLike[str]) -> None:
         filesystem.delete_file(path)
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Return the hex SHA-256 digest of a local file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(uri: str | os.PathLike[str]) -> str:
+    """Return the hex SHA-256 digest of a file, which is read in parts."""
+    digest = hashlib.sha256()
+    with _open(uri) as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -191,7 +192,7 @@ def verify(uri: str | os.PathLike[str]) -> Manifest:
                 f"{file} has {present[path]} bytes, its manifest lists {expected['bytes']}: it is "
                 "damaged; export the run again"
             )
-        if _digest(file) != expected["sha256"]:
+        if storage.sha256(file) != expected["sha256"]:
             raise _wrong_hash(file)
     return manifest
 
@@ -240,6 +241,16 @@ def describe_weights(manifest: Manifest) -> str:
     )
 
 
+def created(manifest: Manifest) -> int:
+    """Return when a version was exported: Unix, seconds."""
+    return int(datetime.fromisoformat(manifest["created"]).timestamp())
+
+
+def public_run(manifest: Manifest) -> dict[str, Any]:
+    """Return the run that a version was exported from, without its `storage`, which is private."""
+    return {key: manifest["run"][key] for key in ("name", "step")}
+
+
 def _check(uri: str | os.PathLike[str], manifest: object) -> None:
     manifest_uri = storage.join(uri, MANIFEST)
     if not isinstance(manifest, dict):
@@ -264,12 +275,3 @@ def _check(uri: str | os.PathLike[str], manifest: object) -> None:
             f"{manifest_uri} has no list of files with their sizes and hashes: it is damaged; "
             "export the run again"
         )
-
-
-def _digest(uri: str) -> str:
-    filesystem, path = storage.locate(uri)
-    digest = hashlib.sha256()
-    with filesystem.open_input_stream(path) as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -12,13 +12,25 @@ def png(image: np.ndarray | Image.Image) -> bytes:
 
     Args:
         image: Pillow's, or uint8 of shape (H, W), (H, W, 1) or (H, W, 3); the first two give a
-            grey PNG.
+            grayscale PNG.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """Return the pixels of generated images.
+
+    Args:
+        images: (N, C, H, W), floating point; values beyond [-1, 1] are clipped.
+
+    Returns:
+        (N, H, W, C) uint8.
+    """
+    return np.rint((images + 1) * 127.5).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def contact_sheet(

@@ -288,7 +288,10 @@ def _publish_manifest_last(root: Uri, name: str, folder: Path, manifest: bundle.
     uri = _version_uri(root, name, version)
     for path in manifest["files"]:
         filesystem, target = storage.locate(storage.join(uri, path))
-        with open(folder / path, "rb") as source, filesystem.open_output_stream(target) as sink:
+        with (
+            open(folder / path, "rb") as source,
+            filesystem.open_output_stream(target, compression=None) as sink,
+        ):
             shutil.copyfileobj(source, sink, 1 << 20)
     bundle.write_manifest(uri, manifest | {"name": name, "version": version})
     return version

@@ -22,27 +22,27 @@ from serve.text import blocklist
 
 
 def main(argv: list[str]) -> int:
-    program = cli.Program("serve", "Serve the registry's models over HTTP.")
-    _add_up(program)
-    status_parser = program.command(
+    return program().main(argv)
+
+
+def program() -> cli.Program:
+    serve = cli.Program("serve", "Serve the registry's models over HTTP.")
+    _add_up(serve)
+    status_parser = serve.command(
         "status",
         status,
         "show what is served: models, replicas, load, latency",
         storage=None,
         prints_json=True,
     )
-    _add_address(status_parser)
-    program.command("down", down, "remove it from the cluster of RAY_ADDRESS", storage=None)
-    return program.main(argv)
-
-
-def _add_address(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="the address to listen at; 0.0.0.0: all interfaces, without any authentication",
+    status_parser.add_argument(
+        "--host", default="127.0.0.1", help="address of the server (default: %(default)s)"
     )
-    parser.add_argument("--port", type=cli.port, default=8000)
+    status_parser.add_argument(
+        "--port", type=cli.port, default=8000, help="port of the server (default: %(default)s)"
+    )
+    serve.command("down", down, "stop serving on the cluster of RAY_ADDRESS", storage=None)
+    return serve
 
 
 def _add_up(program: cli.Program) -> None:
@@ -53,18 +53,32 @@ def _add_up(program: cli.Program) -> None:
         storage="where models/ is",
         epilog=cli.REFERENCE,
     )
-    _add_address(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; 0.0.0.0: all interfaces, without any authentication "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--port", type=cli.port, default=8000, help="port to listen at (default: %(default)s)"
+    )
     parser.add_argument(
         "--text",
         metavar="REF",
-        help="the text model (default: the registry's production model, or else its newest)",
+        help="text model (default: the registry's production model, or else its newest)",
     )
-    parser.add_argument("--image", metavar="REF", help="the image model (default: as for --text)")
+    parser.add_argument("--image", metavar="REF", help="image model (default: as for --text)")
     parser.add_argument(
-        "--slots", type=int, default=8, help="texts that a replica generates at once (8)"
+        "--slots",
+        type=int,
+        default=8,
+        help="texts that a replica generates at once (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="CPUs per replica (1: best for tiny models)"
+        "--threads",
+        type=int,
+        default=1,
+        help="CPUs per replica (default: %(default)s, best for tiny models)",
     )
     parser.add_argument(
         "--providers",
@@ -73,7 +87,10 @@ def _add_up(program: cli.Program) -> None:
         help="execution providers, best first (default: the best that works)",
     )
     parser.add_argument(
-        "--max-replicas", type=int, default=4, help="replicas per model under load (4)"
+        "--max-replicas",
+        type=int,
+        default=4,
+        help="replicas per model under load (default: %(default)s)",
     )
     blocked = parser.add_mutually_exclusive_group()
     blocked.add_argument(

@@ -62,9 +62,9 @@ class ServeCluster:
         }
 
     async def _load(self, name: str) -> dict[str, int | None]:
-        """Return the load of a deployment: the sum over the replicas that answer.
+        """Return the load of a deployment: the sum over the replicas that respond.
 
-        All values are None if none answers in time.
+        All values are None if none responds in time.
         """
         loads: list[Any] = []
         if name in self.handles:
@@ -73,8 +73,8 @@ class ServeCluster:
                 loads = await broadcast.results_async(
                     timeout_s=LOAD_TIMEOUT_S, return_exceptions=True
                 )
-        answers = [load for load in loads if isinstance(load, dict)]
-        return {key: sum(answer[key] for answer in answers) if answers else None for key in LOAD}
+        known = [load for load in loads if isinstance(load, dict)]
+        return {key: sum(load[key] for load in known) if known else None for key in LOAD}
 
 
 def _deployment_status(details: dict[str, Any], load: dict[str, int | None]) -> DeploymentStatus:

@@ -21,7 +21,7 @@ class Options(BaseModel):
     """The options of the application, except the bundles: they are in `user_config`.
 
     Attributes:
-        text, images: whether the modality is served.
+        text, image: whether the modality is served.
         slots: texts that a replica generates at once.
         threads: of ONNX Runtime, and CPUs that a replica reserves. More than one slows tiny models
             down.
@@ -37,7 +37,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     text: bool = True
-    images: bool = True
+    image: bool = True
     slots: int = 8
     threads: int = 1
     providers: list[str] | None = None
@@ -59,7 +59,7 @@ def build(options: Options) -> serve.Application:
             options.chunks_per_s,
             options.blocklist,
         )
-    if options.images:
+    if options.image:
         images = _deployment(ImageReplica, options, target_ongoing_requests=4).bind(
             options.threads, options.providers
         )

@@ -1,4 +1,4 @@
-"""The deployment that answers HTTP, in a process of its own."""
+"""The deployment that receives HTTP requests, in a process of its own."""
 
 from fastapi import FastAPI
 from ray import serve

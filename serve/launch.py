@@ -126,7 +126,7 @@ def _deployed() -> dict[str, Any] | None:
 
 def config(selected: dict[str, SelectedBundle], options: Options) -> dict[str, Any]:
     """Return the Serve config of the application; Ray's `serve deploy` accepts it as well."""
-    args = options.model_copy(update={"text": "text" in selected, "images": "image" in selected})
+    args = options.model_copy(update={modality: modality in selected for modality in DEPLOYMENTS})
     deployments = [
         {"name": DEPLOYMENTS[modality], "user_config": {"uri": bundle.uri}}
         for modality, bundle in selected.items()

@@ -53,7 +53,7 @@ class TextMetrics:
         self.filter_hits = Counter(
             "raykiln_filter_hits",
             "Prompts refused and texts ended because of a blocked phrase, by where it was found.",
-            tag_keys=("model", "where"),  # type: ignore[arg-type]
+            tag_keys=("model", "where"),  # type: ignore[arg-type]  # the same
         )
         self.rollouts = _rollouts()
         self.load = {

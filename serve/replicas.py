@@ -12,10 +12,10 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 
 import numpy as np
 
+from models import bundle
 from models.images import contact_sheet, png
 from serve.errors import InvalidValue, Overloaded, PromptBlocked, RequestError, UnknownModel
 from serve.http.protocols import GeneratedImages
@@ -298,13 +298,11 @@ def _describe(session: TextSession | ImageSession, **more: object) -> Model:
         key: manifest[key]
         for key in ("version", "kind", "metrics", "model", "quantization", "dataset", "commit")
     }
-    # Without `storage`, which is private.
-    facts["run"] = {key: manifest["run"][key] for key in ("name", "step")}
-    created = int(datetime.fromisoformat(manifest["created"]).timestamp())
     return Model.model_validate(
         {
             "id": manifest["name"],
-            "created": created,
+            "created": bundle.created(manifest),
+            "run": bundle.public_run(manifest),
             **facts,
             "providers": session.providers,
             "sample": session.sample is not None,

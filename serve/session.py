@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from cluster import storage
 from models import bundle
+from models.images import to_pixels
 from models.latents import seeded_latents, truncated, walk
 from models.runtime import ImageGraph, TextGraph
 
@@ -71,11 +72,11 @@ class TextSession(TextGraph):
             if not logits.max() - logits[token] <= 2 * self.manifest["parity"]["tolerance"]:
                 self._compare("tokens", tokens, [*tokens[:index], int(logits.argmax())])
 
-    def _compare(self, part: str, recorded: object, answer: object) -> None:
-        if answer != recorded:
+    def _compare(self, part: str, recorded: object, actual: object) -> None:
+        if actual != recorded:
             raise ValueError(
                 f"{self.folder} gives other {part} than golden.json recorded at its export "
-                f"({answer!r}): export the run again"
+                f"({actual!r}): export the run again"
             )
 
 
@@ -127,7 +128,7 @@ class ImageSession(ImageGraph):
                 f"labels are {list(labels)}: the model has the classes 0 to {self.num_classes - 1}"
             )
         images = self.run(latents, None if labels is None else np.asarray(labels))
-        return np.rint((images + 1) * 127.5).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        return to_pixels(images)
 
     def generate_from_seed(
         self, seed: int, count: int, label: int | None = None, truncation: float | None = None

@@ -123,13 +123,13 @@ def test_crash_is_logged_with_request_id(caplog: pytest.LogCaptureFixture) -> No
 def test_client_that_disconnects_before_the_response_is_logged_with_499(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def forever(*_: Any) -> None:
+    async def forever(*_: Any) -> Any:
         await asyncio.sleep(600)
 
     async def go() -> None:
         scope = {"type": "http", "method": "POST", "headers": []}
         app = access_log.AccessLog(forever)
-        request = asyncio.create_task(app(scope, forever, forever))  # type: ignore[arg-type]
+        request = asyncio.create_task(app(scope, forever, forever))
         await asyncio.sleep(0)
         request.cancel()  # as Ray Serve does
         with pytest.raises(asyncio.CancelledError):

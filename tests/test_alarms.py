@@ -372,7 +372,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", RUNS)
-def test_alarms_of_real_runs(name: str, garments: Dataset) -> None:
+def test_real_run_has_the_alarm_of_its_fault_and_no_other(name: str, garments: Dataset) -> None:
     changes, expected = RUNS[name]
     config = load("gan", "gan-tiny", changes)
     assert isinstance(config, GanConfig)

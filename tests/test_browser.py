@@ -141,7 +141,7 @@ def test_screenshot_fails_in_one_sentence(
         browser.screenshot(url, ready, tmp_path / "page.png", timeout_s=timeout_s)
 
 
-def test_demo_goes_on_without_selenium(
+def test_demo_continues_without_selenium(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "selenium", None)

@@ -1,3 +1,5 @@
+"""A bundle's manifest: it lists every file, and damage is named."""
+
 import contextlib
 import json
 import shutil

@@ -238,7 +238,7 @@ def save_together(rank: int, world_size: int, root: str) -> None:
     checkpoints.save(1, sharded_state(rank, world_size))
     checkpoints.join()
     if rank == 1:  # its disk is full: the checkpoint must not count on any worker
-        storage.upload = full  # type: ignore[assignment]
+        storage.upload = full  # type: ignore[assignment]  # in a spawned worker
     checkpoints.save(2, sharded_state(rank, world_size))
     try:
         checkpoints.join()

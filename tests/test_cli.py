@@ -114,7 +114,7 @@ def test_without_arguments_a_program_prints_its_help(capsys: pytest.CaptureFixtu
         ("gpt", [], ""),
     ],
 )
-def test_nearest(word: str, known: list[str], hint: str) -> None:
+def test_misspelt_word_names_the_nearest_known_one(word: str, known: list[str], hint: str) -> None:
     assert cli.nearest(word, known) == hint
 
 
@@ -135,7 +135,7 @@ def test_debug_after_two_dashes_belongs_to_the_command_that_follows(
     assert "['submit', '--', 'train', '--debug']" in traceback
 
 
-def test_exit_code_and_message_of_each_outcome(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_outcome_has_its_exit_code_and_message(capsys: pytest.CaptureFixture[str]) -> None:
     def raising(error: BaseException) -> int:
         def main(argv: list[str]) -> int:
             raise error

@@ -11,7 +11,7 @@ from train.data.dataset import Dataset, ExtractorEntry
 META = {"name": "plays", "fingerprint": "0123456789ab", "classes": []}
 
 
-def test_write_find_and_open(tmp_path: Path) -> None:
+def test_data_set_is_found_and_opened_once_it_is_written(tmp_path: Path) -> None:
     uri = f"{tmp_path}/plays-0123456789ab"
     assert Dataset.find(uri) is None
     with pytest.raises(FileNotFoundError):

@@ -36,6 +36,11 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
+async def until_released_again(session: HashSession) -> None:
+    before = session.released
+    await until(lambda: session.released > before)
+
+
 @contextlib.asynccontextmanager
 async def engine_of(session: HashSession, **options: Any) -> AsyncIterator[Engine]:
     engine = Engine(session, **options)
@@ -477,8 +482,7 @@ def test_idle_engine_keeps_prefix_cache_if_no_memory_can_be_released() -> None:
                 assert (await whole(engine.submit(prompt, sampling))).text == reference(
                     prompt, sampling
                 )
-                before = session.released
-                await until(lambda: session.released > before)  # noqa: B023
+                await until_released_again(session)
             assert sum(session.prefill_sizes) == len(prompt) + 8
 
     run(scenario)
@@ -494,8 +498,8 @@ def test_idle_engine_releases_memory_of_kv_cache() -> None:
                 assert (await whole(engine.submit(prompt, sampling))).text == reference(
                     prompt, sampling
                 )
-                before = session.released
-                await until(lambda: session.released > before and session.cache == [[]])  # noqa: B023
+                await until_released_again(session)
+                await until(lambda: session.cache == [[]])
 
     run(scenario)
 

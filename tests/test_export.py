@@ -23,12 +23,12 @@ from models.runtime import TextGraph
 from serve.session import ImageSession, TextSession
 from tests.support.bundles import (
     TEXT,
-    learnt_gpt,
     tiny_gan_bundle,
     tiny_generator,
     tiny_gpt,
     tiny_gpt_bundle,
     tiny_tokenizer,
+    trained_gpt,
 )
 from train import parity
 from train.config import loader
@@ -179,7 +179,7 @@ def test_graph_with_other_greedy_tokens_is_refused(gpt_folder: Path) -> None:
         ValueError,
         match=r"the exported graph continues .* with the tokens .* and transformers with",
     ):
-        export_gpt.golden_answer(tiny_gpt(seed=1), graph, tokenizer, np.arange(1, 60), 0)
+        export_gpt.golden_continuation(tiny_gpt(seed=1), graph, tokenizer, np.arange(1, 60), 0)
 
 
 def test_difference_of_nan_is_refused() -> None:
@@ -241,7 +241,7 @@ def test_manifest_has_the_cost_of_int8(gpt_folder: Path, int8_folder: Path) -> N
 def test_bits_per_byte_equal_those_of_transformers(int8_folder: Path) -> None:
     """In windows of the context, the last one shorter, each token but a window's first is evaluated
     once, given the tokens before it in its window."""
-    model, _, ids = learnt_gpt()
+    model, _, ids = trained_gpt()
     windows: list[list[int]] = [
         ids[start : start + 64].tolist() for start in range(0, len(ids), 64)
     ]
@@ -270,7 +270,7 @@ def test_int8_that_costs_too_much_is_refused(gpt_folder: Path, tmp_path: Path) -
         onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(head) * np.float32(0.9), head.name)
     )
     onnx.save(damaged, tmp_path / "model.onnx")
-    _, tokenizer_file, ids = learnt_gpt()
+    _, tokenizer_file, ids = trained_gpt()
     with pytest.raises(
         ValueError,
         match=r"takes .* bits per byte and with float32 .*: .* export with --weights fp32",
@@ -290,12 +290,12 @@ def test_logits_outside_the_tolerance_are_refused(int8_folder: Path) -> None:
         ValueError,
         match=r"the exported graph's logits differ .* nothing is published; check the versions",
     ):
-        export_gpt.measure_parity(learnt_gpt()[0], graph, learnt_gpt()[2], "fp32")
+        export_gpt.measure_parity(trained_gpt()[0], graph, trained_gpt()[2], "fp32")
     with pytest.raises(
         ValueError,
         match=r"the exported graph's logits differ .* published; export with --weights fp32",
     ):
-        export_gpt.measure_parity(tiny_gpt(seed=1), graph, learnt_gpt()[2], "int8")
+        export_gpt.measure_parity(tiny_gpt(seed=1), graph, trained_gpt()[2], "int8")
 
 
 def test_quantized_graph_keeps_external_data_in_a_second_file(
@@ -312,7 +312,7 @@ def test_quantized_graph_keeps_external_data_in_a_second_file(
     )
     quantize.quantize(exact, quantized)
     assert (tmp_path / "model.onnx.data").is_file()
-    ids = learnt_gpt()[2][:20].tolist()
+    ids = trained_gpt()[2][:20].tolist()
     in_two, in_one = (
         TextGraph(path, 64, slots=1).prefill(0, ids)
         for path in (quantized, int8_folder / "model.onnx")

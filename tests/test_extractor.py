@@ -63,7 +63,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prepared_uri(config: GanConfig, dataset: Dataset) -> str:
     """The URI of the extractor that `prepare` adds to the data set."""
-    found = extractor.prepare(config, dataset, cli.say_nothing).extractor
+    found = extractor.prepare(config, dataset, cli.no_log).extractor
     assert found is not None
     return str(found["uri"])
 

@@ -239,7 +239,8 @@ def test_every_strategy_equals_uninterrupted_run_after_every_fault(
     )
     if fault in FAULTS:
         verdict = verify.verify(config, kiln, [FAULTS[fault]], uninterrupted=uninterrupted)
-        (recovery_s,) = verdict.recoveries_s
+        (kill,) = verdict.kills
+        recovery_s = kill.recovery_s
     else:
         done, killed = lose_a_node(config, kiln, machines)
         machines.add()

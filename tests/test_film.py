@@ -1,4 +1,4 @@
-"""Image grids, interpolations between latents, and the film of a training."""
+"""Image grids, interpolations between latents, and the film of a training run."""
 
 import io
 
@@ -126,5 +126,5 @@ def test_film_of_a_conditional_generator_has_a_column_per_class() -> None:
     assert drawn.shape[0] > without_names.shape[0], "the names are above the images"
 
 
-def test_film_of_a_single_step() -> None:
+def test_film_of_a_single_step_has_one_row() -> None:
     assert decode(film.film([(20, frame(0, 28))])).shape[0] < 100

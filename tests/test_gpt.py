@@ -212,6 +212,18 @@ def test_missing_data_workers_and_cluster_are_one_line_errors(
     assert "no Ray cluster answers at RAY_ADDRESS='127.0.0.1:1'" in nowhere.stderr
 
 
+def test_wait_for_nodes_is_on_stderr_because_json_has_stdout(
+    kiln: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = loader.load("gpt", "gpt-tiny", {"parallel.workers": 64, "batch.global_size": 64})
+    launch.check_resources(config, private=False)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (
+        "parallel.workers 64 need 64 CPUs, and the cluster has 4: waiting for nodes to join\n"
+    )
+
+
 def test_complete_run_is_not_trained_again(kiln: str, halved: Summary) -> None:
     assert run(kiln, "halved", steps=10, **DROPOUT) == halved
     # Interrupted between its last checkpoint and its end: it is evaluated, not started over.

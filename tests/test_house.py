@@ -1,6 +1,7 @@
-"""The house keeps its shape: who imports whom, what lies where, commands that the README names."""
+"""The repository's structure: import direction, packages, files and commands that docs name."""
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -289,6 +290,23 @@ def test_files_left_out_by_make_quick_exist() -> None:
     assert [name for name in FILES if not any(stem.startswith(name) for stem in stems)] == []
 
 
+def test_files_that_make_test_orders_exist() -> None:
+    from tests.support.groups import GROUPS, LAST
+
+    stems = {path.stem for path in (ROOT / "tests").glob("test_*")}  # test_serve is a folder
+    assert {*LAST, *(name for group in GROUPS for name in group)} - stems == set()
+
+
+def test_storage_page_shows_the_checkpoint_format_that_is_written() -> None:
+    from train.run import checkpoint
+
+    page, trainer = read("docs/reference/storage.md"), read("train/gan/trainer.py")
+    assert f'"format": {checkpoint.FORMAT}' in page
+    for name in ("gan_cadence", "critic_updates_in_step"):
+        assert f'"{name}"' in trainer
+        assert name in page
+
+
 def test_every_module_is_in_the_api_reference() -> None:
     from docs.hooks import reference_pages
 
@@ -326,9 +344,24 @@ def documented_commands() -> list[str]:
     return list(dict.fromkeys(line for page in pages for line in commands(page)))
 
 
+def parse(module: str, argv: list[str]) -> None:
+    """Parse a command without running it.
+
+    Raises:
+        ValueError: a command, option or config key is unknown.
+    """
+    from train.config import loader
+
+    program = importlib.import_module(f"{module}.__main__").program
+    # A kind's config keys are options of its command only.
+    arguments = (program(argv) if module in {"train", "tune"} else program()).parse(argv)
+    if arguments.keys:  # verify-resume and extractor, which is a GAN's, parse them when they run
+        loader.parse(getattr(arguments, "kind", "gan"), arguments.keys)
+
+
 @pytest.mark.parametrize("line", documented_commands())
 def test_documented_command_exists(line: str, tmp_path: Path) -> None:
-    """The command starts: its options are known. What it does is tested elsewhere."""
+    """The command's options are known. What it does is tested elsewhere."""
     from train.config import loader
 
     found = tmp_path / "best.yaml"  # what a search writes: a whole config
@@ -340,22 +373,37 @@ def test_documented_command_exists(line: str, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
     elif "-m" in words and words[words.index("-m") + 1] in PACKAGES:
-        module, *rest = words[words.index("-m") + 1 :]
-        assert (ROOT / module / "__main__.py").is_file()
-        dry = (
-            ["--dry-run"]
-            if rest[:1] and rest[0] in {"gpt", "gan"} and module in {"train", "tune"}
-            else ["--help"]
-        )
-        done = subprocess.run(
-            [sys.executable, "-m", module, *rest, *dry],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-500:] + done.stderr[-500:]
+        module, *argv = words[words.index("-m") + 1 :]
+        parse(module, argv)
+        if module in {"train", "tune"} and argv[0] in {"gpt", "gan"}:  # checks the values too
+            done = subprocess.run(
+                [sys.executable, "-m", module, *argv, "--dry-run"],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            assert done.returncode == 0, done.stdout[-500:] + done.stderr[-500:]
     else:
         known = {"git", "cd", "source", "curl", "ray", "tensorboard", "export", "ssh"}
         assert words[0] in {*known, ".venv/bin/pre-commit"}, f"unknown command: {line}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "cluster status --bogus 3",
+        "models list --bogus 3",
+        "serve up --bogus 3",
+        "train gpt --bogus 3",
+        "train export my-gpt --bogus 3",
+        "train extractor --config gan-tiny --bogus 3",
+        "train verify-resume gpt --bogus 3",
+        "tune gan --bogus 3",
+    ],
+)
+def test_command_with_an_unknown_option_does_not_count_as_existing(line: str) -> None:
+    module, *argv = line.split()
+    with pytest.raises(ValueError, match="--bogus"):
+        parse(module, argv)

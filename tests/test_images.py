@@ -151,7 +151,7 @@ def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     assert splits["train"].batch(Order(2, 0), np.arange(2))[1] is None
 
 
-def test_globs_and_lists(tmp_path: Path) -> None:
+def test_list_of_globs_finds_each_image_once(tmp_path: Path) -> None:
     folder_of(
         tmp_path / "source",
         {
@@ -170,7 +170,7 @@ def test_globs_and_lists(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("as_struct", [False, True])
-def test_parquet_with_numbered_labels(tmp_path: Path, as_struct: bool) -> None:
+def test_parquet_images_keep_their_numbered_labels(tmp_path: Path, as_struct: bool) -> None:
     images = [
         {"bytes": png(level), "path": None} if as_struct else png(level) for level in range(6)
     ]
@@ -237,7 +237,7 @@ def test_labels_without_names_are_their_own_class_names(metadata: str, tmp_path:
     assert find(data_of(source)).classes == ["3", "5"]
 
 
-def test_parquet_with_named_labels_and_splits_in_file_names(tmp_path: Path) -> None:
+def test_parquet_file_names_decide_the_split_and_label_names_are_classes(tmp_path: Path) -> None:
     for split, level in (("train", 10), ("test", 20)):
         parquet_of(
             tmp_path / "source" / f"{split}-00000-of-00001.parquet",
@@ -252,7 +252,9 @@ def test_parquet_with_named_labels_and_splits_in_file_names(tmp_path: Path) -> N
     assert splits["heldout"].labels.tolist() == [1, 0]
 
 
-def test_torchvision_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_data_set_keeps_its_split_labels_and_class_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its files are in torch's cache already, so nothing is downloaded."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     raw = tmp_path / "datasets" / "FashionMNIST" / "FashionMNIST" / "raw"
@@ -571,7 +573,7 @@ def test_relative_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     assert prepare(data_of(f"{tmp_path}/source/*/*.png"), f"{tmp_path}/kiln") == dataset
 
 
-def test_uri_as_source_and_object_store_as_storage(
+def test_data_set_on_an_object_store_exists_once_dataset_json_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An object store cannot rename: there a data set exists once dataset.json does."""

@@ -55,7 +55,7 @@ def test_truncation_of_a_latent_does_not_depend_on_the_others() -> None:
 # ---------------------------------------------------------------- interpolation
 
 
-def test_slerp_of_orthogonal_unit_vectors() -> None:
+def test_slerp_of_unit_vectors_stays_on_the_unit_circle() -> None:
     """Halfway is the diagonal of length 1; linear interpolation would give length 0.71."""
     first, second = np.array([1.0, 0.0]), np.array([0.0, 1.0])
     np.testing.assert_allclose(slerp(first, second, 0.5), [math.sqrt(0.5)] * 2)

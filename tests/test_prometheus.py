@@ -54,7 +54,7 @@ async def chunks(*made: Chunk | RequestError, pause_s: float = 0.0) -> AsyncGene
         yield item
 
 
-def test_tokens_and_latencies_of_a_text() -> None:
+def test_text_records_its_tokens_and_latencies() -> None:
     metrics = recorded_text()
     made = [Chunk("a", 7, 1), Chunk("bc", 7, 3), Chunk("d", 7, 4, "length")]
 

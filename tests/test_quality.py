@@ -81,7 +81,7 @@ def test_frechet_distance_equals_torchmetrics_and_torch_fidelity(
     assert distance == pytest.approx(reference["frechet_inception_distance"], rel=1e-9)
 
 
-def test_frechet_distance_by_hand() -> None:
+def test_frechet_distance_equals_values_worked_out_by_hand() -> None:
     """In one dimension it is (m1 - m2)^2 + (s1 - s2)^2; a shift costs its square, in any number of
     dimensions."""
     line = torch.tensor([[0.0], [2.0]]).double()  # mean 1, variance 2
@@ -168,15 +168,15 @@ def test_distances_of_near_copies_far_from_the_origin_are_exact() -> None:
 # ---- distances: modes and slices
 
 
-def test_mode_metrics_by_hand() -> None:
-    """Real shares are 1/2, 1/4, 1/4, 0, and 0 for no mode. Mode 1 has less than a third of its real
-    share; mode 3 has no real image."""
+def test_mode_metrics_equal_values_worked_out_by_hand() -> None:
+    """Real fractions are 1/2, 1/4, 1/4, 0, and 0 for no mode. Mode 1 has less than a third of its
+    real fraction; mode 3 has no real image."""
     real = torch.tensor([0, 0, 1, 2] * 10)
     generated = torch.tensor([0] * 24 + [1] * 3 + [2] * 4 + [3] * 8 + [-1])
     modes, divergence = distances.mode_metrics(real, generated, 4)
     assert modes == 2
-    shares, smoothed = np.array([24, 3, 4, 8, 1]) / 40, np.array([21, 11, 11, 1, 1]) / 45
-    assert divergence == pytest.approx(float((shares * np.log(shares / smoothed)).sum()))
+    fractions, smoothed = np.array([24, 3, 4, 8, 1]) / 40, np.array([21, 11, 11, 1, 1]) / 45
+    assert divergence == pytest.approx(float((fractions * np.log(fractions / smoothed)).sum()))
     assert distances.mode_metrics(real, real, 4)[0] == 3
     assert distances.mode_metrics(real, torch.full((7,), -1), 4)[0] == 0
     one_without_mode = torch.tensor([0, -1])
@@ -185,7 +185,7 @@ def test_mode_metrics_by_hand() -> None:
     )
 
 
-def test_sliced_wasserstein_by_hand() -> None:
+def test_sliced_wasserstein_equals_values_worked_out_by_hand() -> None:
     """In the first direction, the sorted points are 0, 1, 5 and 1, 2, 3: (1 + 1 + 2) / 3; in the
     second they are equal."""
     first = torch.tensor([[5.0, 1.0], [0.0, 2.0], [1.0, 3.0]])

@@ -27,12 +27,14 @@ from tests.support.fakes import LocalModel
 from tests.support.served import CONTEXT, PROMPT
 
 
-def test_replica_with_dead_engine_is_unhealthy(registry_root: str) -> None:
+def test_replica_with_dead_engine_is_unhealthy(
+    registry_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
         replica = TextReplica(slots=1, threads=1, timeout_s=60)
         await replica.reconfigure({"uri": f"{registry_root}/gpt/2"})
         await replica.check_health()
-        replica.session.decode = None  # type: ignore[assignment,method-assign]
+        monkeypatch.setattr(replica.session, "decode", None)
         assert isinstance(await replica.complete(CompletionRequest(max_tokens=9), ""), Unavailable)
         with pytest.raises(RuntimeError, match="the engine's thread has ended"):
             await replica.check_health()
@@ -132,7 +134,9 @@ def test_logprobs_equal_transformers(registry_root: str) -> None:
         assert token.startswith("bytes:") or text[offset:].startswith(token)
 
 
-def test_no_token_is_started_for_a_disconnected_client(registry_root: str) -> None:
+def test_no_token_is_started_for_a_disconnected_client(
+    registry_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At most the token of the running step is generated. The test holds the decode steps."""
     allowed = threading.Semaphore(5)
 
@@ -146,7 +150,7 @@ def test_no_token_is_started_for_a_disconnected_client(registry_root: str) -> No
             allowed.acquire()
             return decode(*step)
 
-        replica.session.decode = held  # type: ignore[assignment,method-assign]
+        monkeypatch.setattr(replica.session, "decode", held)
         gone = asyncio.Event()
         body = {
             "prompt": PROMPT,

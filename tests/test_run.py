@@ -38,7 +38,7 @@ def start(root: Path, made: Config) -> int:
         return run.start
 
 
-def test_resume_auto_never_and_must(tmp_path: Path) -> None:
+def test_resume_auto_resumes_never_refuses_and_must_needs_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run.resume is must, and .* has no complete checkpoint"):
         start(tmp_path, config(**{"run.resume": "must"}))
     assert not (tmp_path / "runs").exists()

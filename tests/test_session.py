@@ -522,7 +522,7 @@ def test_interpolation_starts_and_ends_at_seeded_images(
     )
 
 
-def test_interpolation_without_classes_and_with_invalid_arguments(gan_folder: Path) -> None:
+def test_interpolation_needs_no_classes_and_refuses_invalid_arguments(gan_folder: Path) -> None:
     session = ImageSession(gan_folder)
     np.testing.assert_array_equal(
         session.interpolate(1, 2, 2),
@@ -550,7 +550,7 @@ def test_images_span_all_gray_levels(gan_folder: Path, monkeypatch: pytest.Monke
     assert session.generate(np.zeros((1, 16))).ravel().tolist() == list(range(256))
 
 
-def test_class_of_images(conditional_folder: Path) -> None:
+def test_class_is_the_label_or_follows_from_the_seed(conditional_folder: Path) -> None:
     session = ImageSession(conditional_folder)
     by_label = [session.generate_from_seed(7, 1, label)[0] for label in range(3)]
     assert not np.array_equal(by_label[0], by_label[1])

@@ -45,7 +45,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("x/*.md", "x", []),
     ],
 )
-def test_find_files_by_path_folder_and_glob(
+def test_files_are_found_by_path_folder_and_glob(
     tree: Path, pattern: str, fixed: str, expected: list[str]
 ) -> None:
     found = {str(tree / fixed / inside): inside for inside in expected}
@@ -87,5 +87,5 @@ def test_identity_changes_with_the_content(tree: Path, monkeypatch: pytest.Monke
         ("hf:owner/Some.Set", "some"),
     ],
 )
-def test_name_of_a_source(source: str, name: str) -> None:
+def test_data_set_is_named_after_its_source(source: str, name: str) -> None:
     assert name_of([source, "another"], "text") == name

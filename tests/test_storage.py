@@ -1,5 +1,7 @@
 """Storage: the same on a folder and on an object store (an S3 server on this machine)."""
 
+import gzip
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +42,13 @@ def test_files_are_written_read_listed_and_deleted(root: str, tmp_path: Path) ->
     storage.delete(uri)
     storage.delete(uri)
     assert not storage.exists(uri)
+
+
+def test_compressed_file_is_read_and_hashed_as_it_is(root: str) -> None:
+    uri, packed = storage.join(root, "corpus.txt.gz"), gzip.compress(b"to be" * 1000)
+    storage.write_bytes(uri, packed)
+    assert storage.read_bytes(uri) == packed
+    assert storage.sha256(uri) == hashlib.sha256(packed).hexdigest()
 
 
 def test_upload_changed_copies_only_new_and_changed_files(root: str, tmp_path: Path) -> None:
@@ -109,7 +118,7 @@ def test_secrets_are_removed_from_a_uri(uri: str, shown: str) -> None:
 
 
 @pytest.mark.slow
-def test_training_resume_and_export_on_an_object_store(
+def test_training_resumes_and_exports_on_an_object_store(
     bucket: str, tmp_path: Path, command: Callable[..., Any]
 ) -> None:
     (tmp_path / "corpus.txt").write_text("".join(f"{number}: {VERSE}" for number in range(120)))

@@ -134,7 +134,7 @@ def test_folders_named_after_splits_decide_the_split(tmp_path: Path) -> None:
     assert (train, heldout) == (["train"], ["test"])
 
 
-def test_folders_globs_and_data_heldout(tmp_path: Path) -> None:
+def test_source_finds_each_text_once_and_may_not_contain_heldout_ones(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("a.txt", "b.txt", "sub/c.txt", ".hidden.txt"):
         (tmp_path / name).write_text(VERSE)

@@ -105,7 +105,8 @@ def test_gan_equals_too_and_an_uninterrupted_run_is_reused(
     root = str(tmp_path)
     first = verify.verify(config, root, verify.plan_kills(["worker", "driver"], config), keep=True)
     assert first.equal, first.first_difference
-    assert len(first.recoveries_s) == 2
+    assert all(kill.recovery_s for kill in first.kills)
+    assert len(first.kills) == 2
     again = verify.verify(
         config,
         root,
@@ -294,7 +295,7 @@ def test_verdict_names_the_kill_before_the_first_difference(tmp_path: Path) -> N
     compared = verdict.compare_runs(*uris, kills, 0)
     assert not compared.equal
     assert compared.largest_difference == pytest.approx(0.1)
-    assert compared.recoveries_s == [3.5, 4.0]
+    assert [kill.recovery_s for kill in compared.kills] == [3.5, 4.0]
     assert compared.first_difference == (
         "loss at step 2: 2.4 uninterrupted, 2.3 killed (after the kill of the driver during step "
         "2, resumed from step 1)"
@@ -338,11 +339,12 @@ def test_kills_are_planned_between_checkpoints() -> None:
 
 def test_invalid_plan_is_an_error_before_any_run(tmp_path: Path) -> None:
     config = loader.load("gpt", "gpt-tiny")
+    unknown: Any = "lunch"
     for plan, message in {
         (): "no kill is planned",
         (Fault(21),): "planned at step 21, and the run has steps 1 to 20",
         (Fault(2, rank=1),): "worker 1 is to be killed, and parallel.workers is 1",
-        (Fault(2, "lunch"),): "has an unknown moment or target",  # type: ignore[arg-type]
+        (Fault(2, unknown),): "has an unknown moment or target",
     }.items():
         with pytest.raises(ValueError, match=message):
             verify.verify(config, str(tmp_path), list(plan))

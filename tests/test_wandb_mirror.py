@@ -32,8 +32,7 @@ WANDB: Options = {
 def history(run: Path) -> dict[int, dict[str, Any]]:
     """Return {step: {metric: value}} from the run's one offline folder: W&B's messages in LevelDB's
     log format."""
-    # The class is made at import from a descriptor.
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # set at import
 
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
     data, rows, parts, at = file.read_bytes(), {}, b"", 7

@@ -22,9 +22,14 @@ KEYS_FOLLOW = (
 
 def main(argv: list[str]) -> int:
     """Run the command line."""
-    program = cli.Program("train", DESCRIPTION, epilog=_presets())
+    return program(argv).main(argv)
+
+
+def program(argv: list[str]) -> cli.Program:
+    """Return the commands, with the options of the keys of the kind that `argv` begins with."""
+    train = cli.Program("train", DESCRIPTION, epilog=_presets())
     for kind in KINDS.values():
-        parser = program.command(
+        parser = train.command(
             kind.name,
             _train,
             f"train a {kind.name.upper()}, or resume its run",
@@ -39,7 +44,7 @@ def main(argv: list[str]) -> int:
             key_options = loader.KeyOptions(parser, kind.name)
             key_options.check(argv[1:])
             parser.set_defaults(kind=kind.name, key_options=key_options)
-    parser = program.command(
+    parser = train.command(
         "verify-resume",
         _verify_resume,
         "verify on your own config that a run which is killed and resumed equals an uninterrupted "
@@ -49,8 +54,8 @@ def main(argv: list[str]) -> int:
         epilog=KEYS_FOLLOW.format("|".join(KINDS)),
     )
     verify_options.add_options(parser)
-    _add_export(program.command("export", _export, "publish a run's model", prints_json=True))
-    parser = program.command(
+    _add_export(train.command("export", _export, "publish a run's model", prints_json=True))
+    parser = train.command(
         "extractor",
         _extractor,
         "train the feature extractor that evaluates a GAN's images",
@@ -58,7 +63,7 @@ def main(argv: list[str]) -> int:
         epilog=KEYS_FOLLOW.format("gan"),
     )
     _add_config(parser)
-    return program.main(argv)
+    return train
 
 
 def _presets(kind: str = "*") -> str:
@@ -189,7 +194,7 @@ def _extractor(arguments: argparse.Namespace) -> int:
     kind = KINDS["gan"]
     launch.check_resources(config, connect())
     dataset = kind.prepare(config, cli.storage_of(arguments))
-    kind.prepare_evaluation(config, dataset, print)
+    kind.prepare_evaluation(config, dataset, cli.log)
     return 0
 
 

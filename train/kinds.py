@@ -70,13 +70,13 @@ class Kind(Protocol[C]):
             ValueError: they do not fit together.
         """
 
-    def prepare_evaluation(self, config: C, dataset: Dataset, say: cli.Say) -> Dataset:
+    def prepare_evaluation(self, config: C, dataset: Dataset, log: cli.Log) -> Dataset:
         """Return the data set together with what evaluation needs; make that where it is missing.
 
         Args:
             config: the run's.
             dataset: the prepared data set.
-            say: is called with progress messages.
+            log: called with each progress message.
         """
 
     def train(self, worker: "Worker[C]", resumed: "tuple[int, State] | None") -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Train a run on a Ray cluster: prepare its data, start its workers, write its summary."""
 
 import os
+import sys
 import time
 from contextlib import suppress
 from typing import Any
@@ -60,19 +61,19 @@ def fit(
     """
     root = storage.absolute(root)  # workers run in other directories, on other machines
     kind = kind or KINDS[config.kind]
-    say = cli.say_nothing if quiet else cli.say
+    log = cli.no_log if quiet else cli.log
     check_environment(kind, config)
     with open_run(config, root, stem or config.kind) as run:
         state = f"resumes from step {run.start}" if run.start else "starts"
-        say(f"run {run.name} {state}, in {run.uri}")
+        log(f"run {run.name} {state}, in {run.uri}")
         if completed := _completed(config, run):
-            say(
+            log(
                 f"it has completed its {config.steps} steps: nothing to do (use more --steps, or "
                 "another --run.name)"
             )
             return completed
         check_resources(config, connect())
-        dataset = _prepare(kind, config, run, root, say)
+        dataset = _prepare(kind, config, run, root, log)
         begin = time.monotonic()
         try:
             with progress.watch(run.name, config.steps, kind.speed, quiet) as feed:
@@ -103,7 +104,7 @@ def check_environment(kind: Kind[Any], config: Config) -> None:
 def check_resources(config: Config, private: bool) -> None:
     """Check that the workers fit into the cluster; Ray would wait for them forever.
 
-    A cluster that is not private may still grow: then print that the run waits.
+    A cluster that is not private may still grow: then a line on stderr says that the run waits.
 
     Raises:
         ValueError: they do not fit into this machine.
@@ -122,18 +123,18 @@ def check_resources(config: Config, private: bool) -> None:
         )
         if private:
             raise ValueError(f"{sentence}: use fewer workers, or {hints[resource]}")
-        print(f"{sentence}: waiting for nodes to join", flush=True)
+        print(f"{sentence}: waiting for nodes to join", file=sys.stderr, flush=True)
 
 
-def _prepare(kind: Kind[Any], config: Config, run: Run, root: str, say: cli.Say) -> Dataset:
+def _prepare(kind: Kind[Any], config: Config, run: Run, root: str, log: cli.Log) -> Dataset:
     """Return the run's data set with what evaluation needs, and write its lineage."""
     begin = time.monotonic()
     dataset = kind.prepare(config, root)
-    say(f"data: {dataset.uri} ({time.monotonic() - begin:.1f} s)")
-    # Found on a worker, a mismatch would cost its start, and that of those that replace it.
+    log(f"data: {dataset.uri} ({time.monotonic() - begin:.1f} s)")
+    # Before workers start: an error on a worker would be retried run.max_failures times.
     kind.check(config, dataset)
     origin = lineage.check_dataset(run, dataset)
-    dataset = kind.prepare_evaluation(config, dataset, say)
+    dataset = kind.prepare_evaluation(config, dataset, log)
     if dataset.extractor is not None:
         origin = lineage.check_extractor(run, origin, dataset.extractor)
     lineage.write(run, origin)
@@ -197,7 +198,7 @@ def _train(job: Job, callbacks: list[UserCallback]) -> dict[str, float]:
         ) from error
     except (KeyboardInterrupt, SystemExit) as stop:
         # Ray turns Ctrl-C into sys.exit(0), as if the run were complete.
-        print(f"stopped: {hint}", flush=True)
+        print(f"stopped: {hint}", file=sys.stderr, flush=True)
         raise KeyboardInterrupt from stop
     if "halted" in final:
         raise TrainingFailed(

@@ -18,18 +18,23 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    program = cli.Program(
+    return program(argv).main(argv)
+
+
+def program(argv: list[str]) -> cli.Program:
+    """Return the commands, with the options of the keys of the kind that `argv` begins with."""
+    tune = cli.Program(
         "tune",
         "Search hyper-parameters over training runs and write the best config.",
         epilog="To resume an interrupted search, start it again with its --name.",
     )
     for kind in KINDS:
-        parser = _add_command(program, kind)
+        parser = _add_command(tune, kind)
         if argv[:1] == [kind]:
             keys = loader.KeyOptions(parser, kind)
             keys.check(argv[1:])
             parser.set_defaults(kind=kind, key_options=keys)
-    return program.main(argv)
+    return tune
 
 
 def _add_command(program: cli.Program, kind: str) -> cli.Parser:
@@ -37,7 +42,7 @@ def _add_command(program: cli.Program, kind: str) -> cli.Parser:
         kind,
         _search,
         f"search the hyper-parameters of a {kind.upper()}",
-        storage="where data, runs and searches lie",
+        storage="where data, runs and searches are stored",
         prints_json=True,
     )
     parser.add_argument(
@@ -63,7 +68,7 @@ def _add_command(program: cli.Program, kind: str) -> cli.Parser:
         help="trials at once (default: as many as the cluster's nodes hold)",
     )
     parser.add_argument(
-        "--name", help="of the search (default: made from the config's name and the time)"
+        "--name", help="name of the search (default: made from the config's name and the time)"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check and print the plan, start nothing"
@@ -88,7 +93,10 @@ def _search(arguments: argparse.Namespace) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nto resume search {plan.name}, start it again with --name {plan.name}")
+        print(
+            f"\nto resume search {plan.name}, start it again with --name {plan.name}",
+            file=sys.stderr,
+        )
         raise
     if arguments.json:
         cli.print_json(asdict(summary))

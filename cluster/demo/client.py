@@ -19,8 +19,8 @@ CELL = 64  # pixels per side to which images are enlarged, by whole factors
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What the endpoint has answered.
+class Responses:
+    """What the endpoint has generated, and how fast.
 
     Attributes:
         text: the prompt and the generated text.
@@ -37,15 +37,15 @@ class Answers:
     sheet: Image.Image
 
 
-def ask(url: str, show: Callable[[str], None]) -> Answers:
-    """Ask both models at `url`.
+def send_requests(url: str, show: Callable[[str], None]) -> Responses:
+    """Send requests to both models at `url`.
 
     Args:
         url: of a server with a GPT and a GAN.
         show: called with each piece of the text.
 
     Raises:
-        httpx.HTTPError: the endpoint does not answer, or answers with an error.
+        httpx.HTTPError: the endpoint does not answer, or responds with an error.
         ValueError: the endpoint reports an error within the stream.
     """
     # trust_env=False: a proxy from the environment must not be used for this machine.
@@ -61,7 +61,7 @@ def ask(url: str, show: Callable[[str], None]) -> Answers:
         rows = generate_images(http, models["gan"]["class_names"] or [None])
         image_seconds = time.monotonic() - begun
     count = sum(len(row) for row in rows)
-    return Answers(
+    return Responses(
         text=PROMPT + text,
         tokens_per_s=round(tokens / text_seconds, 1),
         images=count,

@@ -1,9 +1,9 @@
 """The demo, from data to endpoint on this machine: `python -m cluster demo` or `make demo`.
 
-It starts a Ray cluster of its own and runs the commands that the README shows: train a GPT and a
-WGAN-GP, export both, serve both, send requests over HTTP. Text, images, curves and summary.json
-stay in the demo's folder. Every process that it starts is ended, also after Ctrl-C or when the
-terminal closes.
+It starts a Ray cluster of its own and runs the commands of docs/start/step-by-step.md: train a GPT
+and a WGAN-GP, export both, serve both, send requests over HTTP. Text, images, curves and
+summary.json stay in the demo's folder. Every process that it starts is ended, also after Ctrl-C or
+when the terminal closes.
 """
 
 import os
@@ -19,12 +19,12 @@ from types import FrameType
 import httpx
 from rich.console import Console
 
-from cluster import local, machine
+from cluster import cli, local, machine
 from cluster.demo import browser, client
 from cluster.demo import summary as summaries
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ASK = "ask both over HTTP"  # the last stage: the results are complete after it
+LAST_STAGE = "ask both over HTTP"  # the results are complete after it
 
 
 class Demo:
@@ -71,10 +71,10 @@ class Demo:
             port = machine.free_port(8000)
             with self.stage("serve both"):
                 self.command("serve", "up", "--detach", "--port", str(port))
-            with self.stage(ASK):
-                answers, page = self.ask(f"http://127.0.0.1:{port}")
+            with self.stage(LAST_STAGE):
+                responses, page = self.send_requests(f"http://127.0.0.1:{port}")
             summary = summaries.write(
-                self.folder, runs, self.stages_s, time.monotonic() - begun, answers, page
+                self.folder, runs, self.stages_s, time.monotonic() - begun, responses, page
             )
             self.screen.print(summaries.table(summary, self.folder))
             if stay:
@@ -86,15 +86,18 @@ class Demo:
         finally:
             self.end()
 
-    def ask(self, url: str) -> tuple[client.Answers, Path | None]:
-        """Ask both models, and take a screenshot of the page where a browser is installed."""
+    def send_requests(self, url: str) -> tuple[client.Responses, Path | None]:
+        """Send requests to both models, and take a screenshot of the page where a browser is
+        installed."""
         self.screen.print(client.PROMPT, end="", markup=False, style="dim")
         try:
-            answers = client.ask(url, lambda text: self.screen.print(text, end="", markup=False))
+            responses = client.send_requests(
+                url, lambda text: self.screen.print(text, end="", markup=False)
+            )
         except httpx.HTTPError as error:
-            raise ValueError(f"the demo failed: the endpoint answered wrongly ({error})") from error
+            raise ValueError(f"the demo failed: a request failed ({error})") from error
         self.screen.print()
-        return answers, self._photograph(f"{url}/?run=1&seed=7")
+        return responses, self._photograph(f"{url}/?run=1&seed=7")
 
     def _photograph(self, url: str) -> Path | None:
         """Save a screenshot of the page with its text and images, or log why there is none."""
@@ -129,7 +132,7 @@ class Demo:
             ValueError: the command failed; its own output says why.
         """
         words = (*words, "--storage", str(self.folder))
-        shown = " ".join(summaries.relative(word) for word in words)
+        shown = " ".join(cli.typed(word) for word in words)
         self.screen.print(f"$ python -m {shown}", style="dim", markup=False)
         code = subprocess.run(
             [sys.executable, "-m", *words], env=self.environment, check=False
@@ -167,7 +170,7 @@ def run(folder: Path, stay: bool | None = None, preset: str = "demo") -> int:
     try:
         demo.run(at_terminal if stay is None else stay)
     except KeyboardInterrupt:
-        if ASK not in demo.stages_s:
+        if LAST_STAGE not in demo.stages_s:
             raise
     return 0
 

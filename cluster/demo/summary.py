@@ -1,14 +1,13 @@
 """The results of the demo: summary.json, the training curves, and the table at its end."""
 
-import re
 import shutil
 from pathlib import Path
 from typing import TypedDict
 
 from rich.table import Table
 
-from cluster import storage
-from cluster.demo.client import Answers
+from cluster import cli, storage
+from cluster.demo.client import Responses
 
 
 class Files(TypedDict):
@@ -44,7 +43,7 @@ def write(
     runs: dict[str, str],
     stages_s: dict[str, float],
     seconds: float,
-    answers: Answers,
+    responses: Responses,
     page: Path | None,
 ) -> Summary:
     """Collect the results and write the text, the images, the curves and summary.json.
@@ -54,11 +53,11 @@ def write(
         runs: {kind: name of its run}.
         stages_s: seconds of each stage.
         seconds: of the whole demo.
-        answers: what the endpoint answered.
+        responses: what the endpoint has generated.
         page: the screenshot of the studio page.
     """
-    (folder / "text.txt").write_text(answers.text, encoding="utf-8")
-    answers.sheet.save(folder / "images.png")
+    (folder / "text.txt").write_text(responses.text, encoding="utf-8")
+    responses.sheet.save(folder / "images.png")
     for kind, name in runs.items():
         shutil.copy(folder / "runs" / name / "curves.png", folder / f"curves-{kind}.png")
     gpt, gan = (
@@ -74,9 +73,9 @@ def write(
         "heldout_recall": gan["heldout_recall"],
         "train_tokens_per_s": gpt["tokens_per_s"],
         "train_images_per_s": gan["images_per_s"],
-        "served_tokens_per_s": answers.tokens_per_s,
-        "served_images_per_s": answers.images_per_s,
-        "text": answers.text,
+        "served_tokens_per_s": responses.tokens_per_s,
+        "served_images_per_s": responses.images_per_s,
+        "text": responses.text,
         "files": {
             "text": str(folder / "text.txt"),
             "images": str(folder / "images.png"),
@@ -116,15 +115,10 @@ def table(summary: Summary, folder: Path) -> Table:
     )
     result.add_section()
     files = summary["files"]
-    serve_it = f"python -m serve up --storage {relative(str(folder))}"
-    result.add_row("text", relative(files["text"]))
-    result.add_row("images", relative(files["images"]))
-    result.add_row("curves", "  ".join(map(relative, files["curves"])))
-    result.add_row("page", relative(files["page"]) if files["page"] else serve_it)
-    result.add_row("all results", relative(str(folder / "summary.json")))
+    serve_it = f"python -m serve up --storage {cli.typed(str(folder))}"
+    result.add_row("text", cli.typed(files["text"]))
+    result.add_row("images", cli.typed(files["images"]))
+    result.add_row("curves", "  ".join(map(cli.typed, files["curves"])))
+    result.add_row("page", cli.typed(files["page"]) if files["page"] else serve_it)
+    result.add_row("all results", cli.typed(str(folder / "summary.json")))
     return result
-
-
-def relative(path: str) -> str:
-    """Return a path as a user would type it."""
-    return re.sub(rf"^{re.escape(str(Path.cwd()))}/", "", path)

@@ -22,7 +22,7 @@ class DcganConfig:
     """The sizes and norms of both networks."""
 
     image_size: int = 32  # pixels per side
-    channels: int = 1  # 1: grey, 3: color
+    channels: int = 1  # 1: grayscale, 3: color
     latent_dim: int = 128
     width: int = 32  # feature maps at half the image size; doubled with every further halving
     num_classes: int = 0  # 0: unconditional
@@ -37,7 +37,7 @@ class DcganConfig:
             )
         if self.channels not in (1, 3):
             raise ValueError(
-                f"channels {self.channels} is not supported: use 1 (grey) or 3 (color)"
+                f"channels {self.channels} is not supported: use 1 (grayscale) or 3 (color)"
             )
         if min(self.latent_dim, self.width) < 1 or self.num_classes < 0:
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SIZES = (32, 64)
-MIN_CONFIDENCE = 0.9  # the probability from which on an image counts as of its likeliest class
+MIN_CONFIDENCE = 0.9  # below this probability of its likeliest class, an image is of no mode
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ExtractorConfig:
     """The sizes of the network."""
 
     size: int = 32  # pixels per side to which images are resized; one of SIZES
-    channels: int = 1  # 1: grey, 3: color
+    channels: int = 1  # 1: grayscale, 3: color
     num_classes: int = 10  # that it is trained to classify
     num_modes: int = 0  # clusters of real features, used as modes; 0: the classes are the modes
     width: int = 32  # feature maps of the first convolution
@@ -31,7 +31,7 @@ class ExtractorConfig:
             )
         if self.channels not in (1, 3):
             raise ValueError(
-                f"an extractor's channels must be 1 (grey) or 3 (color): got {self.channels}"
+                f"an extractor's channels must be 1 (grayscale) or 3 (color): got {self.channels}"
             )
         if min(self.num_classes, self.width) < 1 or self.num_modes < 0:
             raise ValueError(

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from typing import Any, TypeVar
 
 from cluster import storage
@@ -117,11 +116,11 @@ def _model_version(
         id=name,
         version=version,
         kind=manifest["kind"],
-        created=int(datetime.fromisoformat(manifest["created"]).timestamp()),
+        created=bundle.created(manifest),
         aliases=listed.aliases_of(version),
         metrics=manifest["metrics"],
         quantization=manifest["quantization"],
-        run={key: manifest["run"][key] for key in ("name", "step")},
+        run=bundle.public_run(manifest),
         dataset=manifest["dataset"],
         commit=manifest["commit"],
         sample=_has_sample(manifest),

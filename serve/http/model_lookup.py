@@ -1,4 +1,4 @@
-"""Which models answer, and which of them has a given name."""
+"""Which models respond, and which of them has a given name."""
 
 import asyncio
 import logging
@@ -11,18 +11,18 @@ from serve.errors import UnknownModel
 from serve.http.protocols import ServedModel
 from serve.http.schemas import Model
 
-Answer = TypeVar("Answer")
+Response = TypeVar("Response")
 
 logger = logging.getLogger(__name__)
 
 
 async def describe_models(http: Request) -> list[Model]:
-    """Describe the models that answer; one that is unavailable does not hide the other.
+    """Describe the models that respond; one that is unavailable does not hide the other.
 
     Raises:
-        Exception: none answers; the exception of the first.
+        Exception: none responds; the exception of the first.
     """
-    described, failures = await _ask_all(http, lambda model: model.describe())
+    described, failures = await _call_all(http, lambda model: model.describe())
     if failures and not described:
         raise failures[0]
     for failure in failures:
@@ -35,9 +35,9 @@ async def find_model(http: Request, name: str) -> Model:
 
     Raises:
         UnknownModel: there is none.
-        Exception: a model that may have this name does not answer.
+        Exception: a model that may have this name does not respond.
     """
-    described, failures = await _ask_all(http, lambda model: model.describe())
+    described, failures = await _call_all(http, lambda model: model.describe())
     for model in described:
         if model.id == name:
             return model
@@ -49,9 +49,9 @@ async def find_registry(http: Request, name: str) -> str:
 
     Raises:
         UnknownModel: there is no such model, or its bundle is not in a registry.
-        Exception: a model that may have this name does not answer.
+        Exception: a model that may have this name does not respond.
     """
-    found, failures = await _ask_all(http, lambda model: model.registry())
+    found, failures = await _call_all(http, lambda model: model.registry())
     for known, root in found:
         if known == name and root is not None:
             return root
@@ -64,20 +64,20 @@ async def find_registry(http: Request, name: str) -> str:
 
 
 def _not_found(name: str, known: list[str], failures: list[BaseException]) -> BaseException:
-    """Return the error for a name that no answering model has.
+    """Return the error for a name that no responding model has.
 
-    If a model did not answer, it may be the one: its failure is the error then.
+    A model that did not respond may have the name: then its failure is the error.
     """
     if failures:
         return failures[0]
     return UnknownModel(f"model {name!r} is not served here: use {' or '.join(known)}")
 
 
-async def _ask_all(
-    http: Request, question: Callable[[ServedModel], Awaitable[Answer]]
-) -> tuple[list[Answer], list[BaseException]]:
-    """Ask all served models; return their answers, and the exceptions of those that failed."""
+async def _call_all(
+    http: Request, method: Callable[[ServedModel], Awaitable[Response]]
+) -> tuple[list[Response], list[BaseException]]:
+    """Call all served models; return their responses, and the exceptions of those that failed."""
     served = [model for model in (http.app.state.text, http.app.state.images) if model is not None]
-    answers = await asyncio.gather(*(question(model) for model in served), return_exceptions=True)
-    failures = [answer for answer in answers if isinstance(answer, BaseException)]
-    return [answer for answer in answers if not isinstance(answer, BaseException)], failures
+    results = await asyncio.gather(*(method(model) for model in served), return_exceptions=True)
+    failures = [result for result in results if isinstance(result, BaseException)]
+    return [result for result in results if not isinstance(result, BaseException)], failures

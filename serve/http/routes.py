@@ -1,4 +1,4 @@
-"""The HTTP routes, over two models that answer asynchronously. No Ray."""
+"""The HTTP routes, over two models with asynchronous methods. No Ray."""
 
 import base64
 import time
@@ -91,7 +91,7 @@ async def page() -> FileResponse:
 
 @router.get("/health")
 async def health(http: Request) -> Health:
-    """200 while at least one model answers, with the names of those that do."""
+    """200 while at least one model responds, with the names of those that do."""
     return Health(models=[f"{model.id}/{model.version}" for model in await describe_models(http)])
 
 
@@ -165,6 +165,7 @@ async def completions(body: CompletionRequest, http: Request, model: UsedTextMod
         # An error before the first chunk gets its own status, so wait for the chunk.
         first = await anext(chunks)
         http.app.state.latency["text_time_to_first_token"].add(time.perf_counter() - started)
+        # FastAPI takes the annotation as the schema of the JSON response.
         return StreamingResponse(  # type: ignore[return-value]
             writer.events(http, first, chunks),
             media_type="text/event-stream",

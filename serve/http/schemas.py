@@ -231,7 +231,7 @@ class Completion(BaseModel):
     created: int
     model: str
     system_fingerprint: str = Field(
-        description="Name and version of the model that answered, such as gpt/3."
+        description="Name and version of the model that generated it, such as gpt/3."
     )
     choices: list[CompletionChoice]
     usage: Usage | None
@@ -249,7 +249,7 @@ class Images(BaseModel):
     created: int
     data: list[Image]
     seed: int
-    model: str = Field(description="Name and version of the model that answered.")
+    model: str = Field(description="Name and version of the model that generated them.")
 
 
 class GenerateResponse(BaseModel):
@@ -308,7 +308,7 @@ class ModelVersions(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
-    models: list[str] = Field(description="Name and version of each model that answered.")
+    models: list[str] = Field(description="Name and version of each model that responded.")
 
 
 class DeploymentStatus(BaseModel):
@@ -317,7 +317,7 @@ class DeploymentStatus(BaseModel):
     target: int = Field(description="The number of replicas that autoscaling aims at.")
     status: str = Field(description="Ray Serve's status, such as HEALTHY or UPSCALING.")
     slots: int | None = Field(
-        description="Requests that the replicas can process at once; null if they do not answer, "
+        description="Requests that the replicas can process at once; null if they do not respond, "
         "or have no slots."
     )
     running: int | None

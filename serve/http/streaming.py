@@ -64,7 +64,7 @@ class CompletionWriter:
             CompletionChoice(
                 index=chunk.choice,
                 text=chunk.text,
-                finish_reason=chunk.finish_reason,  # type: ignore[arg-type]
+                finish_reason=chunk.finish_reason,  # type: ignore[arg-type]  # checked by Pydantic
                 logprobs=None if self.body.logprobs is None else _logprobs(chunk),
             )
             for chunk in chunks

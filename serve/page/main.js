@@ -1,7 +1,7 @@
 // The studio page: a user interface for the HTTP API. No build step, no library.
 //
-// A `run` in the query sends the requests at once: ?prompt=ROMEO:&seed=7&run=text generates text,
-// ?n=16&seed=7&run=images generates images, and run=1 generates both.
+// When it is opened, it generates images and an interpolation (?n=16&seed=7), unless the query has
+// run=text. It also generates text if the query has run=text or run=1: ?prompt=ROMEO:&seed=7&run=1.
 
 import { getJson } from "./api.js";
 import { byId, showError } from "./dom.js";

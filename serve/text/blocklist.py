@@ -39,17 +39,17 @@ class Blocklist:
         match = self._whole.search(text)
         return None if match is None else str(match.group())
 
-    def tail(self, prompt: str) -> tuple[str, int]:
+    def prompt_context(self, prompt: str) -> tuple[str, int]:
         """Return the end of a prompt that may begin a phrase, and where in it a phrase may start.
 
-        The two values are `before` and `since` of `look`.
+        The two values are `before` and `since` of `find_next`.
         """
         match = self._followed.search(prompt, partial=True)
         at = match.start() if match is not None and match.partial else len(prompt)
         return prompt[max(at - 1, 0) :], min(at, 1)
 
-    def look(self, before: str, since: int, text: str, end: int | None) -> Match | None:
-        """Return the first blocked phrase that a text contains or may come to contain, or None.
+    def find_next(self, before: str, since: int, text: str, end: int | None) -> Match | None:
+        """Return the first phrase that the text contains, or that its end may begin, or None.
 
         Args:
             before: the characters before the text, at least one of them if there are any, because

@@ -39,8 +39,10 @@ class TextStream:
         self._tokenizer, self._stop, self._blocklist = tokenizer, stop, blocklist
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
-        # Arguments of `Blocklist.look`.
-        self._before, self._since = ("", 0) if blocklist is None else blocklist.tail(prompt)
+        # Arguments of `Blocklist.find_next`.
+        self._before, self._since = (
+            ("", 0) if blocklist is None else blocklist.prompt_context(prompt)
+        )
         # Decoded, but possibly the start of a stop string or a blocked phrase.
         self._held = ""
 
@@ -83,7 +85,7 @@ class TextStream:
         unstopped = len(self._held) - self._unsafe_suffix() if end is None else end
         match = None
         if self._blocklist is not None:
-            match = self._blocklist.look(self._before, self._since, self._held, end)
+            match = self._blocklist.find_next(self._before, self._since, self._held, end)
         if match is not None and not match.is_partial and match.end <= unstopped:
             self.ended_by = "content_filter"
             split = match.start

@@ -83,18 +83,18 @@ def tiny_generator(num_classes: int = 0, seed: int = 0) -> Generator:
 
 
 def tiny_gpt_bundle(folder: Path, seed: int = 0, weights: str = "fp32") -> Path:
-    """Write a GPT that has learnt `TEXT`: 320 tokens, context 64; each seed is another model."""
+    """Write a GPT trained on `TEXT`: 320 tokens, context 64; each seed is another model."""
     return Path(shutil.copytree(_gpt_bundle(seed, weights), folder, dirs_exist_ok=True))
 
 
 def tiny_gan_bundle(folder: Path, num_classes: int = 0, seed: int = 0) -> Path:
-    """Write a GAN bundle: 28 x 28 grey, latents of 16, conditional if `num_classes` is given."""
+    """Write a GAN bundle: 28 x 28 grayscale, latents of 16, conditional with `num_classes`."""
     return Path(shutil.copytree(_gan_bundle(num_classes, seed), folder, dirs_exist_ok=True))
 
 
 @functools.cache
-def learnt_gpt(seed: int = 0) -> tuple[GPT2LMHeadModel, Path, np.ndarray]:
-    """Return a GPT that has learnt `TEXT`, the file of its tokenizer, and the ids of the text."""
+def trained_gpt(seed: int = 0) -> tuple[GPT2LMHeadModel, Path, np.ndarray]:
+    """Return a GPT trained on `TEXT`, the file of its tokenizer, and the ids of the text."""
     torch.set_num_threads(1)  # more threads are slower for so small a model
     file = _scratch() / "tokenizer.json"
     ids = np.array(tiny_tokenizer(file).encode(TEXT).ids)
@@ -105,7 +105,7 @@ def learnt_gpt(seed: int = 0) -> tuple[GPT2LMHeadModel, Path, np.ndarray]:
 
 @functools.cache
 def _gpt_bundle(seed: int, weights: str) -> Path:
-    model, tokenizer_file, ids = learnt_gpt(seed)
+    model, tokenizer_file, ids = trained_gpt(seed)
     folder = _scratch() / "gpt"
     folder.mkdir()
     bundle.write(folder, LINEAGE | export_gpt(model, tokenizer_file, ids, folder, weights))

@@ -31,7 +31,7 @@ GROUPS = (
 LAST = ("test_tune", "test_verify", "test_serve", "test_gpt", "test_serve_cli", "test_kinds")
 
 
-class ByGroup(LoadScopeScheduling):
+class ByGroup(LoadScopeScheduling):  # type: ignore[misc]  # xdist ships no types
     """Deals groups, then single files, then the files of `LAST`."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 # Fixtures that start Ray, a command, an S3 server or a browser; or that train a model.
 FIXTURES = {"ray_address", "command", "bucket", "browser", "garments", "registry_root"}
 # Names in the code of a test, or of its fixtures, that start other processes, or train and export.
-STARTERS = {"spawn", "subprocess", "learnt_gpt", "tiny_gan_bundle", "tiny_gpt_bundle"}
+STARTERS = {"spawn", "subprocess", "trained_gpt", "tiny_gan_bundle", "tiny_gpt_bundle"}
 # Beginnings of the names of test files that start clusters, train, export or plot.
 FILES = (
     "test_api",

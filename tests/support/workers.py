@@ -83,7 +83,7 @@ def _join(
 def prepare(config: Config, root: str | Path) -> Dataset:
     """Return the prepared data set of a config, with what evaluation needs."""
     kind = KINDS[config.kind]
-    return kind.prepare_evaluation(config, kind.prepare(config, str(root)), cli.say_nothing)
+    return kind.prepare_evaluation(config, kind.prepare(config, str(root)), cli.no_log)
 
 
 def run(config: Config, dataset: Dataset, run_uri: str | Path) -> MemoryRecorder:
@@ -112,6 +112,6 @@ def train(
         config.checkpoint.keep_last,
         config.checkpoint.keep_best,
     )
-    dataset = kind.prepare_evaluation(config, dataset, cli.say_nothing)
+    dataset = kind.prepare_evaluation(config, dataset, cli.no_log)
     worker = LocalWorker(config, strategy, checkpoints, recorder, dataset)
     return kind.train(worker, checkpoints.load())

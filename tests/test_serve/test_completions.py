@@ -77,7 +77,7 @@ def test_text_ends_before_stop_string(client: httpx.Client) -> None:
     assert choice["finish_reason"] == "stop"
 
 
-def test_several_texts_with_logprobs_whole_and_streamed(client: httpx.Client) -> None:
+def test_several_texts_with_logprobs_are_the_same_whole_and_streamed(client: httpx.Client) -> None:
     body = {
         "prompt": PROMPT,
         "max_tokens": 60,
@@ -141,7 +141,9 @@ def test_disconnected_client_frees_its_slots(client: httpx.Client, streamed: boo
     assert engine(client)["generated"] == after
 
 
-def test_openai_client_through_ray_serve(client: httpx.Client, registry_root: str) -> None:
+def test_openai_client_streams_text_and_raises_errors_through_ray_serve(
+    client: httpx.Client, registry_root: str
+) -> None:
     recorded = golden(registry_root, 1)
     openai_client = openai.OpenAI(
         base_url=f"{client.base_url}/v1", api_key="there are no keys yet", max_retries=0

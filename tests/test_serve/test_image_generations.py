@@ -44,7 +44,7 @@ def test_images_equal_golden_images(client: httpx.Client, registry_root: str) ->
         assert np.abs(image - (np.array(expected)[0] + 1) * 127.5).max() <= 1
 
 
-def test_class_by_prompt_name_or_index(client: httpx.Client) -> None:
+def test_class_is_chosen_by_prompt_name_or_index(client: httpx.Client) -> None:
     answers = [
         generate(client, seed=3, **how)["data"]
         for how in ({"prompt": "Class 2"}, {"label": "class 2"}, {"label": 2})
@@ -77,7 +77,7 @@ def test_truncated_image_is_same_alone_and_in_batch(client: httpx.Client) -> Non
     assert one != generate(client, seed=7)["data"]
 
 
-def test_images_as_one_png(client: httpx.Client) -> None:
+def test_png_response_is_one_sheet_of_the_images(client: httpx.Client) -> None:
     response = client.post(
         "/v1/images/generations", json={"n": 5, "seed": 7, "response_format": "png"}
     )

@@ -83,7 +83,7 @@ BAD_TEXT: list[tuple[Any, int, str | None, str]] = [
     ("body", "status", "param", "message"), BAD_TEXT, ids=[message[:40] for *_, message in BAD_TEXT]
 )
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
-def test_invalid_completion_request(
+def test_invalid_completion_request_is_refused_with_its_field(
     client: httpx.Client, body: Any, status: int, param: str | None, message: str, streamed: bool
 ) -> None:
     if isinstance(body, dict):
@@ -116,7 +116,7 @@ def test_invalid_completion_request(
         ({"truncation": 5.1}, 422, "truncation is 5.1"),
     ],
 )
-def test_invalid_generations_request(
+def test_invalid_generations_request_is_refused_with_a_message(
     client: httpx.Client, body: dict[str, Any], status: int, message: str
 ) -> None:
     response = client.post("/v1/images/generations", json=body)
@@ -136,7 +136,7 @@ def test_invalid_generations_request(
         ({"model": "gpt"}, 404, "model", "use dcgan"),
     ],
 )
-def test_invalid_interpolations_request(
+def test_invalid_interpolations_request_is_refused_with_its_field(
     client: httpx.Client, change: dict[str, Any], status: int, param: str, message: str
 ) -> None:
     response = client.post("/v1/images/interpolations", json={"seed": 7, "to_seed": 8, **change})
@@ -157,7 +157,7 @@ def test_invalid_interpolations_request(
         ("GET", "/v1/nothing", b"", 404, "GET /v1/nothing does not exist"),
     ],
 )
-def test_malformed_request(
+def test_malformed_request_is_refused_with_a_message(
     client: httpx.Client, method: str, path: str, content: bytes, status: int, message: str
 ) -> None:
     response = client.request(

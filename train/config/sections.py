@@ -62,8 +62,8 @@ class Batch(Section):
     global_size: Positive = 32
     """Samples per optimizer step, over all workers."""
     micro_size: Positive = 16
-    """Samples that a worker processes at once; it accumulates gradients over the rest of its
-    part."""
+    """Samples that a worker processes at once; the gradients of its further micro-batches are
+    accumulated."""
 
 
 class Parallel(Section):

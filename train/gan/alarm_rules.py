@@ -1,8 +1,8 @@
 """Rules that detect a failing GAN in the metrics of its training.
 
-A rule yields findings whose severity says how far the metrics are from sound ones; an alarm starts
-at a severity of 1. The first steps of a run cause no alarm: a rule looks for the loss of what a run
-has already reached, or for what a sound critic never shows.
+A rule yields findings whose severity says how far the metrics are from healthy ones; an alarm
+starts at a severity of 1. The first steps of a run cause no alarm: a rule compares the metrics with
+the run's own best values, or with bounds that a working critic never crosses.
 """
 
 import math

@@ -14,10 +14,11 @@ NUM_SUBSETS, SUBSET_SIZE = 100, 1000
 NUM_DIRECTIONS = 512
 """Directions of the sliced Wasserstein distance."""
 PRESENT = 1 / 3
-"""The part of its real share from which on a mode counts as present.
+"""A mode is present if its fraction of the generated images is at least this part of its fraction
+of the real ones.
 
-Real garments of one class alone look like at most 0.19 of the share of another class; a thousand
-garments of all classes have at least 0.61 of the share of each (200 draws).
+Measured on real garments: images of one class reach at most 0.19 for another class; a thousand
+images of all classes reach at least 0.61 for each (200 draws).
 """
 BLOCK = 500  # rows at once of a matrix of distances
 DIRECTIONS, SUBSETS = 6, 11  # purposes of random draws, which set their keys apart
@@ -96,8 +97,8 @@ def mmd(first: Tensor, second: Tensor) -> float:
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
     """Return improved precision and recall.
 
-    Precision is the share of generated points that lie in the ball of a real one, which reaches to
-    its k-th nearest neighbor; recall is the same with real and generated points swapped.
+    Precision is the fraction of generated points that lie in the ball of a real one, which reaches
+    to its k-th nearest neighbor; recall is the same with real and generated points swapped.
     Kynkaanniemi et al. 2019, https://arxiv.org/abs/1904.06991.
 
     Args:
@@ -105,15 +106,15 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
         generated: (M, D) float64.
         k: which neighbor the balls reach to.
     """
-    return _share_within(generated, real, k), _share_within(real, generated, k)
+    return _fraction_within(generated, real, k), _fraction_within(real, generated, k)
 
 
 def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float, float]:
     """Return density and coverage.
 
     Density is the mean number of real balls that a generated point lies in, divided by k; coverage
-    is the share of real balls with a generated point in it. A ball reaches to the k-th nearest real
-    neighbor. Naeem et al. 2020, https://arxiv.org/abs/2002.09797.
+    is the fraction of real balls with a generated point in it. A ball reaches to the k-th nearest
+    real neighbor. Naeem et al. 2020, https://arxiv.org/abs/2002.09797.
 
     Args:
         real: (N, D) float64.
@@ -129,8 +130,8 @@ def density_coverage(real: Tensor, generated: Tensor, k: int = 5) -> tuple[float
     return pairs / (k * len(generated)), covered / len(real)
 
 
-def _share_within(points: Tensor, centers: Tensor, k: int) -> float:
-    """Return the share of points that lie in the ball of at least one center."""
+def _fraction_within(points: Tensor, centers: Tensor, k: int) -> float:
+    """Return the fraction of points that lie in the ball of at least one center."""
     radii = _radii(centers, k)
     within = (
         int((distances <= radii).any(dim=1).sum()) for distances in _distances(points, centers)
@@ -156,12 +157,12 @@ def _distances(points: Tensor, others: Tensor) -> Iterator[Tensor]:
 
 
 def mode_metrics(real: Tensor, generated: Tensor, num_modes: int) -> tuple[int, float]:
-    """Return the number of modes that are present and the divergence of their shares.
+    """Return the number of modes that are present and the divergence of their fractions.
 
-    A mode is present where its share of the generated images is at least `PRESENT` of its share of
-    the real ones. The divergence is Kullback-Leibler's, of generated from real shares, in nats.
-    Images of no mode have a share of their own in it, and one image is added to each real share,
-    since some may be 0.
+    A mode is present if its fraction of the generated images is at least `PRESENT` of its fraction
+    of the real ones. The divergence is Kullback-Leibler's, of the generated from the real
+    fractions, in nats. Images of no mode count as one more mode in it, and one image is added to
+    each real count, since some may be 0.
 
     Args:
         real: (N) int64 in [0, num_modes), -1 for no mode.
@@ -171,10 +172,10 @@ def mode_metrics(real: Tensor, generated: Tensor, num_modes: int) -> tuple[int, 
     real_counts, counts = (
         (modes + 1).bincount(minlength=num_modes + 1).double().cpu() for modes in (real, generated)
     )
-    shares, real_shares = counts / len(generated), real_counts / len(real)
-    present = (real_counts > 0) & (shares >= PRESENT * real_shares)
+    fractions, real_fractions = counts / len(generated), real_counts / len(real)
+    present = (real_counts > 0) & (fractions >= PRESENT * real_fractions)
     smoothed = (real_counts + 1) / (len(real) + num_modes + 1)
-    divergence = torch.special.xlogy(shares, shares / smoothed).sum()
+    divergence = torch.special.xlogy(fractions, fractions / smoothed).sum()
     return int(present[1:].sum()), float(divergence)
 
 

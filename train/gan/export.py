@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from cluster import storage
 from models.bundle import ModelEntries, Parity
-from models.images import contact_sheet, png
+from models.images import contact_sheet, png, to_pixels
 from models.latents import seeded_latents
 from models.nets.dcgan import Generator
 from models.runtime import ImageGraph, signature
@@ -169,6 +169,6 @@ def _write_sample(generator: Generator, graph: ImageGraph, path: Path) -> None:
         labels = np.repeat(np.arange(classes), SAMPLE_COLUMNS)
     else:
         latents, labels = seeded_latents(0, SAMPLE_ROWS * SAMPLE_COLUMNS, latent_dim), None
-    levels = np.rint((graph.run(latents, labels) + 1) * 127.5).clip(0, 255).astype(np.uint8)
-    sheet = contact_sheet(levels.transpose(0, 2, 3, 1), SAMPLE_COLUMNS, gutter=2, background=0)
+    pixels = to_pixels(graph.run(latents, labels))
+    sheet = contact_sheet(pixels, SAMPLE_COLUMNS, gutter=2, background=0)
     path.write_bytes(png(sheet))

@@ -20,7 +20,7 @@ from train.gan.config import GanConfig
 MIN_IMAGES = 10
 
 
-def prepare(config: GanConfig, dataset: Dataset, say: cli.Say = cli.say) -> Dataset:
+def prepare(config: GanConfig, dataset: Dataset, log: cli.Log = cli.log) -> Dataset:
     """Return the data set with its extractor; train one where there is none yet.
 
     The shipped data come with an extractor. For others, training takes minutes.
@@ -28,7 +28,7 @@ def prepare(config: GanConfig, dataset: Dataset, say: cli.Say = cli.say) -> Data
     Args:
         config: the run's; its GPU, or as many CPUs as its workers have, train.
         dataset: a prepared data set; the extractor lies in its folder.
-        say: is called with progress messages.
+        log: called with each progress message.
 
     Raises:
         ValueError: the extractor is damaged, or the data set is too small for an evaluation.
@@ -40,11 +40,11 @@ def prepare(config: GanConfig, dataset: Dataset, say: cli.Say = cli.say) -> Data
         uri = extractor_file.publish(content, dataset.uri, config.data.size)
     if uri is None:
         count = images.meta_of(dataset)["splits"]["train"]["images"]
-        say(f"extractor: training on {count:,} images, once for this data set")
+        log(f"extractor: training on {count:,} images, once for this data set")
         uri = _train_on_cluster(config, dataset)
     _, card = extractor_file.read(uri)
     fingerprint = uri.removesuffix(".safetensors")[-12:]
-    say(f"extractor {fingerprint}: {card}: {uri}")
+    log(f"extractor {fingerprint}: {card}: {uri}")
     return dataset.with_extractor(extractor_file.lineage_entry(uri))
 
 

@@ -1,6 +1,6 @@
 """An extractor's file: its weights, its config and its card, named by their hash.
 
-The hash in the name makes a file complete and undamaged, or refused.
+A file whose content does not match the hash in its name is refused.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class Card:
 
     task: Task
     accuracy: float
-    """The share of the held-out images, never trained on, that it classifies correctly."""
+    """The fraction of the held-out images, never trained on, that it classifies correctly."""
     heldout: int
     """The number of held-out images."""
     train: int

@@ -116,7 +116,7 @@ def rotate(images: Tensor, turns: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def accuracy(extractor: Extractor, heldout: Images, task: Task) -> float:
-    """Return the share of images whose class, or whose rotation, the extractor predicts."""
+    """Return the fraction of images whose class, or whose rotation, the extractor predicts."""
     correct = 0
     for indices in _batches(np.arange(len(heldout))):
         batch = _centered(extractor, heldout, indices)

@@ -1,4 +1,4 @@
-"""Image grids, interpolations between latents, and the film of a training."""
+"""Image grids, interpolations between latents, and the film of a training run."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from models.images import contact_sheet, png, split_sheet
+from models.images import contact_sheet, png, split_sheet, to_pixels
 from models.latents import walk
 
 GRID_ROWS, GRID_COLUMNS = 10, 10
@@ -31,9 +31,8 @@ def grid(images: Tensor, columns: int) -> np.ndarray:
     Returns:
         (rows, width, 3) uint8; image i is in row i // columns, column i % columns.
     """
-    scaled = (images.detach().float().clamp(-1, 1) + 1) * 127.5
-    pixels = scaled.round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    return contact_sheet(pixels, columns, GUTTER, GRAY)
+    colored = images.detach().float().expand(-1, 3, -1, -1).cpu().numpy()
+    return contact_sheet(to_pixels(colored), columns, GUTTER, GRAY)
 
 
 # ---- between latents
@@ -54,13 +53,13 @@ def interpolations(latents: Tensor, steps: int) -> Tensor:
     return torch.from_numpy(points).to(latents.device).transpose(0, 1).flatten(0, 1)
 
 
-# ---- the film of a training
+# ---- the film of a training run
 
 
 def select_steps(steps: Sequence[int], count: int = FRAMES) -> list[int]:
     """Select at most `count` steps, spaced geometrically, the first and the last among them.
 
-    Images change the most at the beginning of a training.
+    Images change the most early in training.
     """
     ordered = sorted(steps)
     if len(ordered) <= count:
@@ -78,7 +77,7 @@ def film(
     class_names: Sequence[str] | None = None,
     real: np.ndarray | None = None,
 ) -> bytes:
-    """Draw a training as one image: a row of the same latents for each step.
+    """Draw a training run as one image: a row of the same latents for each step.
 
     Args:
         frames: (step, grid of `GRID_COLUMNS` columns) in the order of the rows, all grids drawn

@@ -38,7 +38,7 @@ class Gan:
             ("held-out precision and recall", ("heldout_precision", "heldout_recall"), None),
             ("held-out density and coverage", ("heldout_density", "heldout_coverage"), None),
             ("modes", ("heldout_modes",), None),
-            ("KL of the modes' shares, nats", ("heldout_mode_kl",), None),
+            ("KL of the modes' fractions, nats", ("heldout_mode_kl",), None),
             ("held-out sliced Wasserstein", ("heldout_sliced_wasserstein",), None),
             ("images per second", ("images_per_s",), None),
         )
@@ -68,11 +68,11 @@ class Gan:
     def check(self, config: GanConfig, dataset: Dataset) -> None:
         """Check nothing: `prepare` has refused images that do not fit the config."""
 
-    def prepare_evaluation(self, config: GanConfig, dataset: Dataset, say: cli.Say) -> Dataset:
+    def prepare_evaluation(self, config: GanConfig, dataset: Dataset, log: cli.Log) -> Dataset:
         """Return the data set with its feature extractor; train one where there is none yet."""
         from train.gan import extractor
 
-        return extractor.prepare(config, dataset, say)
+        return extractor.prepare(config, dataset, log)
 
     def train(
         self, worker: "Worker[GanConfig]", resumed: "tuple[int, State] | None"
@@ -91,12 +91,12 @@ class Gan:
         return export.export_checkpoint(config, state, dataset, folder)
 
     def report(self, run_uri: str, metrics: dict[str, float]) -> list[str]:
-        """Return alarms, the film of the training, samples, quality and the other metrics."""
+        """Return alarms, the film of the run, samples, quality and the other metrics."""
         from train.gan import report
 
         return report.sections(run_uri, metrics)
 
     def is_headline(self, metric: str) -> bool:
-        """Whether a final metric belongs into the one line that a finished run prints: no times,
+        """Whether a final metric belongs in the one line that a finished run prints: no times,
         baselines or spreads, nor what only the report explains."""
         return metric not in TIMES and (metric in HEADLINES or metric not in QUALITY_METRICS)

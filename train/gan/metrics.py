@@ -13,7 +13,7 @@ QUALITY = {
     "heldout_density": ("density", "higher"),
     "heldout_coverage": ("coverage", "higher"),
     "heldout_modes": ("modes", "higher"),
-    "heldout_mode_kl": ("KL of the modes' shares, nats", "lower"),
+    "heldout_mode_kl": ("KL of the modes' fractions, nats", "lower"),
     "heldout_sliced_wasserstein": ("sliced Wasserstein distance of the pixels", "lower"),
 }
 

@@ -1,4 +1,4 @@
-"""The GAN's own part of a run's report: alarms, a film of the training, samples, quality."""
+"""The GAN's own part of a run's report: alarms, the film of the run, samples, quality."""
 
 import io
 
@@ -71,7 +71,7 @@ def _film(run_uri: str, samples: Samples) -> list[str]:
     else:
         what = "The same latents in every row"
     end = "; the last row is real." if real else "."
-    return ["## The training as a film", "", what + end, "", "![film](film.png)", ""]
+    return ["## The run as a film", "", what + end, "", "![film](film.png)", ""]
 
 
 def _read_image(run_uri: str, name: str) -> np.ndarray:

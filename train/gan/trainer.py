@@ -132,7 +132,7 @@ class GanTrainer:
     def warm_up(self, images: Images) -> None:
         """Warm up both networks before a process's first step (see `Learner.warm_up`).
 
-        Nothing changes by it, running statistics neither.
+        It leaves everything unchanged, running statistics included.
         """
         batch = self.critic_batches(0, images)[0]
         buffers = [

@@ -107,7 +107,8 @@ def export_gpt(
         model: float32, on the CPU; it is put into eval mode, and its config is set to use a cache.
         tokenizer_file: Hugging Face `tokenizers` JSON.
         heldout: token ids (N) of text that the model was not trained on, in windows of the model's
-            context. Parity, the golden answer and the cost of 8-bit weights are measured on it.
+            context. Parity, the golden continuation and the cost of 8-bit weights are measured on
+            it.
         folder: exists and is empty.
         weights: of the graph, "fp32" or "int8"; those in the folder `transformers` are float32.
 
@@ -134,7 +135,7 @@ def export_gpt(
         write_graph(model, folder / "model.onnx")
     graph = TextGraph(folder / "model.onnx", config.n_positions, slots=3)
     parity = measure_parity(model, graph, heldout, weights)
-    golden = golden_answer(model, graph, tokenizer, heldout, eos, weights)
+    golden = golden_continuation(model, graph, tokenizer, heldout, eos, weights)
     storage.write_json(folder / "golden.json", golden)
     sample = tokenizer.decode(gpt.sample(model, golden["ids"], SAMPLE_TOKENS))
     (folder / "sample.txt").write_text(golden["prompt"] + sample + "\n", encoding="utf-8")
@@ -214,7 +215,7 @@ def slot_attention(
     def scatter(past: Tensor, new: Tensor) -> Tensor:
         return _operator("TensorScatter", (past, new, slot_cache.write), {"axis": 2}, past)
 
-    index = 2 * int(module.layer_idx)  # type: ignore[arg-type]
+    index = 2 * int(module.layer_idx)  # type: ignore[arg-type]  # an int of transformers
     keys = scatter(slot_cache.past[index], key)
     values = scatter(slot_cache.past[index + 1], value)
     slot_cache.present += [keys, values]
@@ -316,7 +317,7 @@ def write_graph(model: GPT2LMHeadModel, path: Path) -> None:
     program.save(path)
 
 
-# ---- parity and the golden answer
+# ---- parity and the golden continuation
 
 
 def measure_parity(
@@ -382,7 +383,7 @@ def _graph_logits(
     return list(np.stack(logits, axis=1))
 
 
-def golden_answer(
+def golden_continuation(
     model: GPT2LMHeadModel,
     graph: TextGraph,
     tokenizer: Tokenizer,

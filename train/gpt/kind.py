@@ -57,16 +57,40 @@ class Gpt:
         return text.prepare(config.data, storage_uri)
 
     def check(self, config: GptConfig, dataset: Dataset) -> None:
-        """Check sizes against the data set and the pretrained model.
+        """Check that the config fits the data set, without loading anything.
 
         Raises:
-            ValueError: they do not fit together.
+            ValueError: there are fewer tokens than one sample has, or the pretrained model has
+                other sizes.
         """
-        from train.gpt import model
+        from train.data.text import meta_of
 
-        model.check(config, dataset)
+        sizes, meta = config.model, meta_of(dataset)
+        tokens = meta["splits"]["train"]["tokens"]
+        if tokens < 2 * sizes.context + 1:
+            raise ValueError(
+                f"the data have {tokens} tokens to train on, and model.context is "
+                f"{sizes.context}: use a smaller context, or more text"
+            )
+        if sizes.pretrained is None:
+            return
+        # Only now, because transformers takes two seconds to import.
+        from models.nets import gpt
 
-    def prepare_evaluation(self, config: GptConfig, dataset: Dataset, say: cli.Say) -> Dataset:
+        pretrained = gpt.read_config(sizes.pretrained)
+        if pretrained.vocab_size != meta["vocab_size"]:
+            raise ValueError(
+                f"model.pretrained {sizes.pretrained} has {pretrained.vocab_size} tokens and the "
+                f"tokenizer {meta['vocab_size']}: use the tokenizer it was trained with, e.g. "
+                f"--data.tokenizer {sizes.pretrained}"
+            )
+        if pretrained.n_positions < sizes.context:
+            raise ValueError(
+                f"model.context is {sizes.context}, and model.pretrained {sizes.pretrained} "
+                f"attends to {pretrained.n_positions} tokens at most"
+            )
+
+    def prepare_evaluation(self, config: GptConfig, dataset: Dataset, log: cli.Log) -> Dataset:
         """Return the data set: evaluation needs nothing else."""
         return dataset
 

@@ -16,40 +16,10 @@ from train.parallel.strategy import Strategy
 from train.run.flops import gpt_flops
 
 
-def check(config: GptConfig, dataset: Dataset) -> None:
-    """Check that the config fits the data set, without loading anything.
-
-    Raises:
-        ValueError: there are fewer tokens than one sample has, or the pretrained model has other
-            sizes.
-    """
-    sizes, meta = config.model, meta_of(dataset)
-    tokens = meta["splits"]["train"]["tokens"]
-    if tokens < 2 * sizes.context + 1:
-        raise ValueError(
-            f"the data have {tokens} tokens to train on, and model.context is {sizes.context}: use "
-            "a smaller context, or more text"
-        )
-    if sizes.pretrained is None:
-        return
-    pretrained = gpt.read_config(sizes.pretrained)
-    if pretrained.vocab_size != meta["vocab_size"]:
-        raise ValueError(
-            f"model.pretrained {sizes.pretrained} has {pretrained.vocab_size} tokens and the "
-            f"tokenizer {meta['vocab_size']}: use the tokenizer it was trained with, e.g. "
-            f"--data.tokenizer {sizes.pretrained}"
-        )
-    if pretrained.n_positions < sizes.context:
-        raise ValueError(
-            f"model.context is {sizes.context}, and model.pretrained {sizes.pretrained} attends to "
-            f"{pretrained.n_positions} tokens at most"
-        )
-
-
 def build(config: GptConfig, dataset: Dataset) -> GPT2LMHeadModel:
     """Return the model of a config over a data set's vocabulary, with fresh or pretrained weights.
 
-    See `check` for what must fit together.
+    See `Gpt.check` for what must fit together.
     """
     sizes, meta = config.model, meta_of(dataset)
     if sizes.pretrained is not None:

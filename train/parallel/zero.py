@@ -199,6 +199,7 @@ class _PartitionedParameters(_Engine):
         # reach it.
         self.zero._partition_all_parameters()
         return {
+            # DeepSpeed's attribute.
             name: self._unpadded(parameter, parameter.ds_tensor.data)  # type: ignore[attr-defined]
             for name, parameter in self.model.named_parameters()
         }

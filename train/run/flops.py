@@ -8,11 +8,11 @@ import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Dense TFLOP/s with accumulation in fp32, without the sparsity with which data sheets double them.
-# The patterns match the end of torch.cuda.get_device_name: a laptop's 4090, a MIG slice and a GH200
-# are other devices, and unknown here. From NVIDIA's data sheets: A100 (2022), H100 (2022, NVL
-# 2024), H200 (2024), L4, L40S (2023), A10G (AWS and NVIDIA, 2022), T4 (2019), V100 (2020); RTX
-# 4090: the Ada architecture's white paper, table 2. A precision that is missing has no units.
+# Dense TFLOP/s with accumulation in fp32, not the doubled sparse numbers of data sheets. The
+# patterns match the end of torch.cuda.get_device_name: a laptop's 4090, a MIG slice and a GH200 are
+# other devices, and unknown here. From NVIDIA's data sheets: A100 (2022), H100 (2022, NVL 2024),
+# H200 (2024), L4, L40S (2023), A10G (AWS and NVIDIA, 2022), T4 (2019), V100 (2020); RTX 4090: the
+# Ada architecture's white paper, table 2. A missing precision has no tensor-core support.
 CUDA_TFLOPS: dict[str, dict[str, float]] = {
     r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5},
     # the SXM module

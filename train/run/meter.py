@@ -64,8 +64,8 @@ class Meter:
         self._waited = _sums(self._waited, {name: time.perf_counter() - begin})
 
     def total(self) -> dict[str, float]:
-        """Return the run's speed and mfu over all calls of `read` and their seconds as train_s;
-        <name>_s for all that was waited for until now."""
+        """Return totals: speed and mfu over the steps that `read` has covered, train_s (their
+        seconds), and <name>_s for each kind of waiting until now."""
         speed = self._speed(self._all_steps, self._seconds) if self._seconds else {}
         train = {"train_s": self._seconds} if self._seconds else {}
         return {**speed, **train, **_in_seconds(_sums(self._all_waited, self._waited))}

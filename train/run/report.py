@@ -1,6 +1,7 @@
 """A run's report: report.md with its metrics, times, curves and samples."""
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -21,14 +22,9 @@ from train.run.summary import Summary
 COLUMNS = 3  # panels side by side
 # Peaks above this multiple of the median would flatten the rest on a linear scale.
 PEAK_RATIO = 50.0
-# Color and width of the line of an alarm: at one step they overlap, the narrower on top.
-ALARMS = {
-    "collapse": ("tab:red", 4.0),
-    "divergence": ("tab:purple", 2.5),
-    "critic dominates": ("tab:brown", 1.5),
-    "critic gives no gradient": ("tab:pink", 1.5),
-}
-OTHER_ALARM = ("tab:gray", 1.5)
+# Color and width of the lines of an alarm, by kind in alphabetical order; further kinds begin anew.
+# At one step lines overlap, the narrower on top.
+ALARM_LINES = (("tab:red", 4.0), ("tab:purple", 3.0), ("tab:brown", 2.0), ("tab:pink", 1.0))
 
 
 def write(uri: str, summary: Summary, kind: Kind[Any]) -> None:
@@ -63,6 +59,8 @@ def curves(
     shown = [panel for panel in panels if recorded & set(panel.metrics)]
     columns = min(max(len(shown), 1), COLUMNS)
     height = max(math.ceil(len(shown) / COLUMNS), 1)
+    kinds = sorted({alarm["kind"] for alarm in alarms})
+    alarm_lines = dict(zip(kinds, itertools.cycle(ALARM_LINES), strict=False))
     figure = Figure(figsize=(5 * columns, 3.4 * height), layout="constrained")
     figure.suptitle(title)
     for number, panel in enumerate(shown, 1):
@@ -70,15 +68,15 @@ def curves(
         names = [name for name in panel.metrics if name in recorded]
         _plot(axes, rows, names, panel.scale)
         for alarm in alarms:
-            color, width = ALARMS.get(alarm["kind"], OTHER_ALARM)
+            color, width = alarm_lines[alarm["kind"]]
             axes.axvline(alarm["step"], color=color, linewidth=width, zorder=1 - width / 10)
         axes.set_xlabel("step")
         axes.set_title(panel.title, fontsize=10)
-    if kinds := sorted({alarm["kind"] for alarm in alarms}):
-        lines = []
-        for kind in kinds:
-            color, width = ALARMS.get(kind, OTHER_ALARM)
-            lines.append(Line2D([], [], color=color, linewidth=width, label=f"alarm: {kind}"))
+    if kinds:
+        lines = [
+            Line2D([], [], color=color, linewidth=width, label=f"alarm: {kind}")
+            for kind, (color, width) in alarm_lines.items()
+        ]
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
@@ -97,7 +95,7 @@ def _plot(axes: Axes, rows: list[records.Row], names: list[str], scale: Scale) -
                 steps, values - spread, values + spread, color=color, alpha=0.2, linewidth=0
             )
         if len((baseline := _points(rows, f"{name}_baseline"))[0]):
-            label = "baseline: real images" if name == names[0] else None
+            label = "baseline" if name == names[0] else None
             axes.plot(*baseline, color=color, linestyle="--", linewidth=1, label=label)
     if scale is not Scale.LINEAR:
         values = np.concatenate([_points(rows, name)[1] for name in names])
@@ -121,7 +119,7 @@ def _set_scale(axes: Axes, values: np.ndarray, logarithmic: bool) -> None:
         axes.set_yscale("log")
     elif median > 0 and sizes.max() > PEAK_RATIO * median:
         axes.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(median)))
-        axes.yaxis.get_major_locator().set_params(numticks=7)  # type: ignore[call-arg]
+        axes.yaxis.get_major_locator().set_params(numticks=7)  # type: ignore[call-arg]  # of a SymmetricalLogLocator
 
 
 # ---- report.md

@@ -2,8 +2,8 @@
 
 metrics.jsonl and samples/ are the record, and W&B has a copy: an error here costs a warning and
 never ends training. Steps in W&B are the run's. W&B's step only increases, and a killed process
-loses what it has not sent yet; so a resumed run first writes again what the record has up to its
-start, of which W&B takes what it lacks.
+loses what it has not sent yet. A resumed run therefore goes through all earlier rows and samples
+again, and logs those that W&B does not have.
 """
 
 import html

@@ -34,7 +34,7 @@ def verify(
     keep: bool = False,
     uninterrupted: str | None = None,
     broken_restore: str | None = None,
-    say: cli.Say = cli.say_nothing,
+    log: cli.Log = cli.no_log,
 ) -> Verdict:
     """Train `config` with the faults of `plan` and compare it with an uninterrupted run.
 
@@ -51,7 +51,7 @@ def verify(
         uninterrupted: the name of an earlier uninterrupted run of the same config; by default one
             is made.
         broken_restore: what each restore gets wrong, one of `options.BROKEN_RESTORES`.
-        say: is called with progress messages.
+        log: called with each progress message.
 
     Raises:
         ValueError: the plan does not fit the config, or the config is invalid.
@@ -65,21 +65,21 @@ def verify(
     if uninterrupted is None:
         uninterrupted = f"{stem}-uninterrupted"
         made.append(uninterrupted)
-        say(f"uninterrupted: run {uninterrupted}, {config.steps} steps")
+        log(f"uninterrupted: run {uninterrupted}, {config.steps} steps")
         run_to_end(_recording_all(config, uninterrupted), root)
     else:
         _check_complete(config, root, uninterrupted)
     killed = f"{stem}-killed"
     made.append(killed)
-    say(f"killed: run {killed}, {config.steps} steps, {len(plan)} kills")
-    run_to_end(_recording_all(config, killed, len(plan)), root, plan, broken_restore, say)
+    log(f"killed: run {killed}, {config.steps} steps, {len(plan)} kills")
+    run_to_end(_recording_all(config, killed, len(plan)), root, plan, broken_restore, log)
     kills = kills_of(_uri(root, killed), plan)
     if broken_restore and not any(kill.resumed_from for kill in kills):
         raise Unproven(
             f"nothing was restored, so nothing was broken: every kill of run {killed} came before "
             "its first checkpoint"
         )
-    say(f"comparing {config.steps} steps")
+    log(f"comparing {config.steps} steps")
     verdict = compare_runs(_uri(root, uninterrupted), _uri(root, killed), kills, tolerance)
     if verdict.equal and not keep:
         for name in made:
@@ -204,14 +204,14 @@ def run(arguments: argparse.Namespace, keys: list[str]) -> int:
     tolerance = arguments.tolerance
     if tolerance is None:
         tolerance = GPU_TOLERANCE if config.parallel.gpu else 0.0
-    say = cli.say_nothing if arguments.json else cli.say
+    log = cli.no_log if arguments.json else cli.log
     for fault in plan:
-        say(f"planned: kill -9 of {describe(fault)}")
+        log(f"planned: kill -9 of {describe(fault)}")
     # The driver that runs must end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     root, broken = cli.storage_of(arguments), arguments.break_restore
     try:
-        verdict = verify(config, root, plan, tolerance, arguments.keep, None, broken, say)
+        verdict = verify(config, root, plan, tolerance, arguments.keep, None, broken, log)
     except Unproven as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1

@@ -33,7 +33,7 @@ def run_to_end(
     root: str,
     plan: Sequence[Fault] = (),
     broken_restore: str | None = None,
-    say: cli.Say = cli.say_nothing,
+    log: cli.Log = cli.no_log,
 ) -> None:
     """Train a run to its end; start it again each time the plan kills its driver.
 
@@ -42,7 +42,7 @@ def run_to_end(
         root: the storage.
         plan: the faults.
         broken_restore: see `faults.Faults`.
-        say: is called with progress messages.
+        log: called with each progress message.
 
     Raises:
         ValueError: the config is invalid.
@@ -58,7 +58,7 @@ def run_to_end(
         done.add(killed)
         if checkpoint.newest(run_uri) is not None:
             config = with_values(config, {"run.resume": "must"})
-        say(f"the driver of run {name} was killed: starting it again")
+        log(f"the driver of run {name} was killed: starting it again")
 
 
 def _drive(

@@ -18,18 +18,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         default=STEPS,
-        help="of each run, with four checkpoints (default %(default)s)",
+        help="steps of each run, with four checkpoints (default: %(default)s)",
     )
     parser.add_argument(
         "--kills",
         default=",".join(KILLS),
-        help=f"which, in any number: {', '.join(KILLS)} (default: each once)",
+        help=f"kills to inject, any of {', '.join(KILLS)}, each any number of times "
+        "(default: each once)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random kills")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random kills (default: %(default)s)"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
-        help=f"relative (default 0, bit for bit; {GPU_TOLERANCE:g} on GPUs)",
+        help="largest relative difference allowed (default: 0, which is bit for bit; "
+        f"{GPU_TOLERANCE:g} on GPUs)",
     )
     parser.add_argument("--keep", action="store_true", help="keep both runs where they are equal")
     parser.add_argument(

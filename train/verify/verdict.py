@@ -46,11 +46,6 @@ class Verdict:
     """The runs' names."""
     killed: str
 
-    @property
-    def recoveries_s(self) -> list[float]:
-        """From each kill to the first step after it."""
-        return [kill.recovery_s for kill in self.kills if kill.recovery_s is not None]
-
 
 def compare_runs(
     uninterrupted_uri: str, killed_uri: str, kills: list[Kill], tolerance: float
@@ -66,7 +61,7 @@ def compare_runs(
     if not metrics or not tensors:
         raise Unproven(
             f"{uninterrupted_uri} has {len(metrics)} metrics and {len(tensors)} tensors to "
-            "compare: is that a run?"
+            "compare: use a completed run"
         )
     compared = metrics + tensors
     different = sorted(
