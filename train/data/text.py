@@ -14,8 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -144,22 +143,34 @@ def fingerprint(data: TextData, parts: list[Part]) -> str:
 def _pack_all(
     parts: list[Part], data: TextData, uri: str, tokenizer: str
 ) -> list[dict[str, Shard]]:
-    """Write the shards of all parts with Ray Data; return those of each part by split."""
+    """Write the shards of all parts; return those of each part by split."""
+    tasks: list[_Task] = [
+        {"index": index, "uri": part.uri, "row_group": part.row_group, "heldout": part.heldout}
+        for index, part in enumerate(parts)
+    ]
+    given: dict[str, Any] = {"data": data.model_dump(), "uri": uri, "tokenizer": tokenizer}
+    # One part is packed here: Ray Data would take seconds to start its processes.
+    packed = [_pack(tasks[0], **given)] if len(tasks) == 1 else _pack_with_ray_data(tasks, given)
+    rows = [json.loads(row["packed"]) for row in packed]
+    for row in rows:
+        if "error" in row:
+            raise ValueError(row["error"])
+    return [row["shards"] for row in sorted(rows, key=lambda row: int(row["index"]))]
+
+
+def _pack_with_ray_data(tasks: list[_Task], given: dict[str, Any]) -> list[dict[str, str]]:
+    """Call `_pack` on each task, on all CPUs of the cluster."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # its progress bar is enough
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    tasks = [{"index": index, **asdict(part)} for index, part in enumerate(parts)]
     packed = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
         _pack,  # type: ignore[arg-type]  # its annotation does not know of fn_kwargs
-        fn_kwargs={"data": data.model_dump(), "uri": uri, "tokenizer": tokenizer},
+        fn_kwargs=given,
     )
-    rows = [json.loads(row["packed"]) for row in packed.take_all()]
-    for row in rows:
-        if "error" in row:
-            raise ValueError(row["error"])
-    return [row["shards"] for row in sorted(rows, key=lambda row: int(row["index"]))]
+    rows: list[dict[str, str]] = packed.take_all()
+    return rows
 
 
 def _pack(task: _Task, data: dict[str, object], uri: str, tokenizer: str) -> dict[str, str]:
