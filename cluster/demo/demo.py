@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlencode
 
 import httpx
 from rich.console import Console
@@ -97,7 +98,8 @@ class Demo:
         except httpx.HTTPError as error:
             raise ValueError(f"the demo failed: a request failed ({error})") from error
         self.screen.print()
-        return responses, self._photograph(f"{url}/?run=1&seed=7")
+        query = urlencode({"run": 1, "seed": 7, "prompt": client.PROMPT})
+        return responses, self._photograph(f"{url}/?{query}")
 
     def _photograph(self, url: str) -> Path | None:
         """Save a screenshot of the page with its text and images, or log why there is none."""
