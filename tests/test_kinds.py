@@ -22,7 +22,7 @@ from train.data.order import positions
 from train.export import export
 from train.kinds import KINDS, Kind
 from train.parallel.state import State
-from train.run import records
+from train.run import progress, records
 from train.run.panels import Panel
 from train.run.recorder import NullRecorder, RunRecorder
 from train.run.summary import Summary
@@ -47,6 +47,7 @@ class Toy:
     config = ToyConfig
     best_metric = "heldout_error"
     speed = "samples_per_s"
+    progress_metrics = ("heldout_error",)
     weights = ("fp32",)
     panels = (Panel("loss", ("loss",)),)
 
@@ -187,6 +188,16 @@ def test_toy_kind_resumes_bit_for_bit(root: str) -> None:
     # Loss and error of each step, and the weights and progress of three checkpoints.
     assert len(compared) == 12 + 3 + 2 * 3
     assert [item for item in compared if item.difference] == []
+
+
+def test_terminal_shows_the_metrics_that_the_kind_names(
+    ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = progress.Shown(Toy.progress_metrics, Toy.speed)
+    row = {"step": 4.0, "loss": 1.5, "heldout_error": 0.25, "samples_per_s": 1200.0}
+    with progress.watch("toys", 4, shown) as feed:
+        feed.push.remote(row)
+    assert capsys.readouterr().out == "toys: step 4/4  heldout_error 0.25  1,200 samples/s  0 s\n"
 
 
 def test_toy_kind_writes_its_own_report_section(root: str) -> None:

@@ -43,6 +43,10 @@ class Kind(Protocol[C]):
         """The metric of training speed."""
 
     @property
+    def progress_metrics(self) -> Sequence[str]:
+        """The metrics that the terminal shows while a run trains, besides the speed."""
+
+    @property
     def weights(self) -> Sequence[str]:
         """The number formats of weights that the export offers, the default first."""
 

@@ -76,8 +76,9 @@ def fit(
         check_resources(config, private)
         dataset = _prepare(kind, config, run, root, log)
         begin = time.monotonic()
+        shown = progress.Shown(kind.progress_metrics, kind.speed)
         try:
-            with progress.watch(run.name, config.steps, kind.speed, quiet) as feed:
+            with progress.watch(run.name, config.steps, shown, quiet) as feed:
                 job = Job(kind, config, run, dataset, feed, hooks or Hooks())
                 final = _train(job, callbacks or [], private)
         except TrainingFailed as failure:

@@ -23,6 +23,7 @@ class Gan:
     config = GanConfig
     best_metric = BEST
     speed = "images_per_s"
+    progress_metrics = ("critic_loss", "generator_loss")
     weights = ("fp32",)
     panels = tuple(
         Panel(title, metrics, Scale.FIT if scale is None else scale)

@@ -23,6 +23,7 @@ class Gpt:
     config = GptConfig
     best_metric = "heldout_bits_per_byte"
     speed = "tokens_per_s"
+    progress_metrics = ("loss", "heldout_loss", "heldout_bits_per_byte")
     weights = ("fp32", "int8")
     panels = (
         Panel("loss, nats per token", ("loss", "heldout_loss")),

@@ -7,8 +7,9 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -28,6 +29,14 @@ from rich.progress import (
 LINE_EVERY_S = 10  # without a terminal
 
 Row = dict[str, float] | str  # a step's metrics, or a message
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of a step (see `train.kinds.Kind`)."""
+
+    metrics: Sequence[str]
+    speed: str
 
 
 class Feed:
@@ -59,13 +68,15 @@ class DriverHandler(logging.Handler):
 
 
 @contextmanager
-def watch(title: str, steps: int, speed: str, quiet: bool = False) -> Iterator["ActorHandle[Feed]"]:
+def watch(
+    title: str, steps: int, shown: Shown, quiet: bool = False
+) -> Iterator["ActorHandle[Feed]"]:
     """Show what is pushed to the feed that it yields: a bar on a terminal, else lines.
 
     Args:
         title: the run's name.
         steps: the run's number of steps.
-        speed: the metric of training speed, e.g. "tokens_per_s".
+        shown: the metrics to show.
         quiet: show nothing (a search has its own table).
     """
     # Ray places actors that need no CPU on any node; on this one, the loss of another node does
@@ -75,7 +86,7 @@ def watch(title: str, steps: int, speed: str, quiet: bool = False) -> Iterator["
     done = threading.Event()
     show_progress = _show_bar if sys.stdout.isatty() else _show_lines
     show = _show_nothing if quiet else show_progress
-    screen = threading.Thread(target=show, args=(feed, done, title, steps, speed), daemon=True)
+    screen = threading.Thread(target=show, args=(feed, done, title, steps, shown), daemon=True)
     screen.start()
     try:
         yield feed
@@ -102,7 +113,7 @@ def _rows(feed: "ActorHandle[Feed]", done: threading.Event) -> Iterator[list[Row
 
 
 def _show_bar(
-    feed: "ActorHandle[Feed]", done: threading.Event, title: str, steps: int, speed: str
+    feed: "ActorHandle[Feed]", done: threading.Event, title: str, steps: int, shown: Shown
 ) -> None:
     columns = (
         SpinnerColumn(),
@@ -120,15 +131,15 @@ def _show_bar(
             for row in rows:
                 if isinstance(row, str):
                     progress.console.print(row, markup=False)
-                elif any("loss" in metric for metric in row):
-                    text = _losses(row, speed) + _rate(row, speed)
+                elif any(metric in row for metric in shown.metrics):
+                    text = _values(row, shown) + _rate(row, shown.speed)
                     progress.update(task, completed=row["step"], metrics=text)
 
 
 def _show_lines(
-    feed: "ActorHandle[Feed]", done: threading.Event, title: str, steps: int, speed: str
+    feed: "ActorHandle[Feed]", done: threading.Event, title: str, steps: int, shown: Shown
 ) -> None:
-    begin, shown = time.monotonic(), 0.0
+    begin, printed = time.monotonic(), 0.0
     first: tuple[float, float] | None = None
     for rows in _rows(feed, done):
         for row in rows:
@@ -136,32 +147,28 @@ def _show_lines(
                 print(row, flush=True)
                 continue
             first = first or (time.monotonic(), row["step"])
-            if time.monotonic() - shown < LINE_EVERY_S and row["step"] < steps:
+            if time.monotonic() - printed < LINE_EVERY_S and row["step"] < steps:
                 continue
-            shown = time.monotonic()
-            pace = (shown - first[0]) / max(row["step"] - first[1], 1)
+            printed = time.monotonic()
+            pace = (printed - first[0]) / max(row["step"] - first[1], 1)
             left = f"  {pace * (steps - row['step']):.0f} s left" if row["step"] > first[1] else ""
-            metrics = _losses(row, speed) + _rate(row, speed)
+            metrics = _values(row, shown) + _rate(row, shown.speed)
+            seconds = f"{printed - begin:.0f} s"
             print(
-                f"{title}: step {row['step']:.0f}/{steps}  {metrics}  {shown - begin:.0f} s{left}",
-                flush=True,
+                f"{title}: step {row['step']:.0f}/{steps}  {metrics}  {seconds}{left}", flush=True
             )
 
 
 def _show_nothing(
-    feed: "ActorHandle[Feed]", done: threading.Event, title: str, steps: int, speed: str
+    feed: "ActorHandle[Feed]", done: threading.Event, title: str, steps: int, shown: Shown
 ) -> None:
     for _ in _rows(feed, done):
         pass
 
 
-def _losses(row: dict[str, float], speed: str) -> str:
-    shown = {
-        metric: value
-        for metric, value in row.items()
-        if metric not in {"step", speed} and ("loss" in metric or "bits" in metric)
-    }
-    return "  ".join(f"{metric} {value:.4g}" for metric, value in shown.items())
+def _values(row: dict[str, float], shown: Shown) -> str:
+    found = (metric for metric in shown.metrics if metric in row)
+    return "  ".join(f"{metric} {row[metric]:.4g}" for metric in found)
 
 
 def _rate(row: dict[str, float], speed: str) -> str:
