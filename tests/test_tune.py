@@ -109,7 +109,9 @@ def test_shipped_spaces_fit_every_shipped_preset(preset: str) -> None:
             {"parallel.workers": {"choice": [1, 2]}},
             "give it as --parallel.workers, not in the space",
         ),
-        ({"run.name": {"choice": ["a"]}}, "give it as --run.name"),
+        ({"run.name": {"choice": ["a"]}}, "run.name is set by the search for each trial: leave"),
+        ({"log.eval_every": {"choice": [5]}}, "log.eval_every is set by the search for each"),
+        ({"steps": {"choice": [5, 9]}}, "give it as --steps, not in the space"),
         ({}, "has no keys to search"),
     ],
 )

@@ -34,8 +34,8 @@ DISTRIBUTIONS: dict[str, Callable[..., TuneDomain]] = {
     "grid": ray.tune.grid_search,
 }
 LISTS = {"choice", "grid"}
-# The search decides these itself, or needs them to be the same for all trials.
-RESERVED = ("run.name", "run.resume", "steps", "parallel.", "log.eval_every")
+OWN = ("run.name", "log.eval_every")  # set by the search for each trial
+SHARED = ("run.resume", "steps", "parallel.")  # the same for all trials
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,12 @@ def check(space: Space, kind: str, base: Values) -> None:
     for key, distribution in space.items():
         if key not in valid:
             raise ValueError(f"search space: there is no key {key}{cli.nearest(key, valid)}")
-        if key.startswith(RESERVED):
+        if key in OWN:
+            raise ValueError(
+                f"search space: {key} is set by the search for each trial: leave it out (--name "
+                "names the search)"
+            )
+        if key.startswith(SHARED):
             raise ValueError(
                 f"search space: {key} must be the same for all trials: give it as --{key}, not in "
                 "the space"
