@@ -197,7 +197,10 @@ def test_terminal_shows_the_metrics_that_the_kind_names(
     row = {"step": 4.0, "loss": 1.5, "heldout_error": 0.25, "samples_per_s": 1200.0}
     with progress.watch("toys", 4, shown) as feed:
         feed.push.remote(row)
-    assert capsys.readouterr().out == "toys: step 4/4  heldout_error 0.25  1,200 samples/s  0 s\n"
+    (line,) = capsys.readouterr().out.splitlines()
+    *metrics, seconds = line.split("  ")
+    assert metrics == ["toys: step 4/4", "heldout_error 0.25", "1,200 samples/s"]
+    assert seconds.endswith(" s")
 
 
 def test_toy_kind_writes_its_own_report_section(root: str) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,14 @@ class _Task(TypedDict):
     uri: str
     row_group: int | None
     heldout: bool | None
+
+
+class _Given(TypedDict):
+    """The arguments of `_pack` that are the same for all tasks."""
+
+    data: dict[str, object]
+    uri: str
+    tokenizer: str
 
 
 def meta_of(dataset: Dataset) -> Meta:
@@ -148,7 +156,7 @@ def _pack_all(
         {"index": index, "uri": part.uri, "row_group": part.row_group, "heldout": part.heldout}
         for index, part in enumerate(parts)
     ]
-    given: dict[str, Any] = {"data": data.model_dump(), "uri": uri, "tokenizer": tokenizer}
+    given: _Given = {"data": data.model_dump(), "uri": uri, "tokenizer": tokenizer}
     # One part is packed here: Ray Data would take seconds to start its processes.
     packed = [_pack(tasks[0], **given)] if len(tasks) == 1 else _pack_with_ray_data(tasks, given)
     rows = [json.loads(row["packed"]) for row in packed]
@@ -158,7 +166,7 @@ def _pack_all(
     return [row["shards"] for row in sorted(rows, key=lambda row: int(row["index"]))]
 
 
-def _pack_with_ray_data(tasks: list[_Task], given: dict[str, Any]) -> list[dict[str, str]]:
+def _pack_with_ray_data(tasks: list[_Task], given: _Given) -> list[dict[str, str]]:
     """Call `_pack` on each task, on all CPUs of the cluster."""
     import ray.data
 
@@ -167,7 +175,7 @@ def _pack_with_ray_data(tasks: list[_Task], given: dict[str, Any]) -> list[dict[
     context.execution_options.preserve_order = True
     packed = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
         _pack,  # type: ignore[arg-type]  # its annotation does not know of fn_kwargs
-        fn_kwargs=given,
+        fn_kwargs=dict(given),
     )
     rows: list[dict[str, str]] = packed.take_all()
     return rows
