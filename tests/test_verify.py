@@ -271,6 +271,18 @@ def test_difference_in_any_bit_of_a_state_is_found() -> None:
     ]
 
 
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}, [None], {"gap": None}])
+def test_every_json_value_of_a_state_is_equal_to_itself_only(value: object) -> None:
+    (same,) = compare.states(6, {"alarms": {"gap": value}}, {"alarms": {"gap": value}})
+    assert same.difference == ""
+    (missing,) = compare.states(6, {"alarms": {"gap": value}}, {"alarms": {}})
+    assert missing.difference == "only in the uninterrupted run"
+    (other,) = compare.states(6, {"alarms": {}}, {"alarms": {"gap": value}})
+    assert other.difference == "only in the killed run"
+    (changed,) = compare.states(6, {"alarms": {"gap": value}}, {"alarms": {"gap": "another"}})
+    assert not changed.within(1.0)
+
+
 def test_relative_difference_of_a_tensor_is_to_its_largest_magnitude() -> None:
     one, other = torch.tensor([1000.0, 0.001]), torch.tensor([1000.0, 0.002])
     (found,) = compare.states(1, {"m": {"w": one}}, {"m": {"w": other}})

@@ -9,6 +9,8 @@ import torch
 from train.parallel.state import State
 from train.run import checkpoint
 
+_MISSING = object()  # not None, which a state may hold
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -36,7 +38,8 @@ def metrics(
     one, other = _without_clock(uninterrupted), _without_clock(killed)
     for step, metric in sorted(one.keys() | other.keys()):
         what = f"{metric} at step {step}"
-        yield _compare(step, what, one.get((step, metric)), other.get((step, metric)))
+        key = step, metric
+        yield _compare(step, what, one.get(key, _MISSING), other.get(key, _MISSING))
 
 
 def _without_clock(rows: list[dict[str, float]]) -> dict[tuple[int, str], float]:
@@ -73,13 +76,13 @@ def states(step: int, uninterrupted: State, killed: State) -> Iterator[Compared]
         one, other = uninterrupted.get(part, {}), killed.get(part, {})
         for name in sorted(set(one) | set(other)):
             what = f"{part} {name} in the checkpoint of step {step}"
-            yield _compare(step, what, one.get(name), other.get(name))
+            yield _compare(step, what, one.get(name, _MISSING), other.get(name, _MISSING))
 
 
 def _compare(step: int, what: str, one: object, other: object) -> Compared:
-    """Compare two tensors, numbers or other values (a scaler's state); None: a run lacks it."""
-    if one is None or other is None:
-        return _missing(step, what, one is not None)
+    """Compare two tensors, numbers or other values (a scaler's state, null)."""
+    if one is _MISSING or other is _MISSING:
+        return _missing(step, what, other is _MISSING)
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return _compare_tensors(step, what, one, other)
     if repr(one) == repr(other):  # which shows every bit of a float
