@@ -160,6 +160,12 @@ def upload(local_folder: str | os.PathLike[str], uri: str | os.PathLike[str]) ->
     fs.copy_files(os.fspath(local_folder), path, destination_filesystem=filesystem)
 
 
+def upload_file(local_file: str | os.PathLike[str], uri: str | os.PathLike[str]) -> None:
+    """Copy a local file to `uri`, in parts. On an object store no folder has to exist."""
+    filesystem, path = locate(uri)
+    fs.copy_files(os.path.abspath(local_file), path, destination_filesystem=filesystem)
+
+
 def upload_changed(
     local_folder: str | os.PathLike[str],
     uri: str | os.PathLike[str],

@@ -287,12 +287,7 @@ def _publish_manifest_last(root: Uri, name: str, folder: Path, manifest: bundle.
     version = _claim(root, name)
     uri = _version_uri(root, name, version)
     for path in manifest["files"]:
-        filesystem, target = storage.locate(storage.join(uri, path))
-        with (
-            open(folder / path, "rb") as source,
-            filesystem.open_output_stream(target, compression=None) as sink,
-        ):
-            shutil.copyfileobj(source, sink, 1 << 20)
+        storage.upload_file(folder / path, storage.join(uri, path))
     bundle.write_manifest(uri, manifest | {"name": name, "version": version})
     return version
 

@@ -44,11 +44,14 @@ def test_files_are_written_read_listed_and_deleted(root: str, tmp_path: Path) ->
     assert not storage.exists(uri)
 
 
-def test_compressed_file_is_read_and_hashed_as_it_is(root: str) -> None:
+def test_compressed_file_is_written_read_and_hashed_as_it_is(root: str, tmp_path: Path) -> None:
     uri, packed = storage.join(root, "corpus.txt.gz"), gzip.compress(b"to be" * 1000)
     storage.write_bytes(uri, packed)
-    assert storage.read_bytes(uri) == packed
-    assert storage.sha256(uri) == hashlib.sha256(packed).hexdigest()
+    (tmp_path / "local.gz").write_bytes(packed)
+    storage.upload_file(tmp_path / "local.gz", f"{uri}.copy.gz")
+    for written in (uri, f"{uri}.copy.gz"):
+        assert storage.read_bytes(written) == packed
+        assert storage.sha256(written) == hashlib.sha256(packed).hexdigest()
 
 
 def test_upload_changed_copies_only_new_and_changed_files(root: str, tmp_path: Path) -> None:
