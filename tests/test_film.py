@@ -1,6 +1,7 @@
 """Image grids, interpolations between latents, and the film of a training run."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -25,6 +26,14 @@ def decode(png: bytes) -> np.ndarray:
 
 
 # ---- grids
+
+
+def test_nan_and_infinite_values_are_drawn_without_a_warning() -> None:
+    images = constant([float("nan"), float("inf"), float("-inf"), 0.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = split_sheet(film.grid(images, 2), 2, film.GUTTER).reshape(4, 8, 8, 3)
+    assert [int(image.max()) for image in drawn] == [0, 255, 0, 128]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -31,7 +31,9 @@ def grid(images: Tensor, columns: int) -> np.ndarray:
     Returns:
         (rows, width, 3) uint8; image i is in row i // columns, column i % columns.
     """
-    colored = images.detach().float().expand(-1, 3, -1, -1).cpu().numpy()
+    # NaN, which a diverged generator draws, has no conversion to a level: it is black.
+    finite = images.detach().float().nan_to_num(nan=-1, posinf=1, neginf=-1)
+    colored = finite.expand(-1, 3, -1, -1).cpu().numpy()
     return contact_sheet(to_pixels(colored), columns, GUTTER, GRAY)
 
 
