@@ -13,10 +13,6 @@ from tests.support.paths import ROOT
 
 pytest_plugins = ["tests.support.groups", "tests.support.marks"]
 
-# As on a private cluster (`train.launch`): a tenth of the time of a tiny run.
-os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
