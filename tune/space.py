@@ -106,8 +106,7 @@ def check(space: Space, kind: str, base: Values) -> None:
             raise ValueError(f"search space: there is no key {key}{cli.nearest(key, valid)}")
         if key in OWN:
             raise ValueError(
-                f"search space: {key} is set by the search for each trial: leave it out (--name "
-                "names the search)"
+                f"search space: {key} is set by the search for each trial: leave it out"
             )
         if key.startswith(SHARED):
             raise ValueError(

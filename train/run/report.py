@@ -119,7 +119,8 @@ def _set_scale(axes: Axes, values: np.ndarray, logarithmic: bool) -> None:
         axes.set_yscale("log")
     elif median > 0 and sizes.max() > PEAK_RATIO * median:
         axes.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(median)))
-        axes.yaxis.get_major_locator().set_params(numticks=7)  # type: ignore[call-arg]  # of a SymmetricalLogLocator
+        # A SymmetricalLogLocator, which takes it.
+        axes.yaxis.get_major_locator().set_params(numticks=7)  # type: ignore[call-arg]
 
 
 # ---- report.md
